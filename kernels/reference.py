@@ -1,0 +1,130 @@
+"""A plain PyTorch twin of every op: the specification that the kernels are held against, and the CPU's way.
+
+    nf4_lora    y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias
+    pool_norm   u_b = normalise(mean over the nodes t of word b of norm(h_t))
+    infonce     ½ Σ over both directions of mean_i [ log Σ_{j allowed} exp(u_i·v_j / τ) - u_i·v_i / τ ]
+    hinge       mean_i max(0, margin - u_i·v_i + max_{j allowed, j ≠ i} u_i·v_j)
+
+Letters: B batch, T nodes, M rows, K in-features, N out-features, R rank, D width, E edges.
+Norms, cosines and losses are computed in fp32 whatever comes in; only ``nf4_lora`` works in the dtype of its input.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# F.normalize's own guard, named because the kernels must use the same
+UNIT_EPS = 1e-12
+
+_UINT32 = 0xFFFFFFFF
+
+
+def keep_mask(seed: int, rows: int, columns: int, dropout: float, device: torch.device | str = "cpu") -> Tensor:
+    """Which elements of a [rows, columns] input survive dropout: a pure function of (seed, row, column).
+
+    Counter-based, so that a backward pass regenerates it and no mask is stored. The counter ``row·columns + column`` goes
+    with the seed through the 32-bit integer mixer "lowbias32" (C. Wellons, hash-prospector, public domain) twice.
+
+    Returns:
+        bool [rows, columns]; True with probability 1 - dropout.
+    """
+    counter = torch.arange(rows * columns, dtype=torch.int64, device=device)
+    mixed = _mix32(_mix32((counter & _UINT32) ^ (seed & _UINT32)) ^ (counter >> 32) ^ ((seed >> 32) & _UINT32))
+    return (mixed >= int(dropout * 2.0**32)).view(rows, columns)
+
+
+def _mix32(x: Tensor) -> Tensor:
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _UINT32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _UINT32
+    return x ^ (x >> 16)
+
+
+def nf4_lora(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias.
+
+    Args:
+        x:        [..., K] in the compute dtype
+        weight:   [N, K] frozen, same dtype as x
+        lora_a:   [R, K] cast to x's dtype
+        lora_b:   [N, R] cast to x's dtype
+        scale:    s, alpha/R or alpha/sqrt(R)
+        bias:     [N] or None
+        dropout:  probability that an element of x is left out of the low-rank path; the rest is scaled up
+        seed:     of ``keep_mask``, one per call and step
+
+    Returns:
+        [..., N] in x's dtype. Gradients to x, lora_a and lora_b; none to weight and bias.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    dropped = rows
+    if dropout > 0.0:
+        dropped = rows * (keep_mask(seed, *rows.shape, dropout, x.device).to(x.dtype) / (1.0 - dropout))
+    low_rank = F.linear(dropped, lora_a.to(x.dtype))
+    y = torch.addmm(F.linear(rows, weight, bias), low_rank, lora_b.to(x.dtype).t(), alpha=scale)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def pool_norm(states: Tensor, indptr: Tensor, indices: Tensor, norm_weight: Tensor | None = None, norm_eps: float = 1e-6) -> Tensor:
+    """u_b = m_b / max(‖m_b‖, 1e-12), m_b = mean over t in indices[indptr[b]:indptr[b+1]] of norm(h_t).
+
+    Args:
+        states:       [T, D] token states of the packed nodes
+        indptr:       int64 [B+1] where each word's nodes begin
+        indices:      int64 [E] the nodes of each word; nodes may be shared between words
+        norm_weight:  [D] or None; with it, norm(h) = h / sqrt(mean(h²) + norm_eps) · norm_weight, else norm(h) = h
+        norm_eps:     of that norm
+
+    Returns:
+        fp32 [B, D] unit rows; zeros for a word without nodes. Gradient to states.
+    """
+    tokens = states.float()
+    if norm_weight is not None:
+        tokens = F.rms_norm(tokens, tokens.shape[-1:], norm_weight.float(), norm_eps)
+    means = F.embedding_bag(indices, tokens, indptr, mode="mean", include_last_offset=True)
+    return F.normalize(means, dim=-1, eps=UNIT_EPS)
+
+
+def infonce(source: Tensor, target: Tensor, temperature: float | Tensor, same: Tensor) -> Tensor:
+    """Symmetric InfoNCE over a batch of unit vectors, other right answers left out of the negatives.
+
+    Args:
+        source:       fp32 [B, D] unit rows
+        target:       fp32 [B, D] unit rows; row i belongs to source row i
+        temperature:  τ
+        same:         int64 [E, 2] ordered (i, j), i ≠ j, that mean the same: never a negative of one another
+
+    Returns:
+        fp32 scalar; ln(B) when nothing is told apart. Gradients to source, target and a tensor temperature.
+        Source: van den Oord et al. 2018 (arXiv 1807.03748); symmetric as in CLIP (arXiv 2103.00020).
+    """
+    logits = source.float() @ target.float().t() / temperature
+    logits = logits.index_put((same[:, 0], same[:, 1]), logits.new_tensor(float("-inf")))
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
+
+
+def hinge(source: Tensor, target: Tensor, margin: float, same: Tensor) -> Tensor:
+    """mean_i max(0, margin - u_i·v_i + max_{j ≠ i, (i, j) not in same} u_i·v_j): the hardest negative, source to target only.
+
+    Args:
+        source:  fp32 [B, D] unit rows
+        target:  fp32 [B, D] unit rows
+        margin:  the paper's 0.4
+        same:    int64 [E, 2] ordered pairs that are no negatives
+
+    Returns:
+        fp32 scalar; a row without any negative adds 0. Source: TLI (arXiv 2506.15415).
+    """
+    cosines = source.float() @ target.float().t()
+    own = torch.arange(len(cosines), device=cosines.device)
+    negatives = cosines.index_put((torch.cat([same[:, 0], own]), torch.cat([same[:, 1], own])), cosines.new_tensor(float("-inf")))
+    return F.relu(margin - cosines.diagonal() + negatives.amax(dim=1)).mean()

@@ -1,0 +1,64 @@
+"""What several test files share: the starter, and small random-weight models of each family."""
+
+import pathlib
+from collections.abc import Callable
+
+import pytest
+
+from tli import lexicon
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+
+
+@pytest.fixture(scope="session")
+def starter() -> pathlib.Path:
+    """The starter model's folder, in the user's cache: fetched once per machine, not once per run."""
+    from tli.starter import starter_folder
+
+    return starter_folder()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE tokenizer trained on the shipped list, with a BOS; 400 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words = [word for pair in lexicon.read_pairs(None, "swahili", "english") for word in (pair.source, pair.target)]
+    bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory, tokenizer) -> Callable[..., pathlib.Path]:
+    """Save a small random-weight causal LM of a family, as ``make_model("llama", shards=True, tied=False)``."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = {}
+
+    def make(family: str, *, blocks: int = 4, tied: bool = True, shards: bool = False, seed: int = 0, **overrides) -> pathlib.Path:
+        key = (family, blocks, tied, shards, seed, *sorted(overrides.items()))
+        if key not in made:
+            sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": blocks, "vocab_size": len(tokenizer)}
+            heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64}
+            ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "tie_word_embeddings": tied}
+            # the narrow window alternates with full attention in families that have both
+            window = {"sliding_window": 24} if family in ("mistral", "gemma2", "gemma3_text") else {}
+            config = AutoConfig.for_model(family, **{**sizes, **heads, **ids, **window, **overrides})
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config)
+            # the usual start (0.02) is so near to linear that errors in masks and positions would hide
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.normal_(std=0.2) if parameter.ndim > 1 else parameter.add_(0.3 * torch.randn_like(parameter))
+            folder = tmp_path_factory.mktemp(family)
+            model.save_pretrained(folder, max_shard_size="40KB" if shards else "5GB")
+            tokenizer.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make

@@ -1,0 +1,239 @@
+"""Which tensors of a Hugging Face checkpoint are needed, and reading only those.
+
+A checkpoint is a local folder or a hub name. Of its safetensors only the shards that hold a wanted tensor are opened (or
+downloaded); shards that nobody asks for may be missing. Of the embedding table only the rows that the words use are read.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tli.errors import TliError
+from tli.files import sha256
+
+# families whose truncated states were shown equal to the whole model's (tests/test_truncated.py)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+
+_FIRST_BLOCK_KEY = re.compile(r"^(?P<prefix>(?!.*vision).*?)layers\.0\.self_attn\.q_proj\.weight$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint: its config, and for each tensor the file that holds it.
+
+    name      what the user called it
+    folder    the local folder, or None for a hub name
+    config    the transformers config of the text decoder
+    shard_of  file name by tensor name
+    prefix    what stands before ``layers.0.`` and ``embed_tokens.`` in this checkpoint's tensor names
+    """
+
+    name: str
+    folder: pathlib.Path | None
+    config: object
+    shard_of: dict[str, str]
+    prefix: str
+
+    @property
+    def blocks(self) -> int:
+        """N, the number of blocks of the whole model."""
+        return self.config.num_hidden_layers
+
+    def path(self, file: str) -> pathlib.Path:
+        """The local path of one of the checkpoint's files, downloaded first where it is a hub name's."""
+        return _fetch(self.name, self.folder, file)
+
+    def read(self, names: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Read whole tensors, each opened shard once.
+
+        Args:
+            names: tensor name without ``prefix`` -> the shape that it must have
+
+        Returns:
+            The tensors under the same names, in the checkpoint's dtype.
+        """
+        tensors = {}
+        for file in dict.fromkeys(self._shard(name) for name in names):
+            with _open(self.path(file)) as shard:
+                for name, shape in names.items():
+                    if self._shard(name) == file:
+                        tensors[name] = self._tensor(shard, file, name, shape)
+        return tensors
+
+    def embedding_rows(self, rows: Tensor | None) -> Tensor:
+        """The embedding table's ``rows`` (int64 [V], or None for all of it): [V, width] in the checkpoint's dtype."""
+        name = "embed_tokens.weight"
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        file = self._shard(name)
+        with _open(self.path(file)) as shard:
+            # the tensor is a view of the mapped file: only the pages of these rows are read
+            table = self._tensor(shard, file, name, shape)
+            return table.clone() if rows is None else table[rows]
+
+    def final_norm(self) -> tuple[Tensor, float]:
+        """The final norm's effective weight, fp32 [width], and its epsilon. Sharded checkpoints keep it in their last shard."""
+        weight = self.read({"norm.weight": (self.config.hidden_size,)})["norm.weight"].float()
+        # Gemma stores its norms' weights less one
+        gemma = self.config.model_type.startswith("gemma")
+        return (weight + 1 if gemma else weight.clone()), self.config.rms_norm_eps
+
+    def absent(self, names: list[str]) -> list[str]:
+        """The shards among those of ``names`` that are not on disk (hub names: always empty, they can be downloaded)."""
+        if self.folder is None:
+            return []
+        files = dict.fromkeys(self._shard(name) for name in names)
+        return [file for file in files if not (self.folder / file).is_file()]
+
+    def sha256(self, blocks: int) -> str:
+        """One hash over the files that hold the embedding and the first blocks, in the order of their names."""
+        read = tuple(f"{self.prefix}{part}." for part in ("embed_tokens", *(f"layers.{index}" for index in range(blocks))))
+        files = sorted({file for name, file in self.shard_of.items() if name.startswith(read)})
+        return hashlib.sha256("".join(sha256(self.path(file)) for file in files).encode()).hexdigest()
+
+    def tokenizer(self):
+        """The checkpoint's fast tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder or self.name, use_fast=True)
+        except Exception as error:
+            raise TliError(self.name, "the tokenizer must be readable", _one_line(error), "download the model's tokenizer files again") from error
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise TliError(self.name, "the tokenizer must have a BOS or EOS token to serve as the sink", "neither", "choose another model")
+        return tokenizer
+
+    def _shard(self, name: str) -> str:
+        try:
+            return self.shard_of[self.prefix + name]
+        except KeyError:
+            raise TliError(
+                self.name, f"the checkpoint must hold the tensor {self.prefix + name}", f"{len(self.shard_of)} others", "check that it is complete"
+            ) from None
+
+    def _tensor(self, shard, file: str, name: str, shape: tuple[int, ...]) -> Tensor:
+        try:
+            tensor = shard.get_tensor(self.prefix + name)
+        except SafetensorError as error:
+            raise TliError(self.path(file), f"the file must hold {self.prefix + name}", _one_line(error), "download it again") from error
+        if tuple(tensor.shape) != tuple(shape):
+            got = "x".join(map(str, tensor.shape))
+            raise TliError(
+                self.path(file), f"{self.prefix + name} must have the shape {'x'.join(map(str, shape))} that config.json implies", got,
+                "use the config.json that belongs to these weights",
+            )
+        return tensor
+
+
+def open_checkpoint(name: str) -> Checkpoint:
+    """Open a local folder or hub name; reads config and tensor names, no weights.
+
+    Raises:
+        TliError: no such folder, no config, a family that is not in ``FAMILIES``, 4-bit weights, or no safetensors.
+    """
+    folder = pathlib.Path(name).expanduser() if pathlib.Path(name).expanduser().exists() or name.startswith((".", "/", "~")) else None
+    if folder is not None and not folder.is_dir():
+        raise TliError("--model", "the model must be a folder or a hub name", f"{name}, which is no folder", "check the path")
+    if folder is not None and not (folder / "config.json").is_file():
+        raise TliError(folder, "the folder must hold a config.json", "none", "name a Hugging Face checkpoint's folder")
+    config = _read_config(name, folder)
+    shard_of = _shard_of(name, folder)
+    prefixes = [match["prefix"] for match in map(_FIRST_BLOCK_KEY.match, shard_of) if match]
+    if not prefixes:
+        raise TliError(name, "the checkpoint must hold a decoder's layers.0.self_attn.q_proj.weight", "none", "use a checkpoint of a decoder")
+    return Checkpoint(name, folder, config, shard_of, prefixes[0])
+
+
+def _read_config(name: str, folder: pathlib.Path | None):
+    from transformers import AutoConfig
+
+    _fetch(name, folder, "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder or name)
+    except Exception as error:
+        raise TliError(name, "config.json must describe a model that transformers knows", _one_line(error), "check the file") from error
+    # a model of text and images keeps its decoder's config inside
+    config = config.get_text_config()
+    if config.model_type not in FAMILIES:
+        raise TliError(
+            name, f"the model's family must be one that is known to truncate exactly ({', '.join(FAMILIES)})", config.model_type,
+            "choose a model of these families",
+        )
+    if getattr(config, "quantization_config", None):
+        raise TliError(name, "the weights must be stored unquantised", "a quantization_config in config.json", "use the model's original checkpoint")
+    return config
+
+
+def _shard_of(name: str, folder: pathlib.Path | None) -> dict[str, str]:
+    index = _fetch(name, folder, "model.safetensors.index.json", optional=True)
+    if index is None:
+        with _open(_fetch(name, folder, "model.safetensors")) as single:
+            return dict.fromkeys(single.keys(), "model.safetensors")
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise TliError(index, "the index must be JSON with a weight_map", _one_line(error), "download it again") from error
+
+
+def _fetch(name: str, folder: pathlib.Path | None, file: str, optional: bool = False) -> pathlib.Path | None:
+    if folder is not None:
+        if (folder / file).is_file():
+            return folder / file
+        if optional:
+            return None
+        raise TliError(folder, f"the folder must hold {file}", "none", "download the missing file or name another folder")
+    return _download(name, file, optional)
+
+
+@functools.cache
+def _download(name: str, file: str, optional: bool) -> pathlib.Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return pathlib.Path(hf_hub_download(name, file))
+    except EntryNotFoundError as error:
+        # also what a machine without a connection says of a file that it never fetched
+        if optional:
+            return None
+        if isinstance(error, LocalEntryNotFoundError):
+            raise TliError("--model", "the model must be in reach", f"no folder {name} and no hub connection", "check the path or the network") from error
+        raise TliError(name, f"the repository must hold {file}", "none", "choose a repository with safetensors") from error
+    except Exception as error:
+        raise TliError("--model", "the model must be a folder or a hub name in reach", _one_line(error), "check the name and the network") from error
+
+
+@contextlib.contextmanager
+def _open(path: pathlib.Path):
+    try:
+        shard = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise TliError(path, "the file must be whole safetensors", _one_line(error), "download it again") from error
+    with shard as opened:
+        yield opened
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def nf4_rounded(weight: Tensor) -> Tensor:
+    """deq(NF4(W)): a linear weight [N, K] rounded to NF4 (blocks of 64, fp32 scales) by bitsandbytes, in bf16.
+
+    bf16 is what a 4-bit model computes with, so these are the values that such a model multiplies by.
+    """
+    import logging
+
+    # bitsandbytes announces at import that an optional kernel package is absent, which nobody here asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    codes, state = quantize_4bit(weight.to(torch.bfloat16).contiguous(), blocksize=64, quant_type="nf4", compress_statistics=False)
+    return dequantize_4bit(codes, state).to(torch.bfloat16)

@@ -1,0 +1,142 @@
+"""What a run is made of: frozen dataclasses, from which the commands' flags and help are derived.
+
+A field is declared once, with its default, its group and its help; ``parse`` turns the fields of any such class into flags
+of the same names with argparse. (tyro was tried: it groups only nested classes, which would give a field and its flag two
+names, and its errors are boxes where section 5 of the design wants one line.) A field whose default the recipe decides is
+``None`` until ``__post_init__`` fills it in, so a flag or an argument that was given always wins over the recipe.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import types
+import typing
+
+from tli.errors import TliError
+
+RECIPES = ("default", "paper")
+
+
+def option(default, group: str, help: str, paper=dataclasses.MISSING, choices: tuple[str, ...] = ()):
+    """A configuration field. ``paper`` is its value under ``--recipe paper`` where that differs."""
+    by_recipe = paper is not dataclasses.MISSING
+    metadata = {"group": group, "help": help, "choices": choices, "recipes": {"default": default, "paper": paper} if by_recipe else None}
+    return dataclasses.field(default=None if by_recipe else default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train LoRA adapters that align word pairs at one layer of a language model."""
+
+    model: str | None = option(None, "model", "local folder or hub name of a Hugging Face checkpoint (default: the starter, SmolLM2-135M)")
+    layer: int = option(2, "model", "hidden state to align: the residual stream after this many blocks")
+    weights: str = option("full", "model", "frozen weights: full precision, or rounded to NF4", paper="nf4", choices=("full", "nf4"))
+    all_rows: bool = option(False, "model", "keep the whole embedding table, not only the rows that the words use")
+    dtype: str = option("auto", "model", "compute dtype (auto: float32 on a CPU, bfloat16 on a GPU)", choices=("auto", "float32", "bfloat16", "float16"))
+    device: str = option("auto", "model", "cpu, cuda or cuda:N (auto: a GPU if there is one)")
+    impl: str = option("auto", "model", "which implementation of the ops", choices=("auto", "reference", "fused"))
+
+    pairs: str | None = option(None, "words", "word pairs: .tsv .csv .json .jsonl or dictd .index (default: the shipped Swahili-English list)")
+    source: str = option("swahili", "words", "name of the source language's column or key")
+    target: str = option("english", "words", "name of the target language's column or key")
+    held_out: float = option(0.1, "words", "share of the pairs kept out of training, split so that no word is on both sides")
+    held_out_pairs: str | None = option(None, "words", "a list of its own to hold out, in place of a share of --pairs")
+    shuffle_pairs: bool = option(False, "words", "control: train on mismatched pairs; whatever still rises is not alignment")
+
+    rank: int = option(16, "adapter", "LoRA rank R")
+    alpha: float | None = option(None, "adapter", "LoRA alpha; the scale is alpha/R (default: 2R)")
+    rslora: bool = option(False, "adapter", "scale by alpha/sqrt(R) in place of alpha/R")
+    targets: str = option("all-linear", "adapter", "all-linear, a comma list of names, or a regular expression over module names", paper="q_proj,v_proj")
+    dropout: float = option(0.0, "adapter", "dropout on the adapters' input", paper=0.05)
+    init: str = option("normal", "adapter", "start of A: N(0, 1/K), or peft's Kaiming uniform", paper="kaiming", choices=("normal", "kaiming"))
+
+    loss: str = option("infonce", "objective", "symmetric InfoNCE, or hinge with the hardest negative", paper="hinge", choices=("infonce", "hinge"))
+    temperature: float = option(0.1, "objective", "InfoNCE temperature")
+    margin: float = option(0.4, "objective", "margin of the hinge")
+    token_norm: str = option(
+        "final", "objective", "what a token state goes through before the mean: the model's final norm, plain RMS, or nothing",
+        paper="none", choices=("final", "rms", "none"),
+    )
+    pool_bos: bool = option(False, "objective", "pool the first position (the attention sink) into every word while training", paper=True)
+    eval_pool_bos: bool = option(False, "objective", "pool it in the measurements, too")
+
+    batch: int = option(256, "training", "pairs per step", paper=8)
+    epochs: int = option(40, "training", "passes over the trained pairs", paper=5)
+    lr: float = option(1e-3, "training", "peak learning rate of AdamW", paper=2e-4)
+    warmup: int = option(20, "training", "steps of linear warm-up", paper=50)
+    schedule: str = option("linear", "training", "decay after the warm-up", choices=("linear", "cosine", "constant"))
+    weight_decay: float = option(0.01, "training", "AdamW weight decay")
+    clip: float = option(1.0, "training", "largest gradient norm; 0 turns clipping off")
+    seed: int = option(0, "training", "fixes the split, the order, the adapters' start and the dropout")
+    recipe: str = option("default", "training", "where the defaults come from; flags that are given win", choices=RECIPES)
+
+    output: str | None = option(None, "output", "folder for the adapter and the report (default: runs/<recipe>-layer<L>-rank<R>-seed<S>)")
+    overwrite: bool = option(False, "output", "allow an output folder that is not empty")
+    resume: bool = option(False, "output", "go on with the interrupted run in the output folder")
+    no_report: bool = option(False, "output", "skip the measurements before and after")
+    json: bool = option(False, "output", "print one JSON object on standard output when done")
+
+    def __post_init__(self):
+        check_choices(self)
+        for field in dataclasses.fields(self):
+            if field.metadata["recipes"] and getattr(self, field.name) is None:
+                object.__setattr__(self, field.name, field.metadata["recipes"][self.recipe])
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", 2.0 * self.rank)
+        if self.output is None:
+            shuffled = "-shuffled" if self.shuffle_pairs else ""
+            object.__setattr__(self, "output", f"runs/{self.recipe}-layer{self.layer}-rank{self.rank}-seed{self.seed}{shuffled}")
+
+
+def check_choices(config) -> None:
+    """Raise ``TliError`` for a field whose value is not among its choices."""
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), field.metadata["choices"]
+        if choices and value is not None and value not in choices:
+            raise TliError(f"--{field.name.replace('_', '-')}", f"the value must be one of {', '.join(choices)}", repr(value), "choose one of these")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        print(f"error: {self.prog}: the command line must be valid, got {message}; see --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(config_class, module: str, arguments: list[str] | None = None):
+    """Read the command line of ``python -m <module>`` into a ``config_class``; leaves with 2 on a wrong flag."""
+    parser = _Parser(prog=f"python -m {module}", usage=f"python -m {module} [options]", description=config_class.__doc__, formatter_class=_help_format, allow_abbrev=False)
+    kinds, groups = typing.get_type_hints(config_class), {}
+    for field in dataclasses.fields(config_class):
+        group = field.metadata["group"]
+        groups.setdefault(group, parser.add_argument_group(group) if group not in groups else None)
+        flag, help_text = f"--{field.name.replace('_', '-')}", field.metadata["help"] + _default_text(field)
+        if kinds[field.name] is bool:
+            action = argparse.BooleanOptionalAction if field.metadata["recipes"] else "store_true"
+            groups[group].add_argument(flag, action=action, default=argparse.SUPPRESS, help=help_text)
+        else:
+            choices = field.metadata["choices"] or None
+            kind = _plain_type(kinds[field.name])
+            metavar = None if choices else kind.__name__.upper()
+            groups[group].add_argument(flag, type=kind, choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=help_text)
+    return config_class(**vars(parser.parse_args(arguments)))
+
+
+def _help_format(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=32)
+
+
+def _plain_type(kind):
+    """``int`` for ``int | None``: a flag that is given always carries a value."""
+    return next(k for k in typing.get_args(kind) if k is not types.NoneType) if typing.get_args(kind) else kind
+
+
+def _default_text(field: dataclasses.Field) -> str:
+    if field.metadata["recipes"]:
+        return " (default: {default}; paper: {paper})".format(**field.metadata["recipes"])
+    return "" if field.default is None else f" (default: {field.default})"
+
+
+def as_dict(config) -> dict:
+    """The resolved configuration as plain JSON values."""
+    return {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(config).items()}

@@ -1,0 +1,45 @@
+"""The one form in which tli says that something is wrong, and how a command ends when it does."""
+
+import contextlib
+import errno
+import sys
+from collections.abc import Callable
+
+
+class TliError(Exception):
+    """``<where>: <what must hold>, got <value>; <what to do>``: an error that a user can cause and mend.
+
+    Args:
+        where: the module, file, file and line, or option that the error is about.
+        must: what must hold, as a clause: ``rank must be at least 1``.
+        got: what was found instead.
+        remedy: what to do, as an imperative.
+    """
+
+    def __init__(self, where: object, must: str, got: object, remedy: str):
+        super().__init__(f"{where}: {must}, got {got}; {remedy}")
+
+
+@contextlib.contextmanager
+def disk_errors(where: object):
+    """Turn a full disk or a refused write below this block into a ``TliError`` that names ``where``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TliError(where, "the disk must have room for the output", "no space left", "free some space and run again") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise TliError(where, "the output must be writable", error.strerror.lower(), "choose another folder") from error
+        raise
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a command's body and leave with its exit code: 2 and one line for a ``TliError``, 130 for Ctrl-C."""
+    try:
+        command()
+    except TliError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

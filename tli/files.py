@@ -1,0 +1,81 @@
+"""Files that are complete or absent, the cache folder, and hashes."""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterator
+
+from tli.errors import TliError, disk_errors
+
+_HASH_CHUNK_BYTES = 1 << 20
+
+
+def cache_folder() -> pathlib.Path:
+    """The folder for converted models: ``$TLI_CACHE``, else the platform's cache folder with ``tli`` below it."""
+    if os.environ.get("TLI_CACHE"):
+        return pathlib.Path(os.environ["TLI_CACHE"]).expanduser()
+    if sys.platform == "darwin":
+        return pathlib.Path.home() / "Library" / "Caches" / "tli"
+    if os.name == "nt":
+        return pathlib.Path(os.environ.get("LOCALAPPDATA", pathlib.Path.home())) / "tli"
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "tli"
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yield a temporary path beside ``path``; rename it to ``path`` if the block ends well, else delete it.
+
+    A kill at any moment leaves the old file or the new one, never a part. A full disk becomes a ``TliError``.
+    """
+    path = pathlib.Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = pathlib.Path(name)
+        try:
+            yield temporary
+            # mkstemp makes the file private; a result is as readable as any other file of the user's
+            temporary.chmod(0o666 & ~_umask())
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path``, completely or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The hexadecimal SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def claim_output(folder: pathlib.Path, overwrite: bool) -> None:
+    """Make ``folder`` for a run's output; one that holds something already is refused unless ``overwrite`` is set.
+
+    Nothing in it is deleted: a run with ``overwrite`` replaces file by file as its own results come to be.
+    """
+    with disk_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise TliError("--output", "the output must be a folder", f"the file {folder}", "name another")
+        if not overwrite and folder.is_dir() and any(folder.iterdir()):
+            raise TliError("--output", "the output folder must be new or empty", folder, "add --overwrite or name another with --output")
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,294 @@
+"""The LoRA injector: y = W·x + s·B·(A·drop(x)), and the adapters' way to disk and back in PEFT's format.
+
+``inject`` replaces chosen linear layers of a decoder by ``LoRALinear`` in place; B starts at zero, so nothing changes
+until the first step. ``save`` writes what ``PeftModel.from_pretrained`` reads on the whole model: keys carry the names of
+the family's ForCausalLM class even where only a truncated decoder was trained (PEFT merely warns about other names and
+keeps a random start), and ``layers_to_transform`` names the blocks (without it PEFT puts adapters on every one).
+Source: Hu et al. 2021 (arXiv 2106.09685); rsLoRA: Kalajdzievski 2023 (arXiv 2312.03732).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import zlib
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from tli import ops
+from tli.errors import TliError
+from tli.files import replacing, write_text
+
+_KEY_PREFIX = "base_model.model.model."
+_KEY = re.compile(r"^base_model\.model\.model\.(?P<path>layers\.(?P<block>\d+)\..+)\.lora_(?P<factor>[AB])\.weight$")
+ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """What an adapter is: ``s = alpha/rank``, or ``alpha/sqrt(rank)`` with rsLoRA.
+
+    targets: ``all-linear``, a comma list of names (``q_proj,v_proj``), or a regular expression that must match the whole of
+             a module's path in its block (``self_attn\\..*``) or in the decoder (``layers\\.0\\..*``).
+    init:    start of A: ``normal`` N(0, 1/K), or ``kaiming``, PEFT's uniform with the variance 1/(3K).
+    """
+
+    rank: int
+    alpha: float
+    targets: str = "all-linear"
+    dropout: float = 0.0
+    rslora: bool = False
+    init: str = "normal"
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class LoRALinear(nn.Module):
+    """y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias, with W [N, K] and bias [N] frozen, A [R, K] and B [N, R] trained in fp32."""
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale, self.dropout = scale, dropout
+        # of this step's dropout; whoever runs the steps sets it anew before each
+        self.seed = 0
+        out_features, in_features = linear.weight.shape
+        self.lora_A = nn.Parameter(torch.zeros(rank, in_features, dtype=torch.float32, device=linear.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=linear.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return ops.nf4_lora(x, self.weight, self.lora_A, self.lora_B, self.scale, self.bias, dropout, self.seed)
+
+    def merged(self) -> nn.Linear:
+        """An ``nn.Linear`` with the weight W + s·B·A, summed in fp32 and rounded once."""
+        if not self.weight.is_floating_point():
+            raise TliError("merge", "the base weight must be 16 or 32 bit", str(self.weight.dtype), "dequantise the base first")
+        linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
+        merged = self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
+        linear.weight = nn.Parameter(merged.detach().to(self.weight.dtype), requires_grad=False)
+        linear.bias = self.bias
+        return linear
+
+
+def inject(decoder: nn.Module, config: LoRAConfig, blocks: range | list[int] | None = None, seed: int = 0) -> list[str]:
+    """Put adapters into ``decoder.layers`` in place and freeze everything else.
+
+    Args:
+        decoder:  a transformers decoder with ``layers``
+        config:   rank, scale, targets
+        blocks:   indices of the blocks that get adapters; None for all
+        seed:     of A; each module's start depends on the seed and its own path alone
+
+    Returns:
+        Paths of the adapted modules, ``layers.0.self_attn.q_proj`` and so on, in the decoder's order.
+
+    Raises:
+        TliError: adapters are there already, an unknown target, a rank below 1 or above a matrix's smaller side.
+    """
+    if adapters(decoder):
+        raise TliError("inject", "the model must carry no adapters yet", f"{len(adapters(decoder))}", "merge or remove them first")
+    if config.rank < 1:
+        raise TliError("--rank", "the rank must be at least 1", config.rank, "choose a positive rank")
+    if config.alpha <= 0 or not 0.0 <= config.dropout < 1.0:
+        raise TliError(
+            "--alpha, --dropout", "alpha must be positive and dropout in [0, 1)", f"alpha {config.alpha}, dropout {config.dropout}", "choose other values"
+        )
+    indices = range(len(decoder.layers)) if blocks is None else blocks
+    chosen = [path for index in indices for path in _targets(decoder, index, config.targets)]
+    decoder.requires_grad_(False)
+    for path in chosen:
+        linear = decoder.get_submodule(path)
+        if config.rank > min(linear.weight.shape):
+            raise TliError(
+                "--rank", f"the rank must be at most {min(linear.weight.shape)}, the smaller side of {path}", config.rank, "choose a smaller rank"
+            )
+        adapter = LoRALinear(linear, config.rank, config.scale, config.dropout)
+        _start(adapter.lora_A, config.init, seed, path)
+        _replace(decoder, path, adapter)
+    return chosen
+
+
+def adapters(module: nn.Module) -> dict[str, LoRALinear]:
+    """Every ``LoRALinear`` of a module by its path."""
+    return {path: child for path, child in module.named_modules() if isinstance(child, LoRALinear)}
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The adapters' parameters, A before B, in the module's order."""
+    return [parameter for adapter in adapters(module).values() for parameter in (adapter.lora_A, adapter.lora_B)]
+
+
+def merge(decoder: nn.Module) -> None:
+    """Replace every adapter by one linear layer with the weight W + s·B·A, in place."""
+    for path, adapter in adapters(decoder).items():
+        _replace(decoder, path, adapter.merged())
+
+
+def check_gradients(decoder: nn.Module, step: int) -> None:
+    """Stop if an adapter learns nothing: B must have a gradient at the first step (step 0), A at the second.
+
+    A's gradient is zero at the first step, because B is. An adapter whose output nothing reads would be saved as noise.
+    """
+    for path, adapter in adapters(decoder).items():
+        name, parameter = ("lora_B", adapter.lora_B) if step == 0 else ("lora_A", adapter.lora_A)
+        if parameter.grad is None or not parameter.grad.any():
+            raise TliError(
+                f"{path}.{name}", f"every adapter must get a gradient at step {step + 1}", "zero",
+                "leave the module out with --targets, or check that the loss can reach it",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter off the disk: factors by module path, and the scale to use them with."""
+
+    scale: float
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+    def attach(self, module: nn.Module, prefix: str = "") -> None:
+        """Wrap, for evaluation, each linear layer of ``module`` that has factors under ``prefix`` + its path.
+
+        Raises:
+            TliError: factors whose shape is not the layer's.
+        """
+        for path, child in list(module.named_modules()):
+            if prefix + path not in self.factors:
+                continue
+            lora_a, lora_b = self.factors[prefix + path]
+            if (lora_b.shape[0], lora_a.shape[1]) != tuple(child.weight.shape) or lora_a.shape[0] != lora_b.shape[1]:
+                raise TliError(
+                    prefix + path, "the adapter must fit the model: {}x{}".format(*child.weight.shape),
+                    f"A {tuple(lora_a.shape)}, B {tuple(lora_b.shape)}", "use the model that the adapter was trained on",
+                )
+            wrapped = LoRALinear(child, lora_a.shape[0], self.scale, dropout=0.0)
+            wrapped.lora_A.data, wrapped.lora_B.data = lora_a.to(child.weight.device), lora_b.to(child.weight.device)
+            _replace(module, path, wrapped.requires_grad_(False).eval())
+
+
+def snapshot(decoder: nn.Module, scale: float) -> Adapter:
+    """The decoder's adapters as an ``Adapter``: detached copies."""
+    found = adapters(decoder)
+    return Adapter(scale, {path: (a.lora_A.detach().clone(), a.lora_B.detach().clone()) for path, a in found.items()})
+
+
+def save(decoder: nn.Module, config: LoRAConfig, folder: str | os.PathLike, base_model: str) -> None:
+    """Write the decoder's adapters to ``folder`` as a PEFT adapter, each file whole or not at all.
+
+    The same adapters give the same bytes.
+    """
+    folder = pathlib.Path(folder)
+    tensors = {}
+    for path, adapter in adapters(decoder).items():
+        tensors[f"{_KEY_PREFIX}{path}.lora_A.weight"] = adapter.lora_A.detach().cpu().contiguous()
+        tensors[f"{_KEY_PREFIX}{path}.lora_B.weight"] = adapter.lora_B.detach().cpu().contiguous()
+    with replacing(folder / ADAPTER_FILE) as temporary:
+        temporary.write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
+    write_text(folder / CONFIG_FILE, json.dumps(_peft_config(list(adapters(decoder)), config, base_model), indent=2) + "\n")
+
+
+def load(folder: str | os.PathLike) -> Adapter:
+    """Read a PEFT LoRA adapter, tli's own or another's.
+
+    Raises:
+        TliError: a missing file, a kind of adapter other than plain LoRA, keys that are not linear layers' in blocks.
+    """
+    folder = pathlib.Path(folder)
+    for file in (CONFIG_FILE, ADAPTER_FILE):
+        if not (folder / file).is_file():
+            raise TliError(folder, f"an adapter's folder must hold {file}", "none", "name a folder that holds a PEFT adapter")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise TliError(folder / CONFIG_FILE, "the file must be JSON with r and lora_alpha", repr(error), "save the adapter again") from error
+    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out") if config.get(key)]
+    if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
+        what = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise TliError(folder / CONFIG_FILE, "the adapter must be plain LoRA", what, "train one without it")
+    try:
+        tensors = load_file(folder / ADAPTER_FILE)
+    except (SafetensorError, OSError) as error:
+        raise TliError(folder / ADAPTER_FILE, "the file must be whole safetensors", error, "save the adapter again") from error
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.match(key)
+        if match is None:
+            raise TliError(folder / ADAPTER_FILE, "every key must name a linear layer of a block", key, "save the adapter from a causal LM")
+        factors.setdefault(match["path"], {})[match["factor"]] = tensor.float()
+    for path, pair in factors.items():
+        if set(pair) != {"A", "B"}:
+            raise TliError(folder / ADAPTER_FILE, f"{path} must have lora_A and lora_B", f"only lora_{next(iter(pair))}", "save the adapter again")
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return Adapter(scale, {path: (pair["A"], pair["B"]) for path, pair in factors.items()})
+
+
+def _targets(decoder: nn.Module, index: int, targets: str) -> list[str]:
+    """Paths of the linear layers of block ``index`` that ``targets`` means."""
+    block = decoder.layers[index]
+    linear = [path for path, child in block.named_modules() if isinstance(child, nn.Linear)]
+    if targets == "all-linear":
+        chosen = linear
+    elif re.fullmatch(r"\w+(\s*,\s*\w+)*", targets):
+        names = [name.strip() for name in targets.split(",")]
+        unknown = [name for name in names if not any(path.rpartition(".")[2] == name for path in linear)]
+        if unknown:
+            available = ", ".join(path.rpartition(".")[2] for path in linear)
+            raise TliError("--targets", f"each target must be a linear layer of the model ({available})", ", ".join(unknown), "choose among these")
+        chosen = [path for path in linear if path.rpartition(".")[2] in names]
+    else:
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise TliError("--targets", "the targets must be names or a regular expression", f"{targets} ({error})", "correct it") from error
+        chosen = [path for path in linear if pattern.fullmatch(path) or pattern.fullmatch(f"layers.{index}.{path}")]
+        if not any(pattern.fullmatch(path) or pattern.fullmatch(f"layers.{i}.{path}") for i in range(len(decoder.layers)) for path in linear):
+            raise TliError("--targets", f"the expression must match a linear layer ({', '.join(linear)})", targets, "correct it")
+    return [f"layers.{index}.{path}" for path in chosen]
+
+
+def _start(lora_a: Tensor, init: str, seed: int, path: str) -> None:
+    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(path.encode()))
+    start = torch.empty(lora_a.shape)
+    if init == "normal":
+        start.normal_(std=lora_a.shape[1] ** -0.5, generator=generator)
+    else:
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+    lora_a.data.copy_(start)
+
+
+def _replace(module: nn.Module, path: str, child: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(module.get_submodule(owner), name, child)
+
+
+def _peft_config(paths: list[str], config: LoRAConfig, base_model: str) -> dict:
+    by_block: dict[int, set[str]] = {}
+    for path in paths:
+        _, block, name = path.split(".", 2)
+        by_block.setdefault(int(block), set()).add(name.rpartition(".")[2])
+    everywhere = set.intersection(*by_block.values())
+    uniform = all(names == everywhere for names in by_block.values())
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        # short names mean every chosen block; full paths where blocks differ
+        "target_modules": sorted(everywhere) if uniform else sorted(paths),
+        "layers_to_transform": sorted(by_block),
+    }

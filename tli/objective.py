@@ -1,0 +1,52 @@
+"""Token states -> word states -> loss."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from tli import ops
+from tli.checkpoint import Checkpoint
+from tli.truncated import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+    """How a word state comes of token states: a norm on each token, the mean over the word's nodes, unit length; in fp32.
+
+    norm_weight:  fp32 [D], the weight of the token norm; None leaves token states as they are
+    norm_eps:     its epsilon
+    """
+
+    norm_weight: Tensor | None
+    norm_eps: float
+
+    def __call__(self, states: Tensor, batch: Batch) -> Tensor:
+        """Word states of packed words: token states [T, D] -> fp32 unit rows [words, D]."""
+        return ops.pool_norm(states, batch.indptr, batch.indices, self.norm_weight, self.norm_eps)
+
+
+def pooling(token_norm: str, checkpoint: Checkpoint, device: torch.device) -> Pooling:
+    """The pooling for a ``--token-norm``: ``final`` reads the model's final norm, ``rms`` has unit weights, ``none`` is none."""
+    weight, eps = None, checkpoint.config.rms_norm_eps
+    if token_norm == "final":
+        weight, eps = checkpoint.final_norm()
+    elif token_norm == "rms":
+        weight = torch.ones(checkpoint.config.hidden_size)
+    return Pooling(None if weight is None else weight.to(device), eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """``infonce`` with its temperature, or ``hinge`` with its margin."""
+
+    loss: str
+    temperature: float
+    margin: float
+
+    def __call__(self, words: Tensor, same: Tensor) -> Tensor:
+        """The loss of a batch: word states [2B, D], sources first, and the pairs that are no negatives, int64 [E, 2]."""
+        source, target = words.chunk(2)
+        if self.loss == "infonce":
+            return ops.infonce(source, target, self.temperature, same)
+        return ops.hinge(source, target, self.margin, same)

@@ -1,0 +1,167 @@
+"""Words -> prefix-trie bins: each prefix that words share is computed once, and exactly.
+
+Under causal attention a token's state is a function of its prefix alone, so the words of a batch form one trie: the
+sink (BOS) is its root, a word is a path from the root. The trie is cut into bins of bounded width, each a row of the model's
+input. ``position_ids`` are depths, and the mask lets a node see its ancestors and itself, nothing else: what every
+node computes is what it would compute in its word alone.
+
+    words   [BOS ki ta bu] [BOS ki ti] [BOS m eza]          padded 3 x 4 = 12 tokens
+    trie    BOS ─┬─ ki ─┬─ ta ── bu                          7 nodes
+                 │      └─ ti
+                 └─ m ── eza
+
+Sorted by token, a word shares with the word before it a prefix of some length (lcp) and adds the rest as new nodes, so
+everything below is arithmetic on the lcp array. A bin that begins at a word repeats that word's whole prefix.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from tli.errors import TliError
+
+DEFAULT_WIDTH = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenisedWords:
+    """Words as rows of token numbers, sink first.
+
+    tokens   int64 [words, longest]  positions in ``rows``; 0 behind a word's end
+    lengths  int64 [words]           tokens of each word, sink included
+    rows     int64 [V]               the token ids that occur, ascending: the embedding rows to keep
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    rows: np.ndarray
+
+    def with_all_rows(self, vocabulary: int) -> "TokenisedWords":
+        """The same words over the whole embedding table: tokens are token ids."""
+        return TokenisedWords(self.rows[self.tokens], self.lengths, np.arange(vocabulary))
+
+    def pack(self, words: np.ndarray, pool_bos: bool = False, width: int = DEFAULT_WIDTH) -> "PackedWords":
+        """Pack the words with these numbers, in this order."""
+        starts = np.full(len(words), 0 if pool_bos else 1)
+        return pack(self.tokens[words], self.lengths[words], starts, width)
+
+
+def tokenise(tokenizer, words: Sequence[str], window: int) -> TokenisedWords:
+    """Tokenise each word alone behind one sink: the tokenizer's BOS, or its EOS where it has no BOS.
+
+    Raises:
+        TliError: a word without tokens, or with more than ``window``.
+    """
+    sink = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    # special tokens are left to us: some tokenizers add a BOS, some an EOS, some neither
+    ids = tokenizer(list(words), add_special_tokens=False)["input_ids"]
+    for word, word_ids in zip(words, ids, strict=True):
+        if not 1 <= len(word_ids) < window:
+            shown = word if len(word) <= 40 else word[:40] + "..."
+            raise TliError(f"word {shown!r}", f"a word must have 1 to {window - 1} tokens (the model's window)", len(word_ids), "shorten or remove it")
+    lengths = np.array([1 + len(word_ids) for word_ids in ids])
+    rows, numbers = np.unique(np.concatenate([[sink, *word_ids] for word_ids in ids]), return_inverse=True)
+    tokens = np.zeros((len(ids), lengths.max()), np.int64)
+    tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = numbers
+    return TokenisedWords(tokens, lengths, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedWords:
+    """The bins of one trie. T = bins·width is the number of nodes, padding included.
+
+    input_ids     int64 [bins, width]           0 in padding
+    position_ids  int64 [bins, width]           depth below the root; 0 in padding
+    visible       bool  [bins, width, width]    [b, q, k]: k is an ancestor of q, or q itself (also in padding)
+    indptr        int64 [words + 1]             where each word's nodes begin in indices
+    indices       int64 [entries]               pooled nodes of each word, as flat positions in 0..T-1
+    sinks         int64 [words]                 the flat position of each word's sink
+    nodes         int                           nodes that carry a token: T less the padding
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    visible: np.ndarray
+    indptr: np.ndarray
+    indices: np.ndarray
+    sinks: np.ndarray
+    nodes: int
+
+
+def pack(tokens: np.ndarray, lengths: np.ndarray, starts: np.ndarray, width: int = DEFAULT_WIDTH) -> PackedWords:
+    """Pack words into the fewest trie bins that a sweep in sorted order fills, then as narrow as that many bins allow.
+
+    Args:
+        tokens:   int64 [words, longest] token ids, each row one word from its sink on; anything behind its length
+        lengths:  int64 [words] tokens in each row, at least 1
+        starts:   int64 [words] first position to pool: 1 leaves the sink out, 0 takes it in; more skips a template
+        width:    upper bound of a bin's width; a longer word widens it
+
+    Returns:
+        The bins, with words in the order given. Equal words share all their nodes.
+    """
+    words, longest = tokens.shape
+    depth = np.arange(longest)
+    tokens = np.where(depth < lengths[:, None], tokens, -1)
+    order = np.lexsort(tokens.T[::-1])
+    tokens, lengths, starts = tokens[order], lengths[order], starts[order]
+
+    lcp = np.zeros(words, np.int64)
+    lcp[1:] = np.cumprod((tokens[1:] == tokens[:-1]) & (tokens[1:] >= 0), axis=1).sum(axis=1)
+    # new_before[i]: new nodes of the words up to and including i, were there only one bin
+    new_before = np.cumsum(lengths - lcp)
+    firsts, width = _cut(lengths, new_before, max(width, int(lengths.max())))
+
+    bin_of = np.searchsorted(firsts, np.arange(words), side="right") - 1
+    first = firsts[bin_of]
+    is_first = first == np.arange(words)
+    # the depth from which on a word has nodes of its own, and the column of its bin where these begin
+    own_from = np.where(is_first, 0, lcp)
+    own_column = np.where(is_first, 0, lengths[first] + new_before - (lengths - lcp) - new_before[first])
+
+    # the word that made the node at each depth is the last one, up to this word, with nodes of its own so deep
+    maker = np.maximum.accumulate(np.where(own_from[:, None] <= depth, np.arange(words)[:, None], 0), axis=0)
+    column = own_column[maker] + depth - own_from[maker]
+
+    word, own_depth = np.nonzero((depth >= own_from[:, None]) & (depth < lengths[:, None]))
+    own_bin, own = bin_of[word], column[word, own_depth]
+    shape = (len(firsts), width)
+    input_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    input_ids[own_bin, own] = tokens[word, own_depth]
+    position_ids[own_bin, own] = own_depth
+    visible = np.zeros((*shape, width), bool)
+    visible[:, np.arange(width), np.arange(width)] = True
+    node, ancestor_depth = np.nonzero(depth <= own_depth[:, None])
+    visible[own_bin[node], own[node], column[word[node], ancestor_depth]] = True
+
+    # back to the order in which the words came
+    back = np.argsort(order)
+    column, lengths, starts, bin_of = column[back], lengths[back], starts[back], bin_of[back]
+    flat = bin_of[:, None] * width + column
+    pooled = (depth >= starts[:, None]) & (depth < lengths[:, None])
+    indptr = np.concatenate([[0], np.cumsum(pooled.sum(axis=1))])
+    return PackedWords(input_ids, position_ids, visible, indptr, flat[pooled], flat[:, 0], len(own))
+
+
+def _cut(lengths: np.ndarray, new_before: np.ndarray, width: int) -> tuple[np.ndarray, int]:
+    """Where bins of at most ``width`` begin, and the narrowest width that needs no more bins."""
+    bins = len(_firsts(lengths, new_before, width))
+    low, high = max(int(lengths.max()), -(-int(new_before[-1]) // bins)), width
+    while low < high:
+        middle = (low + high) // 2
+        if len(_firsts(lengths, new_before, middle)) <= bins:
+            high = middle
+        else:
+            low = middle + 1
+    return _firsts(lengths, new_before, high), high
+
+
+def _firsts(lengths: np.ndarray, new_before: np.ndarray, width: int) -> np.ndarray:
+    """The first word of each bin when sorted words fill bins of ``width`` one after the other."""
+    firsts, first = [], 0
+    while first < len(lengths):
+        firsts.append(first)
+        # the bin holds the first word whole and the new nodes of those behind it
+        first = int(np.searchsorted(new_before, new_before[first] + width - lengths[first], side="right"))
+    return np.array(firsts)

@@ -1,0 +1,151 @@
+"""How a run shows how far it is, stops cleanly when asked to, and keeps what it needs to go on after a kill."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from tli.config import TrainConfig, as_dict
+from tli.errors import TliError
+from tli.files import replacing
+from tli.lexicon import Pair
+from tli.lora import LoRALinear
+
+STATE_FILE = "training_state.safetensors"
+# options that change nothing about the numbers: a resumed run may differ in them
+_FREE_OPTIONS = ("output", "overwrite", "resume", "no_report", "json")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclasses.dataclass
+class Progress:
+    """The loss at each step done, the seconds that the steps took, and the Unix time at which the run's first was done."""
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    first_step_at: float | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.losses)
+
+    def add(self, loss: float, seconds: float) -> None:
+        """Count one more step."""
+        self.losses.append(loss)
+        self.seconds = seconds
+        self.first_step_at = self.first_step_at or time.time()
+
+
+class TrainingState:
+    """The file from which an interrupted run goes on: adapters, AdamW's moments and the losses so far.
+
+    It carries a fingerprint of the configuration and of the taught pairs, so that no other run goes on from it.
+    """
+
+    def __init__(self, folder: pathlib.Path, config: TrainConfig, taught: list[Pair]):
+        self.path = folder / STATE_FILE
+        numbers = {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}
+        content = json.dumps([numbers, [dataclasses.astuple(pair) for pair in taught]], ensure_ascii=False)
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+
+    def exists(self) -> bool:
+        """Whether there is something to go on from."""
+        return self.path.is_file()
+
+    def discard(self) -> None:
+        """The run is complete: nothing is left to go on from."""
+        self.path.unlink(missing_ok=True)
+
+    def save(self, adapters: dict[str, LoRALinear], optimiser: torch.optim.AdamW, progress: Progress) -> None:
+        """Write the state as it is between two steps, whole or not at all."""
+        tensors = {"losses": torch.tensor(progress.losses, dtype=torch.float64)}
+        for name, parameter in _named(adapters):
+            tensors[name] = parameter.detach()
+            for moment in _MOMENTS:
+                tensors[f"{name}.{moment}"] = optimiser.state[parameter][moment]
+        metadata = {"fingerprint": self.fingerprint, "seconds": str(progress.seconds), "first_step_at": str(progress.first_step_at)}
+        with replacing(self.path) as temporary:
+            temporary.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+
+    def restore(self, adapters: dict[str, LoRALinear], optimiser: torch.optim.AdamW) -> Progress:
+        """Put the state back; without a file, a run that was killed before its first save starts anew.
+
+        Raises:
+            TliError: the file is of a run with other options or pairs, or is damaged.
+        """
+        if not self.exists():
+            return Progress()
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise TliError(self.path, "the file must be whole safetensors", error, "start anew with --overwrite") from error
+        if metadata["fingerprint"] != self.fingerprint:
+            raise TliError(self.path, "a run must be resumed with its own options and pairs", "others", "repeat them, or start anew with --overwrite")
+        losses = tensors["losses"].tolist()
+        for name, parameter in _named(adapters):
+            parameter.data.copy_(tensors[name])
+            moments = {moment: tensors[f"{name}.{moment}"].to(parameter.device) for moment in _MOMENTS}
+            optimiser.state[parameter] = {"step": torch.tensor(float(len(losses))), **moments}
+        return Progress(losses, float(metadata["seconds"]), float(metadata["first_step_at"]))
+
+
+def _named(adapters: dict[str, LoRALinear]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for path, adapter in adapters.items():
+        yield f"{path}.lora_A", adapter.lora_A
+        yield f"{path}.lora_B", adapter.lora_B
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or a request to terminate sets; a second one acts as it always does."""
+    stop, former = threading.Event(), {}
+
+    def handle(number, frame):
+        stop.set()
+        signal.signal(number, former[number])
+
+    # only the main thread may change handlers; elsewhere signals act as they always do
+    if threading.current_thread() is threading.main_thread():
+        former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def progress_bar(console, total: int) -> Iterator[Callable[[Progress, int], None]]:
+    """A bar with the loss, words per second and the time left; yields what to call after each step."""
+    from rich import progress as bars
+
+    columns = (
+        bars.TextColumn("training"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn("loss {task.fields[loss]:.4f}"),
+        bars.TextColumn("{task.fields[speed]:,.0f} words/s"),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=console) as bar:
+        task, shown = bar.add_task("training", total=total, loss=float("nan"), speed=0.0), time.monotonic()
+
+        def show(progress: Progress, words: int) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            bar.update(task, completed=progress.step, loss=progress.losses[-1], speed=words / (now - shown))
+            shown = now
+
+        yield show

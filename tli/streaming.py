@@ -1,0 +1,171 @@
+"""All layers' states of packed words, with one block's weights in memory at a time.
+
+transformers' own forward runs over a decoder whose blocks are stand-ins: each reads its block from the checkpoint when its
+turn comes, sends every stream of states through it, and drops it. Streams differ in the adapter they wear (None: the
+base), so a comparison before and after training reads the weights once.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tli.alignment import Alignment, measure
+from tli.checkpoint import Checkpoint
+from tli.lora import Adapter
+from tli.objective import Pooling
+from tli.packing import TokenisedWords
+from tli.truncated import Batch, Placement, block_tensors, load_block, run, shell, to_batch
+
+# a block's largest activations, the MLP's, stay small at this many nodes
+_CHUNK_NODES = 2048
+
+
+class _StreamedBlock(nn.Module):
+    """Stands where block ``index`` would: takes and gives states [streams·bins, width, D]."""
+
+    def __init__(self, block: nn.Module, index: int, checkpoint: Checkpoint, placement: Placement, streams: Sequence[Adapter | None], visit):
+        super().__init__()
+        # in a list, so that the block's parameters are nobody's but its own
+        self.block = [block]
+        self.index, self.checkpoint, self.placement, self.streams, self.visit = index, checkpoint, placement, streams, visit
+        self.attention_type = getattr(block, "attention_type", None)
+
+    def forward(self, states: Tensor, *arguments, **named) -> Tensor:
+        block = self.block.pop()
+        if self.index == 0:
+            self.visit(0, states.chunk(len(self.streams)))
+        load_block(self.checkpoint, block, self.index, self.placement)
+        # base streams first: an adapter that was attached stays
+        results = []
+        for adapter, stream, part in zip(self.streams, states.chunk(len(self.streams)), range(len(self.streams)), strict=True):
+            if adapter is not None:
+                adapter.attach(block, f"layers.{self.index}.")
+            results.append(self._chunked(block, stream, part * len(stream), arguments, named))
+        states = torch.cat(results)
+        self.visit(self.index + 1, states.chunk(len(self.streams)))
+        return states
+
+    def _chunked(self, block: nn.Module, stream: Tensor, offset: int, arguments: tuple, named: dict) -> Tensor:
+        bins = max(1, _CHUNK_NODES // stream.shape[1])
+        total = len(stream) * len(self.streams)
+        chunks = []
+        for start in range(0, len(stream), bins):
+            rows = slice(offset + start, offset + min(start + bins, len(stream)))
+            mine = [_rows(value, rows, total) for value in arguments]
+            mine_named = {name: _rows(value, rows, total) for name, value in named.items()}
+            chunks.append(block(stream[start : start + bins], *mine, **mine_named))
+        return torch.cat(chunks)
+
+
+def _rows(value, rows: slice, total: int):
+    """What a chunk of bins gets of an argument that a block takes: its rows where there is one per bin, else all of it."""
+    if isinstance(value, tuple):
+        return tuple(_rows(item, rows, total) for item in value)
+    return value[rows] if isinstance(value, Tensor) and value.ndim > 1 and len(value) == total else value
+
+
+@torch.no_grad()
+def stream_layers(
+    checkpoint: Checkpoint,
+    batch: Batch,
+    rows: np.ndarray | None,
+    placement: Placement,
+    streams: Sequence[Adapter | None],
+    visit: Callable[[int | str, Sequence[Tensor]], None],
+) -> str | None:
+    """Call ``visit(layer, states)`` for layer 0, 1, ... N and ``output``, with the states [T, D] of each stream.
+
+    Args:
+        checkpoint:  an open checkpoint
+        batch:       the packed words
+        rows:        the embedding rows that input ids count in, as for ``truncate``
+        placement:   as for ``truncate``
+        streams:     adapters to compare; None is the base. A base stream must come before the adapters.
+        visit:       gets a layer and its states; keeps what it wants of them
+
+    Returns:
+        None, or, where shards are absent, why the pass ended before ``output``.
+    """
+    whole = shell(checkpoint, checkpoint.blocks, rows, placement)
+    available, reason = _available(checkpoint, whole)
+    width = batch.input_ids.shape[1]
+
+    def flat_visit(layer, states):
+        visit(layer, [stream.reshape(-1, stream.shape[-1]) for stream in states])
+
+    stand_ins = [_StreamedBlock(whole.layers[i], i, checkpoint, placement, streams, flat_visit) for i in range(available)]
+    whole.layers = nn.ModuleList(stand_ins)
+    whole.config.num_hidden_layers = available
+    if reason is None:
+        norm = checkpoint.read({"norm.weight": tuple(whole.norm.weight.shape)})["norm.weight"]
+        whole.norm.weight = nn.Parameter(norm.to(placement.device, placement.dtype, copy=True), requires_grad=False)
+    else:
+        whole.norm = nn.Identity()
+    copies = len(streams)
+    repeated = Batch(
+        batch.input_ids.repeat(copies, 1), batch.position_ids.repeat(copies, 1), batch.mask.repeat(copies, 1, 1, 1), batch.indptr, batch.indices, batch.sinks
+    )
+    states = run(whole, repeated)
+    if reason is None:
+        flat_visit("output", states.view(copies, -1, width, states.shape[-1]).unbind())
+    return reason
+
+
+def align_layers(
+    checkpoint: Checkpoint,
+    words: TokenisedWords,
+    splits: dict[str, tuple[np.ndarray, np.ndarray]],
+    pooling: Pooling,
+    placement: Placement,
+    streams: dict[str, Adapter | None],
+    pool_bos: bool = False,
+) -> tuple[dict[tuple[str, str, int | str], Alignment], str | None]:
+    """Measure the alignment of word pairs at every layer, for each split of the pairs and each stream, in one pass.
+
+    Args:
+        checkpoint:  an open checkpoint
+        words:       all words, sources of all pairs first, then targets
+        splits:      name -> (int64 pair numbers, their ``same_meaning``)
+        pooling:     token states -> word states; at ``output``, where states are normalised already, without its norm
+        placement:   as for ``truncate``
+        streams:     name -> adapter; a base stream (None) first
+        pool_bos:    pool the sink, too
+
+    Returns:
+        The alignment by (split, stream, layer), and why the pass ended before ``output``, or None.
+    """
+    number = len(words.lengths) // 2
+    batch = to_batch(words.pack(np.arange(2 * number), pool_bos), placement.dtype, placement.device)
+    alignments = {}
+
+    def visit(layer: int | str, states: Sequence[Tensor]) -> None:
+        pool = Pooling(None, pooling.norm_eps) if layer == "output" else pooling
+        for stream, nodes in zip(streams, states, strict=True):
+            source, target = pool(nodes, batch).chunk(2)
+            share = _sink_share(nodes, batch).view(2, number).mean(dim=0)
+            for split, (pairs, same) in splits.items():
+                alignments[split, stream, layer] = measure(source[pairs], target[pairs], same, share[pairs].cpu().numpy())
+
+    return alignments, stream_layers(checkpoint, batch, words.rows, placement, list(streams.values()), visit)
+
+
+def _sink_share(states: Tensor, batch: Batch) -> Tensor:
+    """The sink's share of the summed lengths of a word's states, were the sink pooled: fp32 [words]."""
+    lengths = states.float().norm(dim=1)
+    sink = lengths[batch.sinks]
+    owner = torch.arange(len(sink), device=sink.device).repeat_interleave(batch.indptr.diff())
+    words_own = batch.indices != batch.sinks[owner]
+    own = torch.zeros_like(sink).index_add_(0, owner[words_own], lengths[batch.indices[words_own]])
+    return sink / (sink + own)
+
+
+def _available(checkpoint: Checkpoint, whole: nn.Module) -> tuple[int, str | None]:
+    """How many blocks can be read, and why not all."""
+    for index, block in enumerate(whole.layers):
+        absent = checkpoint.absent(list(block_tensors(block, index)))
+        if absent:
+            return index, f"{absent[0]} is absent, which holds block {index} and what follows"
+    absent = checkpoint.absent(["norm.weight"])
+    return len(whole.layers), f"{absent[0]} is absent, which holds the final norm" if absent else None

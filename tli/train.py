@@ -1,0 +1,271 @@
+"""``python -m tli.train``: align word pairs at layer L with LoRA adapters, and measure what came of it.
+
+Reads top to bottom: pairs -> tokens -> the truncated model with adapters -> steps -> the adapter's files -> the report.
+
+Everything random is a function of the seed and of a position (epoch, step, module), never of what came before it. So a run
+that was killed and resumed passes through the same numbers as one that was not, to the last bit.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import platform
+import resource
+import sys
+import time
+import types
+
+import numpy as np
+import torch
+
+import tli
+from tli import lexicon, lora, ops, report, starter
+from tli.checkpoint import Checkpoint, open_checkpoint
+from tli.config import TrainConfig, as_dict, parse
+from tli.errors import TliError, run_command
+from tli.files import claim_output, sha256
+from tli.objective import Objective, Pooling, pooling
+from tli.packing import TokenisedWords, tokenise
+from tli.progress import Progress, TrainingState, progress_bar, stop_signals
+from tli.streaming import align_layers
+from tli.truncated import Batch, Placement, place, run, to_batch, truncate
+
+_SAVE_EVERY_S = 20.0
+
+
+def train(config: TrainConfig) -> dict:
+    """Train adapters as ``config`` says and write them, and the report, to ``config.output``.
+
+    Returns:
+        What ``report.json`` holds; with ``no_report`` the facts of the run without measurements.
+
+    Raises:
+        TliError: for whatever a user can cause; nothing that existed before is lost.
+        KeyboardInterrupt: after a stop by Ctrl-C; the adapter so far, and what ``resume`` needs, are saved.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    output = pathlib.Path(config.output).expanduser()
+    trained, held_out = _read_pairs(config)
+    partners = _partners(len(trained), config)
+    taught = [dataclasses.replace(trained[own], source=pair.source) for pair, own in zip(trained, partners, strict=True)]
+    state = TrainingState(output, config, taught)
+    if not (config.resume and state.exists()):
+        claim_output(output, config.overwrite)
+
+    checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
+    words = _tokenise(checkpoint, trained + held_out, config.all_rows)
+    placement = place(config.device, config.dtype, config.weights)
+    console.print(f"{ops.choose(config.impl)}; {placement.dtype} on {placement.device}".replace("torch.", ""))
+
+    adapter = lora.LoRAConfig(
+        rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout, rslora=config.rslora, init=config.init
+    )
+    decoder = truncate(checkpoint, config.layer, words.rows, placement)
+    lora.inject(decoder, adapter, seed=config.seed)
+    pool = pooling(config.token_norm, checkpoint, placement.device)
+    batches = EpochBatches(config, words, partners, lexicon.same_meaning(taught), placement)
+    base_model = config.model or starter.NAME
+
+    progress = _fit(config, decoder, batches, pool, state, console)
+    report.clear(output)
+    lora.save(decoder, adapter, output, base_model)
+    if progress.step < batches.total:
+        console.print(f"stopped after step {progress.step} of {batches.total}: the adapter so far is in {output}; --resume goes on from here")
+        raise KeyboardInterrupt
+
+    facts = _facts(config, checkpoint, decoder, placement, trained, held_out, output, progress)
+    if not config.no_report:
+        streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
+        alignments, facts["missing_output"] = align_layers(
+            checkpoint, words, _splits(trained, held_out), pool, placement, streams, config.eval_pool_bos
+        )
+        facts = report.write_report(output, facts, alignments, console)
+    state.discard()
+    console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+    return facts
+
+
+def _read_pairs(config: TrainConfig) -> tuple[list[lexicon.Pair], list[lexicon.Pair]]:
+    """Trained and held-out pairs, which share no word."""
+    pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
+    if config.held_out_pairs is None:
+        return lexicon.split_pairs(pairs, config.held_out, config.seed)
+    held_out = lexicon.read_pairs(config.held_out_pairs, config.source, config.target)
+    lexicon.check_disjoint(pairs, held_out)
+    return pairs, held_out
+
+
+def _partners(pairs: int, config: TrainConfig) -> np.ndarray:
+    """Whose target each trained source is taught with: its own, or, shuffled, that of the next one around a random ring."""
+    if not config.shuffle_pairs:
+        return np.arange(pairs)
+    ring = np.random.default_rng([config.seed, 1]).permutation(pairs)
+    partners = np.empty(pairs, np.int64)
+    partners[ring] = np.roll(ring, 1)
+    return partners
+
+
+def _tokenise(checkpoint: Checkpoint, pairs: list[lexicon.Pair], all_rows: bool) -> TokenisedWords:
+    window = min(checkpoint.config.max_position_embeddings, getattr(checkpoint.config, "sliding_window", None) or math.inf)
+    words = tokenise(checkpoint.tokenizer(), [pair.source for pair in pairs] + [pair.target for pair in pairs], window)
+    return words.with_all_rows(checkpoint.config.vocab_size) if all_rows else words
+
+
+class EpochBatches:
+    """Each epoch's batches, packed before the epoch begins: random pairs in parts of nearly equal size.
+
+    Words are numbered sources first (trained, then held out), then targets in the same order.
+    """
+
+    def __init__(self, config: TrainConfig, words: TokenisedWords, partners: np.ndarray, same: np.ndarray, placement: Placement):
+        if config.batch < 2 or config.epochs < 1:
+            got = f"batch {config.batch}, epochs {config.epochs}"
+            raise TliError("--batch, --epochs", "a batch must have at least 2 pairs, and a run at least 1 epoch", got, "raise them")
+        self.config, self.words, self.partners, self.same, self.placement = config, words, partners, same, placement
+        self.per_epoch = -(-len(partners) // config.batch)
+        self.total = self.per_epoch * config.epochs
+
+    def epoch(self, epoch: int, skip: int = 0) -> list[tuple[Batch, torch.Tensor]]:
+        """The epoch's batches from the ``skip``-th on, each with its pairs (i, j) that are no negatives: int64 [E, 2]."""
+        order = np.random.default_rng([self.config.seed, 0, epoch]).permutation(len(self.partners))
+        return [self._batch(pairs) for pairs in np.array_split(order, self.per_epoch)[skip:]]
+
+    def _batch(self, pairs: np.ndarray) -> tuple[Batch, torch.Tensor]:
+        targets = self.partners[pairs] + len(self.words.lengths) // 2
+        packed = self.words.pack(np.concatenate([pairs, targets]), self.config.pool_bos)
+        place_of = np.full(len(self.partners), -1)
+        place_of[pairs] = np.arange(len(pairs))
+        same = place_of[self.same]
+        same = torch.from_numpy(same[(same >= 0).all(axis=1)]).to(self.placement.device)
+        return to_batch(packed, self.placement.dtype, self.placement.device), same
+
+
+def _fit(config: TrainConfig, decoder, batches: EpochBatches, pool: Pooling, state: TrainingState, console) -> Progress:
+    """Take the steps that are left; a signal to stop ends them early, after the step it comes in."""
+    objective = Objective(config.loss, config.temperature, config.margin)
+    adapters, parameters = lora.adapters(decoder), lora.trainable(decoder)
+    optimiser = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    progress = state.restore(adapters, optimiser) if config.resume else Progress()
+    began = saved = time.monotonic() - progress.seconds
+    decoder.train()
+    with stop_signals() as stop, progress_bar(console, batches.total) as show:
+        while progress.step < batches.total and not stop.is_set():
+            epoch, done = divmod(progress.step, batches.per_epoch)
+            for batch, same in batches.epoch(epoch, skip=done):
+                _seed_dropout(adapters, config, progress.step)
+                for group in optimiser.param_groups:
+                    group["lr"] = config.lr * rate(progress.step, batches.total, config.warmup, config.schedule)
+                loss = objective(pool(run(decoder, batch), batch), same)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise TliError(f"step {progress.step + 1}", "the loss must be finite", value, "lower --lr, or check the model's weights")
+                optimiser.zero_grad()
+                loss.backward()
+                if progress.step < 2:
+                    lora.check_gradients(decoder, progress.step)
+                if config.clip > 0:
+                    torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+                optimiser.step()
+                progress.add(value, time.monotonic() - began)
+                show(progress, words=len(batch.indptr) - 1)
+                if stop.is_set() or time.monotonic() - saved > _SAVE_EVERY_S:
+                    state.save(adapters, optimiser, progress)
+                    saved = time.monotonic()
+                if stop.is_set():
+                    break
+    decoder.eval()
+    return progress
+
+
+def rate(step: int, total: int, warmup: int, schedule: str) -> float:
+    """The learning rate at step 0, 1, ... as a share of its peak: linear warm-up, then linear or cosine decay towards 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    left = (total - step) / max(1, total - warmup)
+    return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+
+
+def _seed_dropout(adapters: dict[str, lora.LoRALinear], config: TrainConfig, step: int) -> None:
+    if config.dropout > 0:
+        for index, adapter in enumerate(adapters.values()):
+            adapter.seed = int(np.random.SeedSequence([config.seed, 2, step, index]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _splits(trained: list[lexicon.Pair], held_out: list[lexicon.Pair]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The true pairs of each split, also where mismatched ones were taught, and those among them that mean the same."""
+    numbers = np.arange(len(trained) + len(held_out))
+    return {
+        "trained": (numbers[: len(trained)], lexicon.same_meaning(trained)),
+        "held_out": (numbers[len(trained) :], lexicon.same_meaning(held_out)),
+    }
+
+
+def _facts(
+    config: TrainConfig, checkpoint: Checkpoint, decoder, placement: Placement, trained: list, held_out: list, output: pathlib.Path, progress: Progress
+) -> dict:
+    """What the run was: plain JSON values, for the report."""
+    import transformers
+
+    file = output / lora.ADAPTER_FILE
+    list_file = pathlib.Path(config.pairs or lexicon.SHIPPED)
+    per_batch = min(config.batch, len(trained))
+    return {
+        "config": as_dict(config),
+        "model": {
+            "name": config.model or starter.NAME,
+            "family": checkpoint.config.model_type,
+            "blocks": checkpoint.blocks,
+            "width": checkpoint.config.hidden_size,
+            "sha256": checkpoint.sha256(config.layer),
+        },
+        "pairs": {"trained": len(trained), "held_out": len(held_out), "name": list_file.name, "sha256": sha256(list_file)},
+        "adapter": {"sha256": sha256(file), "parameters": sum(p.numel() for p in lora.trainable(decoder)), "bytes": file.stat().st_size},
+        "training": {
+            "steps": progress.step,
+            "seconds": progress.seconds,
+            "words_per_second": 2 * len(trained) * config.epochs / progress.seconds,
+            "first_step_at": progress.first_step_at,
+            "loss_first": progress.losses[0],
+            "loss_last": progress.losses[-1],
+            # of a batch in which nothing is told apart; the hinge has its margin there
+            "chance_loss": math.log(per_batch) if config.loss == "infonce" else config.margin,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        },
+        "versions": {"tli": tli.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "device": str(placement.device), "dtype": str(placement.dtype)[6:]},
+        "shuffled": config.shuffle_pairs,
+        "missing_output": None,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+class _CallableModule(types.ModuleType):
+    """Lets ``from tli import train`` be the function, although ``tli.train`` is this module."""
+
+    def __call__(self, config: TrainConfig) -> dict:
+        return train(config)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+
+def main() -> None:
+    """The command."""
+    config = parse(TrainConfig, "tli.train")
+    facts = train(config)
+    if config.json:
+        print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    run_command(main)

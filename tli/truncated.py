@@ -1,0 +1,148 @@
+"""The model that ends after block L: transformers' own blocks, with nothing built, read or computed behind them.
+
+``hidden_states[L]`` is the residual stream after L blocks and *before* any final norm, so the norm at the end of the shell
+becomes an identity. (A transformers model made with ``num_hidden_layers=L`` applies it: its last state is another quantity.)
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tli.checkpoint import Checkpoint, nf4_rounded
+from tli.errors import TliError
+from tli.packing import PackedWords
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """``PackedWords`` as the model takes them, on its device: T = bins·width nodes.
+
+    input_ids     int64 [bins, width]
+    position_ids  int64 [bins, width]
+    mask          compute dtype [bins, 1, width, width], 0 where a node may look and the dtype's lowest value elsewhere
+    indptr        int64 [words + 1]
+    indices       int64 [entries]
+    sinks         int64 [words]
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    mask: Tensor
+    indptr: Tensor
+    indices: Tensor
+    sinks: Tensor
+
+
+def to_batch(packed: PackedWords, dtype: torch.dtype, device: torch.device) -> Batch:
+    """Move packed words to the model's device and turn what a node sees into an additive mask of its dtype."""
+    move = {name: torch.from_numpy(getattr(packed, name)).to(device) for name in ("input_ids", "position_ids", "indptr", "indices", "sinks")}
+    hidden = torch.from_numpy(~packed.visible).to(device)[:, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
+    return Batch(mask=mask, **move)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where and how weights are held: compute dtype, device, and "full" or "nf4" (linear weights rounded to NF4)."""
+
+    dtype: torch.dtype
+    device: torch.device
+    weights: str = "full"
+
+
+def place(device: str, dtype: str, weights: str = "full") -> Placement:
+    """A ``Placement`` from the options' words; ``auto`` means the GPU if there is one, float32 on a CPU, bfloat16 on a GPU.
+
+    Raises:
+        TliError: a device that is not on this machine.
+    """
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise TliError("--device", "the device must be on this machine", device, "use --device cpu") from error
+    if dtype == "auto":
+        dtype = "float32" if chosen.type == "cpu" else "bfloat16"
+    return Placement(getattr(torch, dtype), chosen, weights)
+
+
+def run(decoder: nn.Module, batch: Batch) -> Tensor:
+    """The decoder's last hidden state of each node: [T, D], nodes in the order of ``batch.input_ids``."""
+    outputs = decoder(input_ids=batch.input_ids, attention_mask=batch.mask, position_ids=batch.position_ids, use_cache=False)
+    return outputs.last_hidden_state.flatten(0, 1)
+
+
+def truncate(checkpoint: Checkpoint, layer: int, rows: np.ndarray | None, placement: Placement) -> nn.Module:
+    """transformers' decoder with the first ``layer`` blocks alone: its last hidden state is ``hidden_states[layer]``.
+
+    Args:
+        checkpoint:  an open checkpoint
+        layer:       L, from 1 to the checkpoint's number of blocks
+        rows:        int64 [V] token ids whose embedding rows are kept, in the order that input ids count; None keeps all
+        placement:   dtype, device and rounding of the weights
+
+    Returns:
+        The decoder, frozen and in evaluation mode. Adapters go into it in place.
+
+    Raises:
+        TliError: a layer out of range, a missing or misshapen tensor, an unreadable shard.
+    """
+    if not 1 <= layer <= checkpoint.blocks:
+        raise TliError("--layer", f"the layer must be from 1 to {checkpoint.blocks}, the model's number of blocks", layer, "choose one in this range")
+    decoder = shell(checkpoint, layer, rows, placement)
+    for index in range(layer):
+        load_block(checkpoint, decoder.layers[index], index, placement)
+    decoder.norm = nn.Identity()
+    return decoder
+
+
+def shell(checkpoint: Checkpoint, blocks: int, rows: np.ndarray | None, placement: Placement) -> nn.Module:
+    """transformers' decoder with its embedding rows read, ``blocks`` blocks without memory, and its final norm unread."""
+    from transformers import AutoModel
+
+    # built for real but for the blocks and the vocabulary, so that every buffer (rotary frequencies, scales) is the family's own
+    config = _config(checkpoint, blocks)
+    decoder = AutoModel.from_config(_config(checkpoint, blocks=0), dtype=torch.float32)
+    # some families have frequencies for each kind of block there is
+    decoder.rotary_emb = type(decoder.rotary_emb)(config)
+    decoder.to(placement.device)
+    with torch.device("meta"):
+        decoder.layers = AutoModel.from_config(config, dtype=placement.dtype).layers
+    decoder.config = config
+    table = checkpoint.embedding_rows(None if rows is None else torch.from_numpy(rows))
+    decoder.embed_tokens.weight = nn.Parameter(table.to(placement.device, placement.dtype), requires_grad=False)
+    return decoder.requires_grad_(False).eval()
+
+
+def _config(checkpoint: Checkpoint, blocks: int):
+    config = type(checkpoint.config)(**checkpoint.config.to_dict())
+    config.num_hidden_layers = blocks
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = list(checkpoint.config.layer_types[:blocks])
+    # one row stands in until the kept rows take its place
+    config.vocab_size, config.pad_token_id = 1, None
+    # SDPA has no soft-capping: Gemma 2 needs the eager form
+    config._attn_implementation = "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"
+    return config
+
+
+def load_block(checkpoint: Checkpoint, block: nn.Module, index: int, placement: Placement) -> None:
+    """Read block ``index`` of the checkpoint into ``block``, frozen."""
+    names = block_tensors(block, index)
+    tensors = checkpoint.read({full: tuple(parameter.shape) for full, (_, parameter) in names.items()})
+    linear = {f"{path}.weight" for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+    for full, (local, _) in names.items():
+        tensor = tensors.pop(full)
+        if placement.weights == "nf4" and local in linear:
+            tensor = nf4_rounded(tensor)
+        # a copy even where the dtype is right: the file may go away under a mapped tensor
+        value = tensor.to(placement.device, placement.dtype, copy=True)
+        owner, _, leaf = local.rpartition(".")
+        setattr(block.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def block_tensors(block: nn.Module, index: int) -> dict[str, tuple[str, nn.Parameter]]:
+    """Of each parameter of a block: its name in the checkpoint -> (its name in the block, the parameter)."""
+    return {f"layers.{index}.{local}": (local, parameter) for local, parameter in block.named_parameters()}
