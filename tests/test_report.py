@@ -261,3 +261,30 @@ def test_the_distributions_hold_every_pair():
 def test_the_verdict_follows_the_records_alone():
     report = assemble(*run_of((WEAK, STRONG), (WEAK, STRONG)))
     assert verdict(json.loads(json.dumps(report))) == report["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({("held_out", "gap"): (-0.03, -0.04, -0.02)}, "the held-out gap fell by -0.030 [-.040, -.020]"),
+        ({("held_out", "gap"): (0.001, -0.01, 0.012)}, "may be zero, though the held-out MRR rose"),
+        ({("after", "mrr"): (0.08, 0.06, 0.1)}, "too little to lift retrieval above chance"),
+        ({("after", "mrr"): (0.03, 0.02, 0.04)}, "Held-out retrieval is below chance (MRR 0.030 [.020, .040]"),
+        ({("trained - held_out", "gap"): (-0.2, -0.3, -0.1)}, "held-out pairs gained more than trained ones, by -0.200 [-.300, -.100]"),
+    ],
+)
+def test_rarer_outcomes_have_sentences_of_their_own(changes, said):
+    report = assemble(*run_of((WEAK, STRONG), (WEAK, STRONG)))
+    for (where, metric), (mean, low, high) in changes.items():
+        changed = [r for r in report["measurements"] if (r["split"], r["when"], r["metric"]) == ("held_out", where, metric)]
+        changed += [t for t in report["tests"] if (t["split"], t["metric"]) == (where, metric)]
+        assert len(changed) == 1
+        changed[0].update(value=mean, mean_gain=mean, difference=mean, low=low, high=high)
+    assert said not in report["verdict"]
+    assert said in verdict(report)
+
+
+def test_few_held_out_pairs_are_said_to_be_few(monkeypatch):
+    assert "held out, so these intervals are rough" not in assemble(*run_of((WEAK, STRONG), (WEAK, STRONG)))["verdict"]
+    monkeypatch.setitem(COUNTS, "held_out", 12)
+    assert "Only 12 pairs are held out, so these intervals are rough" in assemble(*run_of((WEAK, STRONG), (WEAK, STRONG)))["verdict"]

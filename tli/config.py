@@ -104,7 +104,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(config_class, module: str, arguments: list[str] | None = None):
-    """Read the command line of ``python -m <module>`` into a ``config_class``; leaves with 2 on a wrong flag."""
+    """Read the command line of ``python -m <module>`` into a ``config_class``; leaves with 2 on a wrong flag or value."""
     parser = _Parser(prog=f"python -m {module}", usage=f"python -m {module} [options]", description=config_class.__doc__, formatter_class=_help_format, allow_abbrev=False)
     kinds, groups = typing.get_type_hints(config_class), {}
     for field in dataclasses.fields(config_class):
@@ -119,7 +119,11 @@ def parse(config_class, module: str, arguments: list[str] | None = None):
             kind = _plain_type(kinds[field.name])
             metavar = None if choices else kind.__name__.upper()
             groups[group].add_argument(flag, type=kind, choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=help_text)
-    return config_class(**vars(parser.parse_args(arguments)))
+    given = vars(parser.parse_args(arguments))
+    try:
+        return config_class(**given)
+    except TliError as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 def _help_format(prog: str) -> argparse.HelpFormatter:

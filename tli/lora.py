@@ -256,7 +256,8 @@ def _targets(decoder: nn.Module, index: int, targets: str) -> list[str]:
 
 
 def _start(lora_a: Tensor, init: str, seed: int, path: str) -> None:
-    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(path.encode()))
+    # 32 bits are all that torch's generator takes of a seed on a CPU
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {path}".encode()))
     start = torch.empty(lora_a.shape)
     if init == "normal":
         start.normal_(std=lora_a.shape[1] ** -0.5, generator=generator)

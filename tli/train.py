@@ -6,6 +6,12 @@ Everything random is a function of the seed and of a position (epoch, step, modu
 that was killed and resumed passes through the same numbers as one that was not, to the last bit.
 """
 
+from tli.config import TrainConfig, as_dict, parse
+
+if __name__ == "__main__":
+    # first of all: --help and a wrong flag must not wait for torch
+    COMMAND_LINE = parse(TrainConfig, "tli.train")
+
 import dataclasses
 import json
 import math
@@ -22,7 +28,6 @@ import torch
 import tli
 from tli import lexicon, lora, ops, report, starter
 from tli.checkpoint import Checkpoint, open_checkpoint
-from tli.config import TrainConfig, as_dict, parse
 from tli.errors import TliError, run_command
 from tli.files import claim_output, sha256
 from tli.objective import Objective, Pooling, pooling
@@ -261,9 +266,8 @@ sys.modules[__name__].__class__ = _CallableModule
 
 def main() -> None:
     """The command."""
-    config = parse(TrainConfig, "tli.train")
-    facts = train(config)
-    if config.json:
+    facts = train(COMMAND_LINE)
+    if COMMAND_LINE.json:
         print(json.dumps(facts))
 
 
