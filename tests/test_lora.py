@@ -6,11 +6,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from conftest import FAMILIES
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import FAMILIES
 from tli import lora
 from tli.checkpoint import open_checkpoint
 from tli.errors import TliError
@@ -76,7 +76,11 @@ def test_a_modules_start_depends_on_the_seed_and_its_own_path(make_model, tokeni
 @pytest.mark.parametrize(
     ("targets", "blocks", "expected"),
     [
-        ("q_proj, v_proj", None, ["layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj", "layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"]),
+        (
+            "q_proj, v_proj",
+            None,
+            ["layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj", "layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"],
+        ),
         (r"mlp\.(up|down)_proj", [1], ["layers.1.mlp.up_proj", "layers.1.mlp.down_proj"]),
         (r"layers\.0\.self_attn\.[qk]_proj", None, ["layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"]),
     ],
@@ -93,7 +97,10 @@ def test_targets_by_name_and_by_expression(make_model, tokenizer, targets, block
     [
         ({"rank": 0}, "^--rank: the rank must be at least 1, got 0; "),
         ({"rank": 49}, "^--rank: the rank must be at most 48, the smaller side of layers.0.self_attn.q_proj, got 49; "),
-        ({"targets": "q_proj,w_proj"}, r"^--targets: each target must be a linear layer of the model \(q_proj, .*, down_proj\), got w_proj; "),
+        (
+            {"targets": "q_proj,w_proj"},
+            r"^--targets: each target must be a linear layer of the model \(q_proj, .*, down_proj\), got w_proj; ",
+        ),
         ({"targets": r"mlp\.x.*"}, r"^--targets: the expression must match a linear layer .*, got mlp\\.x.*; "),
         ({"targets": r"mlp\.("}, "^--targets: the targets must be names or a regular expression, got "),
         ({"alpha": 0}, "alpha must be positive"),
@@ -168,7 +175,11 @@ def assert_words_equal(packed, padded, batch, words) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "settings",
-    [{"targets": "q_proj,v_proj"}, {"targets": "all-linear", "rslora": True}, {"targets": r"layers\.0\.self_attn\.q_proj|layers\.1\.mlp\.up_proj"}],
+    [
+        {"targets": "q_proj,v_proj"},
+        {"targets": "all-linear", "rslora": True},
+        {"targets": r"layers\.0\.self_attn\.q_proj|layers\.1\.mlp\.up_proj"},
+    ],
     ids=["two", "all", "differing"],
 )
 def test_peft_reads_what_we_write_on_the_whole_model(make_model, tokenizer, tmp_path, family, settings):
@@ -188,7 +199,9 @@ def test_peft_reads_what_we_write_on_the_whole_model(make_model, tokenizer, tmp_
     # and so on to the end of the model
     layers = {}
     adapters = [None, lora.load(tmp_path)]
-    stream_layers(open_checkpoint(str(folder)), batch, words.rows, CPU, adapters, lambda layer, states: layers.__setitem__(layer, states[1]))
+    stream_layers(
+        open_checkpoint(str(folder)), batch, words.rows, CPU, adapters, lambda layer, states: layers.__setitem__(layer, states[1])
+    )
     assert_words_equal(layers["output"], peft_states(model, words, "output"), batch, words)
 
 
@@ -196,7 +209,9 @@ def test_peft_reads_what_we_write_on_the_whole_model(make_model, tokenizer, tmp_
 def test_we_read_what_peft_writes(make_model, tokenizer, tmp_path, transformed):
     folder = make_model("llama")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=3, lora_alpha=7, target_modules=["k_proj", "gate_proj"], layers_to_transform=transformed, use_rslora=True))
+    model = get_peft_model(
+        model, LoraConfig(r=3, lora_alpha=7, target_modules=["k_proj", "gate_proj"], layers_to_transform=transformed, use_rslora=True)
+    )
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -207,7 +222,9 @@ def test_we_read_what_peft_writes(make_model, tokenizer, tmp_path, transformed):
     adapter.attach(decoder)
     assert_words_equal(run(decoder, batch), peft_states(model.eval(), words, 2), batch, words)
     layers = {}
-    stream_layers(open_checkpoint(str(folder)), batch, words.rows, CPU, [adapter], lambda layer, states: layers.__setitem__(layer, states[0]))
+    stream_layers(
+        open_checkpoint(str(folder)), batch, words.rows, CPU, [adapter], lambda layer, states: layers.__setitem__(layer, states[0])
+    )
     assert_words_equal(layers["output"], peft_states(model, words, "output"), batch, words)
 
 
@@ -275,5 +292,7 @@ def test_an_adapter_of_another_width_is_refused(make_model, tokenizer, tmp_path)
     lora.inject(decoder, config)
     lora.save(decoder, config, tmp_path, "base")
     other, _, _ = truncated(make_model("llama"), tokenizer)
-    with pytest.raises(TliError, match=r"^layers.0.self_attn.q_proj: the adapter must fit the model: 64x48, got A \(2, 32\), B \(64, 2\); "):
+    with pytest.raises(
+        TliError, match=r"^layers.0.self_attn.q_proj: the adapter must fit the model: 64x48, got A \(2, 32\), B \(64, 2\); "
+    ):
         lora.load(tmp_path).attach(other)

@@ -82,6 +82,16 @@ def test_tokens_come_behind_one_sink_whatever_the_tokenizer_adds(tokenizer):
         assert tokenizer.decode(ids[1:]) == text
 
 
+@pytest.mark.parametrize("prefix", ["", " ", "neno: "])
+def test_the_words_own_tokens_begin_where_they_reach_into_it(tokenizer, prefix):
+    words = tokenise(tokenizer, ["kitabu", "mtu"], window=64, prefix=prefix)
+    packed = words.pack(np.arange(2))
+    for number, text in enumerate(["kitabu", "mtu"]):
+        own = packed.input_ids.ravel()[packed.indices[packed.indptr[number] : packed.indptr[number + 1]]]
+        assert tokenizer.decode(words.rows[own]).strip() == text
+        assert tokenizer.decode(words.rows[words.tokens[number, 1 : words.lengths[number]]]) == prefix + text
+
+
 @pytest.mark.parametrize(("word", "got"), [("a" * 500, "500"), ("", "0")])
 def test_a_word_beyond_the_window_or_without_tokens_is_named(tokenizer, word, got):
     with pytest.raises(TliError, match=rf"^word '{word[:40]}.*must have 1 to 63 tokens .*, got {got}; ") as error:

@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import FAMILIES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conftest import FAMILIES
 from tli.checkpoint import nf4_rounded, open_checkpoint
 from tli.errors import TliError
 from tli.packing import tokenise
@@ -62,7 +62,9 @@ def test_streaming_gives_every_layer_and_the_output(make_model, tokenizer, famil
     whole = whole_states(folder, words.rows[words.tokens], words.lengths)
     batch = to_batch(words.pack(np.arange(len(WORDS)), width=24), torch.float32, CPU.device)
     layers = {}
-    reason = stream_layers(open_checkpoint(str(folder)), batch, words.rows, CPU, [None, None], lambda layer, states: layers.__setitem__(layer, states))
+    reason = stream_layers(
+        open_checkpoint(str(folder)), batch, words.rows, CPU, [None, None], lambda layer, states: layers.__setitem__(layer, states)
+    )
     assert reason is None
     assert list(layers) == [0, 1, 2, 3, 4, "output"]
     for layer in (0, 1, 2, 3, "output"):
@@ -107,7 +109,9 @@ def test_only_the_shards_of_the_first_blocks_are_opened(make_model, tokenizer, t
     folder = tmp_path / "model"
     shutil.copytree(make_model("llama", shards=True), folder)
     checkpoint = open_checkpoint(str(folder))
-    needed = {file for name, file in checkpoint.shard_of.items() if name.startswith(("model.embed_tokens", "model.layers.0.", "model.layers.1."))}
+    needed = {
+        file for name, file in checkpoint.shard_of.items() if name.startswith(("model.embed_tokens", "model.layers.0.", "model.layers.1."))
+    }
     later = set(checkpoint.shard_of.values()) - needed
     assert later
     for file in later:
@@ -200,10 +204,14 @@ def test_a_bad_checkpoint_is_one_clear_line(make_model, tmp_path, kind, message)
     folder = tmp_path / "model"
     shutil.copytree(make_model("llama"), folder)
     damage(folder, kind)
-    with pytest.raises(TliError, match=message) as error:
+
+    def use() -> None:
         checkpoint = open_checkpoint(str(folder))
         checkpoint.tokenizer()
         truncate(checkpoint, 9 if kind == "more blocks" else 2, np.arange(10), CPU)
+
+    with pytest.raises(TliError, match=message) as error:
+        use()
     assert "\n" not in str(error.value)
 
 

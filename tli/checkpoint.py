@@ -105,7 +105,9 @@ class Checkpoint:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder or self.name, use_fast=True)
         except Exception as error:
-            raise TliError(self.name, "the tokenizer must be readable", _one_line(error), "download the model's tokenizer files again") from error
+            raise TliError(
+                self.name, "the tokenizer must be readable", _one_line(error), "download the model's tokenizer files again"
+            ) from error
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise TliError(self.name, "the tokenizer must have a BOS or EOS token to serve as the sink", "neither", "choose another model")
         return tokenizer
@@ -115,7 +117,10 @@ class Checkpoint:
             return self.shard_of[self.prefix + name]
         except KeyError:
             raise TliError(
-                self.name, f"the checkpoint must hold the tensor {self.prefix + name}", f"{len(self.shard_of)} others", "check that it is complete"
+                self.name,
+                f"the checkpoint must hold the tensor {self.prefix + name}",
+                f"{len(self.shard_of)} others",
+                "check that it is complete",
             ) from None
 
     def _tensor(self, shard, file: str, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -126,7 +131,9 @@ class Checkpoint:
         if tuple(tensor.shape) != tuple(shape):
             got = "x".join(map(str, tensor.shape))
             raise TliError(
-                self.path(file), f"{self.prefix + name} must have the shape {'x'.join(map(str, shape))} that config.json implies", got,
+                self.path(file),
+                f"{self.prefix + name} must have the shape {'x'.join(map(str, shape))} that config.json implies",
+                got,
                 "use the config.json that belongs to these weights",
             )
         return tensor
@@ -147,7 +154,9 @@ def open_checkpoint(name: str) -> Checkpoint:
     shard_of = _shard_of(name, folder)
     prefixes = [match["prefix"] for match in map(_FIRST_BLOCK_KEY.match, shard_of) if match]
     if not prefixes:
-        raise TliError(name, "the checkpoint must hold a decoder's layers.0.self_attn.q_proj.weight", "none", "use a checkpoint of a decoder")
+        raise TliError(
+            name, "the checkpoint must hold a decoder's layers.0.self_attn.q_proj.weight", "none", "use a checkpoint of a decoder"
+        )
     return Checkpoint(name, folder, config, shard_of, prefixes[0])
 
 
@@ -163,11 +172,15 @@ def _read_config(name: str, folder: pathlib.Path | None):
     config = config.get_text_config()
     if config.model_type not in FAMILIES:
         raise TliError(
-            name, f"the model's family must be one that is known to truncate exactly ({', '.join(FAMILIES)})", config.model_type,
+            name,
+            f"the model's family must be one that is known to truncate exactly ({', '.join(FAMILIES)})",
+            config.model_type,
             "choose a model of these families",
         )
     if getattr(config, "quantization_config", None):
-        raise TliError(name, "the weights must be stored unquantised", "a quantization_config in config.json", "use the model's original checkpoint")
+        raise TliError(
+            name, "the weights must be stored unquantised", "a quantization_config in config.json", "use the model's original checkpoint"
+        )
     return config
 
 
@@ -204,10 +217,14 @@ def _download(name: str, file: str, optional: bool) -> pathlib.Path | None:
         if optional:
             return None
         if isinstance(error, LocalEntryNotFoundError):
-            raise TliError("--model", "the model must be in reach", f"no folder {name} and no hub connection", "check the path or the network") from error
+            raise TliError(
+                "--model", "the model must be in reach", f"no folder {name} and no hub connection", "check the path or the network"
+            ) from error
         raise TliError(name, f"the repository must hold {file}", "none", "choose a repository with safetensors") from error
     except Exception as error:
-        raise TliError("--model", "the model must be a folder or a hub name in reach", _one_line(error), "check the name and the network") from error
+        raise TliError(
+            "--model", "the model must be a folder or a hub name in reach", _one_line(error), "check the name and the network"
+        ) from error
 
 
 @contextlib.contextmanager

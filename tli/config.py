@@ -33,13 +33,18 @@ class TrainConfig:
     layer: int = option(2, "model", "hidden state to align: the residual stream after this many blocks")
     weights: str = option("full", "model", "frozen weights: full precision, or rounded to NF4", paper="nf4", choices=("full", "nf4"))
     all_rows: bool = option(False, "model", "keep the whole embedding table, not only the rows that the words use")
-    dtype: str = option("auto", "model", "compute dtype (auto: float32 on a CPU, bfloat16 on a GPU)", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option(
+        "auto", "model", "compute dtype (auto: float32 on a CPU, bfloat16 on a GPU)", choices=("auto", "float32", "bfloat16", "float16")
+    )
     device: str = option("auto", "model", "cpu, cuda or cuda:N (auto: a GPU if there is one)")
     impl: str = option("auto", "model", "which implementation of the ops", choices=("auto", "reference", "fused"))
 
-    pairs: str | None = option(None, "words", "word pairs: .tsv .csv .json .jsonl or dictd .index (default: the shipped Swahili-English list)")
+    pairs: str | None = option(
+        None, "words", "word pairs: .tsv .csv .json .jsonl or dictd .index (default: the shipped Swahili-English list)"
+    )
     source: str = option("swahili", "words", "name of the source language's column or key")
     target: str = option("english", "words", "name of the target language's column or key")
+    prefix: str = option(" ", "words", "text before each word, never pooled; a space gives words as they stand in running text", paper="")
     held_out: float = option(0.1, "words", "share of the pairs kept out of training, split so that no word is on both sides")
     held_out_pairs: str | None = option(None, "words", "a list of its own to hold out, in place of a share of --pairs")
     shuffle_pairs: bool = option(False, "words", "control: train on mismatched pairs; whatever still rises is not alignment")
@@ -47,16 +52,25 @@ class TrainConfig:
     rank: int = option(16, "adapter", "LoRA rank R")
     alpha: float | None = option(None, "adapter", "LoRA alpha; the scale is alpha/R (default: 2R)")
     rslora: bool = option(False, "adapter", "scale by alpha/sqrt(R) in place of alpha/R")
-    targets: str = option("all-linear", "adapter", "all-linear, a comma list of names, or a regular expression over module names", paper="q_proj,v_proj")
+    targets: str = option(
+        "all-linear", "adapter", "all-linear, a comma list of names, or a regular expression over module names", paper="q_proj,v_proj"
+    )
     dropout: float = option(0.0, "adapter", "dropout on the adapters' input", paper=0.05)
-    init: str = option("normal", "adapter", "start of A: N(0, 1/K), or peft's Kaiming uniform", paper="kaiming", choices=("normal", "kaiming"))
+    init: str = option(
+        "normal", "adapter", "start of A: N(0, 1/K), or peft's Kaiming uniform", paper="kaiming", choices=("normal", "kaiming")
+    )
 
-    loss: str = option("infonce", "objective", "symmetric InfoNCE, or hinge with the hardest negative", paper="hinge", choices=("infonce", "hinge"))
+    loss: str = option(
+        "infonce", "objective", "symmetric InfoNCE, or hinge with the hardest negative", paper="hinge", choices=("infonce", "hinge")
+    )
     temperature: float = option(0.1, "objective", "InfoNCE temperature")
     margin: float = option(0.4, "objective", "margin of the hinge")
     token_norm: str = option(
-        "final", "objective", "what a token state goes through before the mean: the model's final norm, plain RMS, or nothing",
-        paper="none", choices=("final", "rms", "none"),
+        "final",
+        "objective",
+        "what a token state goes through before the mean: the model's final norm, plain RMS, or nothing",
+        paper="none",
+        choices=("final", "rms", "none"),
     )
     pool_bos: bool = option(False, "objective", "pool the first position (the attention sink) into every word while training", paper=True)
     eval_pool_bos: bool = option(False, "objective", "pool it in the measurements, too")
@@ -94,7 +108,9 @@ def check_choices(config) -> None:
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata["choices"]
         if choices and value is not None and value not in choices:
-            raise TliError(f"--{field.name.replace('_', '-')}", f"the value must be one of {', '.join(choices)}", repr(value), "choose one of these")
+            raise TliError(
+                f"--{field.name.replace('_', '-')}", f"the value must be one of {', '.join(choices)}", repr(value), "choose one of these"
+            )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,7 +121,13 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(config_class, module: str, arguments: list[str] | None = None):
     """Read the command line of ``python -m <module>`` into a ``config_class``; leaves with 2 on a wrong flag or value."""
-    parser = _Parser(prog=f"python -m {module}", usage=f"python -m {module} [options]", description=config_class.__doc__, formatter_class=_help_format, allow_abbrev=False)
+    parser = _Parser(
+        prog=f"python -m {module}",
+        usage=f"python -m {module} [options]",
+        description=config_class.__doc__,
+        formatter_class=_help_format,
+        allow_abbrev=False,
+    )
     kinds, groups = typing.get_type_hints(config_class), {}
     for field in dataclasses.fields(config_class):
         group = field.metadata["group"]

@@ -100,7 +100,10 @@ def inject(decoder: nn.Module, config: LoRAConfig, blocks: range | list[int] | N
         raise TliError("--rank", "the rank must be at least 1", config.rank, "choose a positive rank")
     if config.alpha <= 0 or not 0.0 <= config.dropout < 1.0:
         raise TliError(
-            "--alpha, --dropout", "alpha must be positive and dropout in [0, 1)", f"alpha {config.alpha}, dropout {config.dropout}", "choose other values"
+            "--alpha, --dropout",
+            "alpha must be positive and dropout in [0, 1)",
+            f"alpha {config.alpha}, dropout {config.dropout}",
+            "choose other values",
         )
     indices = range(len(decoder.layers)) if blocks is None else blocks
     chosen = [path for index in indices for path in _targets(decoder, index, config.targets)]
@@ -109,7 +112,10 @@ def inject(decoder: nn.Module, config: LoRAConfig, blocks: range | list[int] | N
         linear = decoder.get_submodule(path)
         if config.rank > min(linear.weight.shape):
             raise TliError(
-                "--rank", f"the rank must be at most {min(linear.weight.shape)}, the smaller side of {path}", config.rank, "choose a smaller rank"
+                "--rank",
+                f"the rank must be at most {min(linear.weight.shape)}, the smaller side of {path}",
+                config.rank,
+                "choose a smaller rank",
             )
         adapter = LoRALinear(linear, config.rank, config.scale, config.dropout)
         _start(adapter.lora_A, config.init, seed, path)
@@ -142,7 +148,9 @@ def check_gradients(decoder: nn.Module, step: int) -> None:
         name, parameter = ("lora_B", adapter.lora_B) if step == 0 else ("lora_A", adapter.lora_A)
         if parameter.grad is None or not parameter.grad.any():
             raise TliError(
-                f"{path}.{name}", f"every adapter must get a gradient at step {step + 1}", "zero",
+                f"{path}.{name}",
+                f"every adapter must get a gradient at step {step + 1}",
+                "zero",
                 "leave the module out with --targets, or check that the loss can reach it",
             )
 
@@ -166,8 +174,10 @@ class Adapter:
             lora_a, lora_b = self.factors[prefix + path]
             if (lora_b.shape[0], lora_a.shape[1]) != tuple(child.weight.shape) or lora_a.shape[0] != lora_b.shape[1]:
                 raise TliError(
-                    prefix + path, "the adapter must fit the model: {}x{}".format(*child.weight.shape),
-                    f"A {tuple(lora_a.shape)}, B {tuple(lora_b.shape)}", "use the model that the adapter was trained on",
+                    prefix + path,
+                    "the adapter must fit the model: {}x{}".format(*child.weight.shape),
+                    f"A {tuple(lora_a.shape)}, B {tuple(lora_b.shape)}",
+                    "use the model that the adapter was trained on",
                 )
             wrapped = LoRALinear(child, lora_a.shape[0], self.scale, dropout=0.0)
             wrapped.lora_A.data, wrapped.lora_B.data = lora_a.to(child.weight.device), lora_b.to(child.weight.device)
@@ -209,7 +219,9 @@ def load(folder: str | os.PathLike) -> Adapter:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
-        raise TliError(folder / CONFIG_FILE, "the file must be JSON with r and lora_alpha", repr(error), "save the adapter again") from error
+        raise TliError(
+            folder / CONFIG_FILE, "the file must be JSON with r and lora_alpha", repr(error), "save the adapter again"
+        ) from error
     unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out") if config.get(key)]
     if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
         what = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
@@ -226,7 +238,9 @@ def load(folder: str | os.PathLike) -> Adapter:
         factors.setdefault(match["path"], {})[match["factor"]] = tensor.float()
     for path, pair in factors.items():
         if set(pair) != {"A", "B"}:
-            raise TliError(folder / ADAPTER_FILE, f"{path} must have lora_A and lora_B", f"only lora_{next(iter(pair))}", "save the adapter again")
+            raise TliError(
+                folder / ADAPTER_FILE, f"{path} must have lora_A and lora_B", f"only lora_{next(iter(pair))}", "save the adapter again"
+            )
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return Adapter(scale, {path: (pair["A"], pair["B"]) for path, pair in factors.items()})
 
@@ -242,15 +256,21 @@ def _targets(decoder: nn.Module, index: int, targets: str) -> list[str]:
         unknown = [name for name in names if not any(path.rpartition(".")[2] == name for path in linear)]
         if unknown:
             available = ", ".join(path.rpartition(".")[2] for path in linear)
-            raise TliError("--targets", f"each target must be a linear layer of the model ({available})", ", ".join(unknown), "choose among these")
+            raise TliError(
+                "--targets", f"each target must be a linear layer of the model ({available})", ", ".join(unknown), "choose among these"
+            )
         chosen = [path for path in linear if path.rpartition(".")[2] in names]
     else:
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise TliError("--targets", "the targets must be names or a regular expression", f"{targets} ({error})", "correct it") from error
+            raise TliError(
+                "--targets", "the targets must be names or a regular expression", f"{targets} ({error})", "correct it"
+            ) from error
         chosen = [path for path in linear if pattern.fullmatch(path) or pattern.fullmatch(f"layers.{index}.{path}")]
-        if not any(pattern.fullmatch(path) or pattern.fullmatch(f"layers.{i}.{path}") for i in range(len(decoder.layers)) for path in linear):
+        if not any(
+            pattern.fullmatch(path) or pattern.fullmatch(f"layers.{i}.{path}") for i in range(len(decoder.layers)) for path in linear
+        ):
             raise TliError("--targets", f"the expression must match a linear layer ({', '.join(linear)})", targets, "correct it")
     return [f"layers.{index}.{path}" for path in chosen]
 

@@ -17,5 +17,7 @@ hinge = reference.hinge
 def choose(impl: str) -> str:
     """Choose the ops for ``impl`` (auto, reference, fused) and return one line that says which were taken and why."""
     if impl == "fused":
-        raise TliError("--impl", "the fused ops must be available", "a version that has only the reference ops", "use --impl auto or reference")
+        raise TliError(
+            "--impl", "the fused ops must be available", "a version that has only the reference ops", "use --impl auto or reference"
+        )
     return "reference ops (plain PyTorch): this version has no fused ones"

@@ -30,41 +30,51 @@ class TokenisedWords:
 
     tokens   int64 [words, longest]  positions in ``rows``; 0 behind a word's end
     lengths  int64 [words]           tokens of each word, sink included
+    starts   int64 [words]           the first token that is the word's own
     rows     int64 [V]               the token ids that occur, ascending: the embedding rows to keep
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
+    starts: np.ndarray
     rows: np.ndarray
 
     def with_all_rows(self, vocabulary: int) -> "TokenisedWords":
         """The same words over the whole embedding table: tokens are token ids."""
-        return TokenisedWords(self.rows[self.tokens], self.lengths, np.arange(vocabulary))
+        return dataclasses.replace(self, tokens=self.rows[self.tokens], rows=np.arange(vocabulary))
 
     def pack(self, words: np.ndarray, pool_bos: bool = False, width: int = DEFAULT_WIDTH) -> "PackedWords":
-        """Pack the words with these numbers, in this order."""
-        starts = np.full(len(words), 0 if pool_bos else 1)
+        """Pack the words with these numbers, in this order; ``pool_bos`` takes the sink, and all else, into the pool."""
+        starts = self.starts[words] * (not pool_bos)
         return pack(self.tokens[words], self.lengths[words], starts, width)
 
 
-def tokenise(tokenizer, words: Sequence[str], window: int) -> TokenisedWords:
-    """Tokenise each word alone behind one sink: the tokenizer's BOS, or its EOS where it has no BOS.
+def tokenise(tokenizer, words: Sequence[str], window: int, prefix: str = "") -> TokenisedWords:
+    """Tokenise each word, behind ``prefix``, behind one sink: the tokenizer's BOS, or its EOS where it has no BOS.
+
+    A token that lies in the prefix alone is context; the word's own tokens begin with the first that reaches into it.
 
     Raises:
         TliError: a word without tokens, or with more than ``window``.
     """
     sink = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     # special tokens are left to us: some tokenizers add a BOS, some an EOS, some neither
-    ids = tokenizer(list(words), add_special_tokens=False)["input_ids"]
-    for word, word_ids in zip(words, ids, strict=True):
-        if not 1 <= len(word_ids) < window:
+    encoded = tokenizer([prefix + word for word in words], add_special_tokens=False, return_offsets_mapping=True)
+    ids, starts = encoded["input_ids"], []
+    for word, word_ids, spans in zip(words, ids, encoded["offset_mapping"], strict=True):
+        own = sum(end > len(prefix) for _, end in spans)
+        if not own or len(word_ids) >= window:
             shown = word if len(word) <= 40 else word[:40] + "..."
-            raise TliError(f"word {shown!r}", f"a word must have 1 to {window - 1} tokens (the model's window)", len(word_ids), "shorten or remove it")
+            got = len(word_ids) if own else 0
+            raise TliError(
+                f"word {shown!r}", f"a word must have 1 to {window - 1} tokens (the model's window)", got, "shorten or remove it"
+            )
+        starts.append(1 + len(word_ids) - own)
     lengths = np.array([1 + len(word_ids) for word_ids in ids])
     rows, numbers = np.unique(np.concatenate([[sink, *word_ids] for word_ids in ids]), return_inverse=True)
     tokens = np.zeros((len(ids), lengths.max()), np.int64)
     tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = numbers
-    return TokenisedWords(tokens, lengths, rows)
+    return TokenisedWords(tokens, lengths, np.array(starts), rows)
 
 
 @dataclasses.dataclass(frozen=True)

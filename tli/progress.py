@@ -88,11 +88,14 @@ class TrainingState:
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise TliError(self.path, "the file must be whole safetensors", error, "start anew with --overwrite") from error
         if metadata["fingerprint"] != self.fingerprint:
-            raise TliError(self.path, "a run must be resumed with its own options and pairs", "others", "repeat them, or start anew with --overwrite")
+            raise TliError(
+                self.path, "a run must be resumed with its own options and pairs", "others", "repeat them, or start anew with --overwrite"
+            )
         losses = tensors["losses"].tolist()
         for name, parameter in _named(adapters):
             parameter.data.copy_(tensors[name])

@@ -25,7 +25,9 @@ _CHUNK_NODES = 2048
 class _StreamedBlock(nn.Module):
     """Stands where block ``index`` would: takes and gives states [streams·bins, width, D]."""
 
-    def __init__(self, block: nn.Module, index: int, checkpoint: Checkpoint, placement: Placement, streams: Sequence[Adapter | None], visit):
+    def __init__(
+        self, block: nn.Module, index: int, checkpoint: Checkpoint, placement: Placement, streams: Sequence[Adapter | None], visit
+    ):
         super().__init__()
         # in a list, so that the block's parameters are nobody's but its own
         self.block = [block]
@@ -105,7 +107,12 @@ def stream_layers(
         whole.norm = nn.Identity()
     copies = len(streams)
     repeated = Batch(
-        batch.input_ids.repeat(copies, 1), batch.position_ids.repeat(copies, 1), batch.mask.repeat(copies, 1, 1, 1), batch.indptr, batch.indices, batch.sinks
+        batch.input_ids.repeat(copies, 1),
+        batch.position_ids.repeat(copies, 1),
+        batch.mask.repeat(copies, 1, 1, 1),
+        batch.indptr,
+        batch.indices,
+        batch.sinks,
     )
     states = run(whole, repeated)
     if reason is None:

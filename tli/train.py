@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> dict:
         claim_output(output, config.overwrite)
 
     checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
-    words = _tokenise(checkpoint, trained + held_out, config.all_rows)
+    words = _tokenise(config, checkpoint, trained + held_out)
     placement = place(config.device, config.dtype, config.weights)
     console.print(f"{ops.choose(config.impl)}; {placement.dtype} on {placement.device}".replace("torch.", ""))
 
@@ -78,7 +78,9 @@ def train(config: TrainConfig) -> dict:
     report.clear(output)
     lora.save(decoder, adapter, output, base_model)
     if progress.step < batches.total:
-        console.print(f"stopped after step {progress.step} of {batches.total}: the adapter so far is in {output}; --resume goes on from here")
+        console.print(
+            f"stopped after step {progress.step} of {batches.total}: the adapter so far is in {output}; --resume goes on from here"
+        )
         raise KeyboardInterrupt
 
     facts = _facts(config, checkpoint, decoder, placement, trained, held_out, output, progress)
@@ -113,10 +115,10 @@ def _partners(pairs: int, config: TrainConfig) -> np.ndarray:
     return partners
 
 
-def _tokenise(checkpoint: Checkpoint, pairs: list[lexicon.Pair], all_rows: bool) -> TokenisedWords:
+def _tokenise(config: TrainConfig, checkpoint: Checkpoint, pairs: list[lexicon.Pair]) -> TokenisedWords:
     window = min(checkpoint.config.max_position_embeddings, getattr(checkpoint.config, "sliding_window", None) or math.inf)
-    words = tokenise(checkpoint.tokenizer(), [pair.source for pair in pairs] + [pair.target for pair in pairs], window)
-    return words.with_all_rows(checkpoint.config.vocab_size) if all_rows else words
+    words = tokenise(checkpoint.tokenizer(), [pair.source for pair in pairs] + [pair.target for pair in pairs], window, config.prefix)
+    return words.with_all_rows(checkpoint.config.vocab_size) if config.all_rows else words
 
 
 class EpochBatches:
@@ -166,7 +168,9 @@ def _fit(config: TrainConfig, decoder, batches: EpochBatches, pool: Pooling, sta
                 loss = objective(pool(run(decoder, batch), batch), same)
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise TliError(f"step {progress.step + 1}", "the loss must be finite", value, "lower --lr, or check the model's weights")
+                    raise TliError(
+                        f"step {progress.step + 1}", "the loss must be finite", value, "lower --lr, or check the model's weights"
+                    )
                 optimiser.zero_grad()
                 loss.backward()
                 if progress.step < 2:
@@ -211,14 +215,21 @@ def _splits(trained: list[lexicon.Pair], held_out: list[lexicon.Pair]) -> dict[s
 
 
 def _facts(
-    config: TrainConfig, checkpoint: Checkpoint, decoder, placement: Placement, trained: list, held_out: list, output: pathlib.Path, progress: Progress
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    decoder,
+    placement: Placement,
+    trained: list,
+    held_out: list,
+    output: pathlib.Path,
+    progress: Progress,
 ) -> dict:
     """What the run was: plain JSON values, for the report."""
     import transformers
 
     file = output / lora.ADAPTER_FILE
     list_file = pathlib.Path(config.pairs or lexicon.SHIPPED)
-    per_batch = min(config.batch, len(trained))
+    per_batch = len(trained) / -(-len(trained) // config.batch)
     return {
         "config": as_dict(config),
         "model": {
@@ -237,12 +248,22 @@ def _facts(
             "first_step_at": progress.first_step_at,
             "loss_first": progress.losses[0],
             "loss_last": progress.losses[-1],
-            # of a batch in which nothing is told apart; the hinge has its margin there
-            "chance_loss": math.log(per_batch) if config.loss == "infonce" else config.margin,
+            # of a batch in which nothing is told apart
+            "chance_loss": math.log(per_batch) if config.loss == "infonce" else None,
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         },
-        "versions": {"tli": tli.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
-        "machine": {"processor": _processor(), "threads": torch.get_num_threads(), "device": str(placement.device), "dtype": str(placement.dtype)[6:]},
+        "versions": {
+            "tli": tli.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "device": str(placement.device),
+            "dtype": str(placement.dtype)[6:],
+        },
         "shuffled": config.shuffle_pairs,
         "missing_output": None,
     }
@@ -250,7 +271,11 @@ def _facts(
 
 def _processor() -> str:
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    models = (
+        [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
     return models[0] if models else platform.processor() or platform.machine()
 
 

@@ -37,7 +37,9 @@ class Batch:
 
 def to_batch(packed: PackedWords, dtype: torch.dtype, device: torch.device) -> Batch:
     """Move packed words to the model's device and turn what a node sees into an additive mask of its dtype."""
-    move = {name: torch.from_numpy(getattr(packed, name)).to(device) for name in ("input_ids", "position_ids", "indptr", "indices", "sinks")}
+    move = {
+        name: torch.from_numpy(getattr(packed, name)).to(device) for name in ("input_ids", "position_ids", "indptr", "indices", "sinks")
+    }
     hidden = torch.from_numpy(~packed.visible).to(device)[:, None]
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
     return Batch(mask=mask, **move)
@@ -90,7 +92,9 @@ def truncate(checkpoint: Checkpoint, layer: int, rows: np.ndarray | None, placem
         TliError: a layer out of range, a missing or misshapen tensor, an unreadable shard.
     """
     if not 1 <= layer <= checkpoint.blocks:
-        raise TliError("--layer", f"the layer must be from 1 to {checkpoint.blocks}, the model's number of blocks", layer, "choose one in this range")
+        raise TliError(
+            "--layer", f"the layer must be from 1 to {checkpoint.blocks}, the model's number of blocks", layer, "choose one in this range"
+        )
     decoder = shell(checkpoint, layer, rows, placement)
     for index in range(layer):
         load_block(checkpoint, decoder.layers[index], index, placement)

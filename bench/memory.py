@@ -1,0 +1,81 @@
+"""``python -m bench.memory``: the peak memory of each subject, each in a process of its own. Linux.
+
+A process imports what its subject needs, builds it, and takes three steps of the optimiser; its peak is the kernel's
+high-water mark of resident memory (VmHWM). ``ru_maxrss`` would not do: a process inherits that from the one that started it.
+"""
+
+import json
+import re
+import subprocess
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import record
+from tli.config import TrainConfig, as_dict
+from tli.errors import TliError, run_command
+
+STEPS = 3
+_MIB = 1 << 20
+_HERE = "import sys; from bench.memory import measure_here; measure_here(*sys.argv[1:])"
+
+
+def measure(config: TrainConfig, names: list[str]) -> list[dict]:
+    """Of each subject: resident bytes once its imports are done, once its model and batch are there, and at most."""
+    return [{"subject": name, "batch": config.batch, **_measure(config, name)} for name in names]
+
+
+def _measure(config: TrainConfig, name: str) -> dict:
+    command = [sys.executable, "-c", _HERE, name, json.dumps(as_dict(config))]
+    done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise TliError(f"memory of {name}", "the process must take its steps", last, "choose a smaller batch, or free memory")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_here(name: str, config: str) -> None:
+    """What the process of one subject does."""
+    from bench.peers import SUBJECTS
+
+    subject_class = SUBJECTS[name]
+    subject_class.imports()
+    imported = _resident("VmRSS")
+    subject = subject_class(TrainConfig(**json.loads(config)))
+    built = _resident("VmRSS")
+    for _ in range(STEPS):
+        subject.step()
+    print(json.dumps({"imported_bytes": imported, "built_bytes": built, "peak_bytes": _resident("VmHWM")}))
+
+
+def _resident(what: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as status:
+        return int(re.search(rf"{what}:\s*(\d+) kB", status.read())[1]) * 1024
+
+
+def table(rows: list[dict]) -> Table:
+    """The rows of ``measure``, each peak beside its ratio to that of peft-truncated at the same batch."""
+    shown = Table("batch", "subject", "imports alone", "built", f"peak of {STEPS} steps", "of peft-truncated's", title="resident memory, MiB")
+    truncated = {row["batch"]: row["peak_bytes"] for row in rows if row["subject"] == "peft-truncated"}
+    for row in rows:
+        sizes = [f"{row[name] / _MIB:,.0f}" for name in ("imported_bytes", "built_bytes", "peak_bytes")]
+        shown.add_row(str(row["batch"]), row["subject"], *sizes, f"{row['peak_bytes'] / truncated[row['batch']]:.2f}")
+    return shown
+
+
+def main() -> None:
+    """The command."""
+    from bench.peers import SUBJECTS
+    from bench.step import StepConfig, train_configs
+    from tli.config import parse
+
+    config = parse(StepConfig, "bench.memory")
+    rows = [row for one in train_configs(config) for row in measure(one, list(SUBJECTS))]
+    console = Console()
+    console.print(table(rows))
+    console.print(record.write("memory", {"setting": as_dict(config), **record.material(train_configs(config)[0]), "memory": rows}))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,83 @@
+"""The record of a benchmark: what was measured, on which machine, with which versions; written once, never edited."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import subprocess
+
+import torch
+
+import tli
+from tli import lexicon, starter
+from tli.checkpoint import open_checkpoint
+from tli.config import TrainConfig
+from tli.files import sha256
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+def machine() -> dict:
+    """The facts of this machine and of what runs on it."""
+    packages = ("torch", "transformers", "peft", "numpy", "pytest-benchmark")
+    return {
+        "processor": _first("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_bytes": int(_first("/proc/meminfo", r"MemTotal:\s*(\d+) kB") or 0) * 1024,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {"tli": tli.__version__, **{name: importlib.metadata.version(name) for name in packages}},
+        "commit": _git("rev-parse", "HEAD"),
+        "modified": bool(_git("status", "--porcelain", "--", "tli", "kernels", "bench/*.py")),
+    }
+
+
+def material(config: TrainConfig) -> dict:
+    """The model and the list that were used, by name and hash."""
+    words = pathlib.Path(config.pairs or lexicon.SHIPPED)
+    checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
+    return {
+        "model": {"name": config.model or starter.NAME, "sha256": checkpoint.sha256(checkpoint.blocks)},
+        "pairs": {"name": words.name, "sha256": sha256(words), "pairs": len(lexicon.read_pairs(config.pairs, config.source, config.target))},
+    }
+
+
+def write(kind: str, content: dict, folder: pathlib.Path = RESULTS) -> pathlib.Path:
+    """Write ``content`` with today's date and the machine's facts to a new file in ``folder``, and return its path.
+
+    A file that is there already is never touched: a second run of the day gets a number.
+    """
+    facts = machine()
+    date = datetime.date.today().isoformat()
+    processor = re.sub(r"[^a-z0-9]+", "-", facts["processor"].lower()).strip("-")
+    stem = f"{date}-{kind}-{processor}-{facts['cores']}-cores"
+    text = json.dumps({"date": date, "kind": kind, "machine": facts, **content}, indent=1) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 1000):
+        path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            continue
+        return path
+    raise FileExistsError(folder / stem)
+
+
+def _first(path: str, pattern: str) -> str | None:
+    file = pathlib.Path(path)
+    found = re.search(pattern, file.read_text()) if file.exists() else None
+    return found[1].strip() if found else None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

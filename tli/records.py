@@ -1,0 +1,56 @@
+"""A report's records, found and written: what tables, figures and the verdict have in common.
+
+A report's ``measurements`` are flat records of a value with its interval; its ``tests`` are records of a gain with its own.
+"""
+
+from __future__ import annotations
+
+import re
+
+Layer = int | str
+
+SPLITS = {"trained": "trained", "held_out": "held out"}
+DIFFERENCE = "trained - held_out"
+
+
+def compared_layers(run: dict, records: list[dict]) -> list[Layer]:
+    """The layers that tables and tests are about: L, and ``output`` where it was measured."""
+    return [run["config"]["layer"], *(["output"] if any(r["layer"] == "output" for r in records) else [])]
+
+
+def find_value(report: dict, *key: Layer) -> dict | None:
+    """The measurement with this (split, when, layer, metric), or None."""
+    return next((r for r in report["measurements"] if (r["split"], r["when"], r["layer"], r["metric"]) == key), None)
+
+
+def find_gain(report: dict, *key: Layer) -> dict | None:
+    """The test with this (layer, metric, split), or None; the split ``DIFFERENCE`` is trained against held out."""
+    return next((t for t in report["tests"] if (t["layer"], t["metric"], t["split"]) == key), None)
+
+
+def place_name(layer: Layer) -> str:
+    """``layer 2`` or ``the output``."""
+    return "the output" if layer == "output" else f"layer {layer}"
+
+
+def number(value: float, sign: str = "", digits: int = 3) -> str:
+    """A value as the tables write it."""
+    # a cosine of .99998 must not be shown as 1, nor -.0001 as -0
+    digits = 5 if digits == 3 and 0.9995 <= abs(value) < 1 else digits
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+
+
+def interval(record: dict) -> str:
+    """The 95 % interval of a measurement or a test, in brackets."""
+    low, high = (re.sub(r"^(-?)0", r"\1", f"{round(record[end], 3) + 0.0:.3f}") for end in ("low", "high"))
+    return f"[{low}, {high}]"
+
+
+def signed_gain(test: dict) -> str:
+    """A test's gain or difference with its interval."""
+    return f"{number(test['mean_gain'] if test['test'] == 'paired' else test['difference'], '+')} {interval(test)}"
+
+
+def p_value(p: float) -> str:
+    """A p-value: three decimals, or its order of magnitude where that is small."""
+    return "<1e-300" if p < 1e-300 else f"{p:.0e}" if p < 1e-3 else f"{p:.3f}"
