@@ -127,36 +127,37 @@ def measure(source: torch.Tensor, target: torch.Tensor, same: np.ndarray, sink_s
 
     with torch.inference_mode():
         source, target = _directions(source, "source"), _directions(target, "target")
-        same = torch.as_tensor(same, dtype=torch.int64, device=source.device).reshape(-1, 2)
         pairs, cosine = len(source), (source * target).sum(1)
-        # [forward, backward]
+        same = torch.as_tensor(same, dtype=torch.int64, device=source.device).reshape(-1, 2)
+        # [forward, backward]: of a row the candidates lie along it, of a column along the column
+        others = pairs - 1 - torch.stack([torch.bincount(side, minlength=pairs) for side in same.T])
         total = cosine.new_zeros(2, pairs)
-        above, tied, others = torch.zeros(3, 2, pairs, dtype=torch.int64, device=source.device)
-        histogram = torch.zeros(len(HISTOGRAM_EDGES) - 1, dtype=torch.int64, device=source.device)
+        above, at_least = torch.zeros(2, 2, pairs, dtype=torch.int64, device=source.device)
+        histogram = cosine.new_zeros(len(HISTOGRAM_EDGES) - 1)
         for rows in torch.arange(pairs, device=source.device).split(max(1, _CHUNK_NUMBERS // pairs)):
             here = same[(same[:, 0] >= rows[0]) & (same[:, 0] <= rows[-1])]
-            other = torch.ones(len(rows), pairs, dtype=torch.bool, device=source.device)
-            other[rows - rows[0], rows] = False
-            other[here[:, 0] - rows[0], here[:, 1]] = False
+            left_out = torch.cat([rows, here[:, 0]]) - rows[0], torch.cat([rows, here[:, 1]])
             similarity = (source[rows] @ target.T).clamp_(-1, 1)
-            bins = similarity[other].add_(1).mul_(len(histogram) / 2).long().clamp_(max=len(histogram) - 1)
-            histogram += torch.bincount(bins, minlength=len(histogram))
-            similarity.masked_fill_(~other, 0)
-            # of row i the candidates lie along axis 1; of column i along axis 0, to be added up over the chunks
-            for way, axis, asking, own in ((0, 1, rows, cosine[rows, None]), (1, 0, slice(None), cosine)):
-                nearer = (similarity > own + _TIE).logical_and_(other).sum(axis)
-                total[way, asking] += similarity.sum(axis)
-                above[way, asking] += nearer
-                tied[way, asking] += (similarity >= own - _TIE).logical_and_(other).sum(axis) - nearer
-                others[way, asking] += other.sum(axis)
+            similarity[left_out] = 0
+            total[0, rows] = similarity.sum(1)
+            total[1] += similarity.sum(0)
+            # farther than any cosine: never counted, in no bin
+            similarity[left_out] = -2
+            histogram += torch.histc(similarity, len(histogram), -1, 1)
+            above[0, rows], at_least[0, rows] = (
+                (similarity > cosine[rows, None] + _TIE).sum(1),
+                (similarity >= cosine[rows, None] - _TIE).sum(1),
+            )
+            above[1] += (similarity > cosine + _TIE).sum(0)
+            at_least[1] += (similarity >= cosine - _TIE).sum(0)
         alone = (others == 0).any(0).nonzero().flatten()
         if len(alone):
             got = f"none for pair {int(alone[0]) + 1} of {pairs}"
             raise TliError("alignment", "every pair needs another of different meaning", got, "measure more pairs")
         mismatched = (total / others).mean(0)
-        ways = [Retrieval(*(counts[way].cpu().numpy() for counts in (above, tied, others + 1))) for way in (0, 1)]
+        ways = [Retrieval(*(counts[way].cpu().numpy() for counts in (above, at_least - above, others + 1))) for way in (0, 1)]
     share = None if sink_share is None else np.asarray(sink_share, dtype=np.float64)
-    return Alignment(cosine.cpu().numpy(), mismatched.cpu().numpy(), histogram.cpu().numpy(), *ways, share)
+    return Alignment(cosine.cpu().numpy(), mismatched.cpu().numpy(), histogram.long().cpu().numpy(), *ways, share)
 
 
 def measurements(alignment: Alignment, split: str, when: str, layer: int | str, seed: int) -> list[dict]:
