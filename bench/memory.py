@@ -5,6 +5,7 @@ high-water mark of resident memory (VmHWM). ``ru_maxrss`` would not do: a proces
 """
 
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -56,7 +57,9 @@ def _resident(what: str) -> int:
 
 def table(rows: list[dict]) -> Table:
     """The rows of ``measure``, each peak beside its ratio to that of peft-truncated at the same batch."""
-    shown = Table("batch", "subject", "imports alone", "built", f"peak of {STEPS} steps", "of peft-truncated's", title="resident memory, MiB")
+    shown = Table(
+        "batch", "subject", "imports alone", "built", f"peak of {STEPS} steps", "of peft-truncated's", title="resident memory, MiB"
+    )
     truncated = {row["batch"]: row["peak_bytes"] for row in rows if row["subject"] == "peft-truncated"}
     for row in rows:
         sizes = [f"{row[name] / _MIB:,.0f}" for name in ("imported_bytes", "built_bytes", "peak_bytes")]
@@ -72,9 +75,10 @@ def main() -> None:
 
     config = parse(StepConfig, "bench.memory")
     rows = [row for one in train_configs(config) for row in measure(one, list(SUBJECTS))]
-    console = Console()
+    console = Console(width=140)
     console.print(table(rows))
-    console.print(record.write("memory", {"setting": as_dict(config), **record.material(train_configs(config)[0]), "memory": rows}))
+    content = {"setting": as_dict(config), **record.material(train_configs(config)[0]), "memory": rows}
+    console.print("written:", str(record.write("memory", content, pathlib.Path(config.results))))
 
 
 if __name__ == "__main__":

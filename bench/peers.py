@@ -15,6 +15,7 @@ peft-hook is not told that the blocks behind L need no graph; the paper's forwar
 """
 
 import logging
+import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -173,7 +174,10 @@ class _Peft(Subject):
         # a list of names would not do: layers_to_transform looks for blocks below a ForCausalLM's name for the decoder
         linear = [f"layers.{path}" for path, module in model.layers[: self.config.layer].named_modules() if isinstance(module, nn.Linear)]
         lora = LoraConfig(r=self.config.rank, lora_alpha=self.config.alpha, lora_dropout=self.config.dropout, target_modules=linear)
-        return get_peft_model(model, lora)
+        with warnings.catch_warnings():
+            # peft still asks transformers for an attribute by its old name
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(model, lora)
 
     def loss(self) -> Tensor:
         input_ids = nn.utils.rnn.pad_sequence(self.tokens, batch_first=True)

@@ -43,7 +43,11 @@ def material(config: TrainConfig) -> dict:
     checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
     return {
         "model": {"name": config.model or starter.NAME, "sha256": checkpoint.sha256(checkpoint.blocks)},
-        "pairs": {"name": words.name, "sha256": sha256(words), "pairs": len(lexicon.read_pairs(config.pairs, config.source, config.target))},
+        "pairs": {
+            "name": words.name,
+            "sha256": sha256(words),
+            "pairs": len(lexicon.read_pairs(config.pairs, config.source, config.target)),
+        },
     }
 
 

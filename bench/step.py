@@ -62,7 +62,10 @@ def prepare(config: TrainConfig) -> dict[str, Subject]:
     """Every subject, all with the same adapters: tli's A, and a small random B."""
     subjects = {name: subject_class(config) for name, subject_class in SUBJECTS.items()}
     generator = torch.Generator().manual_seed(config.seed)
-    start = {path: (a.detach().clone(), torch.randn(b.shape, generator=generator) * _START_OF_B) for path, (a, b) in subjects["tli"].adapters().items()}
+    start = {
+        path: (a.detach().clone(), torch.randn(b.shape, generator=generator) * _START_OF_B)
+        for path, (a, b) in subjects["tli"].adapters().items()
+    }
     for subject in subjects.values():
         subject.start_from(start)
     return subjects
@@ -130,7 +133,18 @@ def start(config: TrainConfig, runs: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
 
         def first_step(run: int) -> float:
-            flags = ["--no-report", "--epochs", "1", "--json", "--output", f"{folder}/{run}", "--layer", str(config.layer), "--rank", str(config.rank)]
+            flags = [
+                "--no-report",
+                "--epochs",
+                "1",
+                "--json",
+                "--output",
+                f"{folder}/{run}",
+                "--layer",
+                str(config.layer),
+                "--rank",
+                str(config.rank),
+            ]
             chosen = [f"--{name}={value}" for name, value in (("model", config.model), ("pairs", config.pairs)) if value is not None]
             began = time.time()
             facts = _tli_train([*flags, *chosen, "--batch", str(config.batch)])
@@ -152,7 +166,9 @@ def start(config: TrainConfig, runs: int) -> dict:
 
 
 def _tli_train(flags: list[str]) -> str:
-    done = subprocess.run([sys.executable, "-m", "tli.train", *flags], cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-m", "tli.train", *flags], cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     if done.returncode != 0:
         raise TliError("python -m tli.train", "the run must end well", done.stderr.strip()[-200:], "run it by hand to see why")
     return done.stdout

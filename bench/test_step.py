@@ -49,6 +49,8 @@ def test_step(benchmark, timed, subject):
     agreement, steps = timed
     step = steps[subject]
     benchmark.group = f"batch {step['batch']}"
-    benchmark.extra_info.update(machine=record.machine(), agreement=agreement.get(subject), **{key: step[key] for key in step if key != "rounds"})
+    benchmark.extra_info.update(
+        machine=record.machine(), agreement=agreement.get(subject), **{key: step[key] for key in step if key != "rounds"}
+    )
     seconds = iter(step["rounds"])
     benchmark.pedantic(clock.play, setup=lambda: ((next(seconds),), {}), rounds=len(step["rounds"]))

@@ -1,12 +1,13 @@
 """A plain PyTorch twin of every op: the specification that the kernels are held against, and the CPU's way.
 
+    linear      y = x·Wᵀ + bias
     nf4_lora    y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias
     pool_norm   u_b = normalise(mean over the nodes t of word b of norm(h_t))
     infonce     ½ Σ over both directions of mean_i [ log Σ_{j allowed} exp(u_i·v_j / τ) - u_i·v_i / τ ]
     hinge       mean_i max(0, margin - u_i·v_i + max_{j allowed, j ≠ i} u_i·v_j)
 
 Letters: B batch, T nodes, M rows, K in-features, N out-features, R rank, D width, E edges.
-Norms, cosines and losses are computed in fp32 whatever comes in; only ``nf4_lora`` works in the dtype of its input.
+Norms, cosines and losses are computed in fp32 whatever comes in; only ``linear`` and ``nf4_lora`` work in the dtype of their input.
 """
 
 import torch
@@ -39,6 +40,20 @@ def _mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x·Wᵀ + bias with frozen weights.
+
+    Args:
+        x:       [..., K] in the compute dtype
+        weight:  [N, K] frozen, same dtype as x
+        bias:    [N] frozen, or None
+
+    Returns:
+        [..., N] in x's dtype. Gradient to x alone.
+    """
+    return F.linear(x, weight, bias)
+
+
 def nf4_lora(
     x: Tensor,
     weight: Tensor,
@@ -69,7 +84,7 @@ def nf4_lora(
     if dropout > 0.0:
         dropped = rows * (keep_mask(seed, *rows.shape, dropout, x.device).to(x.dtype) / (1.0 - dropout))
     low_rank = F.linear(dropped, lora_a.to(x.dtype))
-    y = torch.addmm(F.linear(rows, weight, bias), low_rank, lora_b.to(x.dtype).t(), alpha=scale)
+    y = torch.addmm(linear(rows, weight, bias), low_rank, lora_b.to(x.dtype).t(), alpha=scale)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

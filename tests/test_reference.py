@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tli_kernels import reference
+from tli_kernels import onednn, reference
 
 from tli import ops
 from tli.errors import TliError
@@ -128,9 +128,25 @@ def test_pool_norm_is_its_definition_with_gradients(norm):
     assert not single.grad[4].any()
 
 
+IMPLEMENTATIONS = [reference, *([onednn] if onednn.available() else [])]
+
+
+@pytest.mark.parametrize("ops_module", IMPLEMENTATIONS, ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("rows", [0, 1, 12, 131])
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+def test_linear_is_its_formula_and_leaves_the_weight_alone(ops_module, rows, strided):
+    x = torch.randn(rows, 14 if strided else 7)[:, :: 2 if strided else 1].requires_grad_()
+    weight, bias, direction = torch.randn(5, 7), torch.randn(5), torch.randn(rows, 5)
+    y = ops_module.linear(x, weight, bias)
+    (dx,) = torch.autograd.grad((y * direction).sum(), x)
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().T + bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx.double(), direction.double() @ weight.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ops_module", IMPLEMENTATIONS, ids=lambda module: module.__name__.rpartition(".")[2])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_nf4_lora_is_its_formula_with_gradients(bias, dropout):
+def test_nf4_lora_is_its_formula_with_gradients(ops_module, bias, dropout):
     shapes = {"x": (3, 4, 6), "weight": (5, 6), "lora_a": (2, 6), "lora_b": (5, 2), "bias": (5,)}
     exact = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
     kept = reference.keep_mask(9, 12, 6, dropout).double() / (1 - dropout)
@@ -150,6 +166,9 @@ def test_nf4_lora_is_its_formula_with_gradients(bias, dropout):
     for name in ("x", "lora_a", "lora_b"):
         torch.testing.assert_close(single[name].grad.double(), exact[name].grad, rtol=1e-4, atol=1e-5)
     assert single["weight"].grad is None
+    # where no input needs it, dx is not computed, and A and B still learn
+    still = ops_module.nf4_lora(single["x"].detach(), *operands[1:], 0.7, dropout=dropout, seed=9)
+    assert [grad.shape for grad in torch.autograd.grad(still.sum(), operands[2:])] == [(2, 6), (5, 2)]
 
 
 def test_dropout_keeps_what_it_says_and_is_a_function_of_its_seed():
@@ -165,6 +184,7 @@ def test_dropout_keeps_what_it_says_and_is_a_function_of_its_seed():
 
 
 def test_asking_for_fused_ops_never_falls_back():
-    assert "reference" in ops.choose("auto")
+    cpu = torch.device("cpu")
+    assert "asked for" in ops.choose("reference", torch.float32, cpu)
     with pytest.raises(TliError, match="^--impl: the fused ops must be available, got "):
-        ops.choose("fused")
+        ops.choose("fused", torch.float32, cpu)

@@ -75,9 +75,9 @@ class TrainConfig:
     pool_bos: bool = option(False, "objective", "pool the first position (the attention sink) into every word while training", paper=True)
     eval_pool_bos: bool = option(False, "objective", "pool it in the measurements, too")
 
-    batch: int = option(256, "training", "pairs per step", paper=8)
+    batch: int = option(128, "training", "pairs per step", paper=8)
     epochs: int = option(40, "training", "passes over the trained pairs", paper=5)
-    lr: float = option(1e-3, "training", "peak learning rate of AdamW", paper=2e-4)
+    lr: float = option(2e-3, "training", "peak learning rate of AdamW", paper=2e-4)
     warmup: int = option(20, "training", "steps of linear warm-up", paper=50)
     schedule: str = option("linear", "training", "decay after the warm-up", choices=("linear", "cosine", "constant"))
     weight_decay: float = option(0.01, "training", "AdamW weight decay")

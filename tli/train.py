@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> dict:
     checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
     words = _tokenise(config, checkpoint, trained + held_out)
     placement = place(config.device, config.dtype, config.weights)
-    console.print(f"{ops.choose(config.impl)}; {placement.dtype} on {placement.device}".replace("torch.", ""))
+    console.print(ops.choose(config.impl, placement.dtype, placement.device))
 
     adapter = lora.LoRAConfig(
         rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout, rslora=config.rslora, init=config.init
@@ -180,7 +180,7 @@ def _fit(config: TrainConfig, decoder, batches: EpochBatches, pool: Pooling, sta
                 optimiser.step()
                 progress.add(value, time.monotonic() - began)
                 show(progress, words=len(batch.indptr) - 1)
-                if stop.is_set() or time.monotonic() - saved > _SAVE_EVERY_S:
+                if stop.is_set() or progress.step == batches.total or time.monotonic() - saved > _SAVE_EVERY_S:
                     state.save(adapters, optimiser, progress)
                     saved = time.monotonic()
                 if stop.is_set():
@@ -250,7 +250,7 @@ def _facts(
             "loss_last": progress.losses[-1],
             # of a batch in which nothing is told apart
             "chance_loss": math.log(per_batch) if config.loss == "infonce" else None,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_bytes": _peak_bytes(),
         },
         "versions": {
             "tli": tli.__version__,
@@ -267,6 +267,15 @@ def _facts(
         "shuffled": config.shuffle_pairs,
         "missing_output": None,
     }
+
+
+def _peak_bytes() -> int:
+    """The largest part of memory that this process ever held."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        # what getrusage says would count the parent's peak, which a child inherits
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _processor() -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tli import ops
 from tli.checkpoint import Checkpoint, nf4_rounded
 from tli.errors import TliError
 from tli.packing import PackedWords
@@ -70,6 +71,13 @@ def place(device: str, dtype: str, weights: str = "full") -> Placement:
     return Placement(getattr(torch, dtype), chosen, weights)
 
 
+class FrozenLinear(nn.Linear):
+    """y = x·Wᵀ + bias with frozen weights, by the implementation that ``ops`` chose."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
 def run(decoder: nn.Module, batch: Batch) -> Tensor:
     """The decoder's last hidden state of each node: [T, D], nodes in the order of ``batch.input_ids``."""
     outputs = decoder(input_ids=batch.input_ids, attention_mask=batch.mask, position_ids=batch.position_ids, use_cache=False)
@@ -114,6 +122,9 @@ def shell(checkpoint: Checkpoint, blocks: int, rows: np.ndarray | None, placemen
     decoder.to(placement.device)
     with torch.device("meta"):
         decoder.layers = AutoModel.from_config(config, dtype=placement.dtype).layers
+    for child in decoder.layers.modules():
+        if type(child) is nn.Linear:
+            child.__class__ = FrozenLinear
     decoder.config = config
     table = checkpoint.embedding_rows(None if rows is None else torch.from_numpy(rows))
     decoder.embed_tokens.weight = nn.Parameter(table.to(placement.device, placement.dtype), requires_grad=False)

@@ -1,0 +1,90 @@
+"""The CPU's way of ``nf4_lora`` with 32-bit weights: oneDNN's products in place of the default BLAS, one pass each way.
+
+    y  = x·Wᵀ + b + s·(drop(x)·Aᵀ)·Bᵀ            the low-rank term is added into y, not beside it
+    dx = dy·W + keep·((s·dy·B)·A)                 likewise
+    dA = (s·dy·B)ᵀ·drop(x),  dB = s·dyᵀ·(drop(x)·Aᵀ)
+
+torch's CPU build multiplies 32-bit matrices with MKL, which takes its slower path on processors that are not Intel's.
+oneDNN, in the same build, does not: on an AMD EPYC with AVX-512 it is 2.2 times as fast (bench/LOG.md). It takes W and Wᵀ
+as they lie in memory, so nothing is packed and nothing is held twice. What is saved: x, W, A, B and drop(x)·Aᵀ [M, R].
+
+Letters: M rows, K in-features, N out-features, R rank.
+"""
+
+import torch
+from tli_kernels.reference import keep_mask
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def available() -> bool:
+    """Whether this build of torch has oneDNN and its linear product (an operator of torch's own compiler)."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x·Wᵀ + b for x [M, K] and W [N, K] of any strides."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (weight,) = ctx.saved_tensors
+        return _product(dy.contiguous(), weight.t()) if ctx.needs_input_grad[0] else None, None, None
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b, scale, bias, dropout, seed):
+        low_rank = _dropped(x, dropout, seed) @ lora_a.t()
+        ctx.save_for_backward(x, weight, lora_a, lora_b, low_rank)
+        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
+        return _product(x, weight, bias).addmm_(low_rank, lora_b.t(), alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, lora_a, lora_b, low_rank = ctx.saved_tensors
+        dy = dy.contiguous()
+        d_low_rank = ctx.scale * (dy @ lora_b)
+        da = d_low_rank.t() @ _dropped(x, ctx.dropout, ctx.seed)
+        db = ctx.scale * (dy.t() @ low_rank)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _product(dy, weight.t())
+            if ctx.dropout > 0.0:
+                dx += _dropped(d_low_rank @ lora_a, ctx.dropout, ctx.seed)
+            else:
+                dx.addmm_(d_low_rank, lora_a)
+        return dx, None, da, db, None, None, None, None
+
+
+def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
+    return x * (keep_mask(seed, *x.shape, dropout).to(x.dtype) / (1.0 - dropout)) if dropout > 0.0 else x
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x·Wᵀ + b with W and b frozen; arguments and result as of ``reference.linear``."""
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def nf4_lora(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias in fp32 on a CPU; arguments and result as of ``reference.nf4_lora``."""
+    rows = x.reshape(-1, x.shape[-1])
+    return _LoRALinear.apply(rows, weight, lora_a, lora_b, scale, bias, dropout, seed).view(*x.shape[:-1], weight.shape[0])
