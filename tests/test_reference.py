@@ -156,9 +156,8 @@ def test_nf4_lora_is_its_formula_with_gradients(ops_module, bias, dropout):
     rows = exact["x"].reshape(12, 6)
     expected = rows @ exact["weight"].T + 0.7 * (rows * kept) @ exact["lora_a"].T @ exact["lora_b"].T
     expected = (expected + exact["bias"] * bias).view(3, 4, 5)
-    got = reference.nf4_lora(
-        *[single[n] for n in ("x", "weight", "lora_a", "lora_b")], 0.7, single["bias"] if bias else None, dropout, seed=9
-    )
+    operands = [single[name] for name in ("x", "weight", "lora_a", "lora_b")]
+    got = ops_module.nf4_lora(*operands, 0.7, single["bias"] if bias else None, dropout, seed=9)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     direction = torch.randn(3, 4, 5, dtype=torch.float64)
     (expected * direction).sum().backward()
