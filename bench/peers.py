@@ -94,7 +94,7 @@ class Tli(Subject):
         import tli.train  # noqa: F401
 
     def __init__(self, config: TrainConfig):
-        from tli import lora
+        from tli import lora, ops
         from tli.checkpoint import open_checkpoint
         from tli.objective import Objective, pooling
         from tli.packing import tokenise
@@ -105,8 +105,9 @@ class Tli(Subject):
         batch, rest = drawn_pairs(config)
         checkpoint = open_checkpoint(config.model or str(starter_folder()))
         texts = [pair.source for pair in batch + rest] + [pair.target for pair in batch + rest]
-        words = tokenise(checkpoint.tokenizer(), texts, checkpoint.config.max_position_embeddings)
+        words = tokenise(checkpoint.tokenizer(), texts, checkpoint.config.max_position_embeddings, config.prefix)
         placement = place("cpu", "float32")
+        ops.choose(config.impl, placement.dtype, placement.device)
         self.decoder = truncate(checkpoint, config.layer, words.rows, placement).train()
         lora.inject(self.decoder, lora.LoRAConfig(rank=config.rank, alpha=config.alpha, targets=config.targets), seed=config.seed)
         self.pool = pooling(config.token_norm, checkpoint, placement.device)
@@ -150,9 +151,11 @@ class _Peft(Subject):
         folder = config.model or str(starter_folder())
         batch, _ = drawn_pairs(config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        texts = [pair.source for pair in batch] + [pair.target for pair in batch]
-        words = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        self.tokens = [torch.tensor([tokenizer.bos_token_id, *word]) for word in words]
+        texts = [config.prefix + word for word in [pair.source for pair in batch] + [pair.target for pair in batch]]
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        self.tokens = [torch.tensor([tokenizer.bos_token_id, *word]) for word in encoded["input_ids"]]
+        # neither BOS nor a token of the prefix alone is pooled
+        self.own = [torch.tensor([False, *(end > len(config.prefix) for _, end in spans)]) for spans in encoded["offset_mapping"]]
         self.same = torch.zeros(len(batch), len(batch), dtype=torch.bool)
         self.same[tuple(lexicon.same_meaning(batch).T)] = True
         self._build(transformers.AutoModel, folder)
@@ -184,8 +187,7 @@ class _Peft(Subject):
         lengths = torch.tensor([len(word) for word in self.tokens])
         attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
         states = self.norm(self._states(input_ids, attention_mask))
-        pooled = attention_mask.clone()
-        pooled[:, 0] = 0
+        pooled = nn.utils.rnn.pad_sequence(self.own, batch_first=True)
         means = (states * pooled[:, :, None]).sum(dim=1) / pooled.sum(dim=1, keepdim=True)
         source, target = F.normalize(means, dim=-1).chunk(2)
         logits = (source @ target.T / self.config.temperature).masked_fill(self.same, float("-inf"))

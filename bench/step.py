@@ -39,7 +39,7 @@ _START_OF_B = 0.02
 class StepConfig:
     """Compare tli's training step with peft's, truncated and whole."""
 
-    batches: str = option("64,256", "bench", "pairs per step, a comma list")
+    batches: str = option("64,128,256", "bench", "pairs per step, a comma list")
     layer: int = option(2, "bench", "hidden state to align")
     rank: int = option(16, "bench", "LoRA rank, in all linear layers")
     rounds: int = option(9, "bench", "rounds of timed steps")
@@ -54,7 +54,7 @@ def train_configs(config: StepConfig) -> list[TrainConfig]:
     try:
         batches = [int(batch) for batch in config.batches.split(",")]
     except ValueError:
-        raise TliError("--batches", "the value must be a comma list of numbers", repr(config.batches), "write, say, 64,256") from None
+        raise TliError("--batches", "the value must be a comma list of numbers", repr(config.batches), "write, say, 64,128") from None
     return [TrainConfig(model=config.model, pairs=config.pairs, layer=config.layer, rank=config.rank, batch=batch) for batch in batches]
 
 
