@@ -1,12 +1,14 @@
 """The CPU's way of ``nf4_lora`` with 32-bit weights: oneDNN's products in place of the default BLAS, one pass each way.
 
-    y  = x·Wᵀ + b + s·(drop(x)·Aᵀ)·Bᵀ            the low-rank term is added into y, not beside it
-    dx = dy·W + keep·((s·dy·B)·A)                 likewise
-    dA = (s·dy·B)ᵀ·drop(x),  dB = s·dyᵀ·(drop(x)·Aᵀ)
+    y  = x·Wᵀ + b + s·(kept(x)·Aᵀ)·Bᵀ             the low-rank term is added into y, not beside it
+    dx = dy·W + kept((s·dy·B)·A)                  likewise
+    dA = (s·dy·B)ᵀ·kept(x),  dB = s·dyᵀ·(kept(x)·Aᵀ)
+
+kept(x) is x with the elements that dropout takes set to zero; s has 1/(1 - dropout) in it.
 
 torch's CPU build multiplies 32-bit matrices with MKL, which takes its slower path on processors that are not Intel's.
 oneDNN, in the same build, does not: on an AMD EPYC with AVX-512 it is 2.2 times as fast (bench/LOG.md). It takes W and Wᵀ
-as they lie in memory, so nothing is packed and nothing is held twice. What is saved: x, W, A, B and drop(x)·Aᵀ [M, R].
+as they lie in memory, so nothing is packed and nothing is held twice. What is saved: x, W, A, B and kept(x)·Aᵀ [M, R].
 
 Letters: M rows, K in-features, N out-features, R rank.
 """
@@ -43,10 +45,11 @@ class _Linear(torch.autograd.Function):
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, scale, bias, dropout, seed):
-        low_rank = _dropped(x, dropout, seed) @ lora_a.t()
+        low_rank = _kept(x, dropout, seed) @ lora_a.t()
         ctx.save_for_backward(x, weight, lora_a, lora_b, low_rank)
-        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
-        return _product(x, weight, bias).addmm_(low_rank, lora_b.t(), alpha=scale)
+        # what survives dropout is scaled up: with the rest of the low-rank path
+        ctx.scale, ctx.dropout, ctx.seed = scale / (1.0 - dropout), dropout, seed
+        return _product(x, weight, bias).addmm_(low_rank, lora_b.t(), alpha=ctx.scale)
 
     @staticmethod
     @once_differentiable
@@ -54,20 +57,20 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, lora_a, lora_b, low_rank = ctx.saved_tensors
         dy = dy.contiguous()
         d_low_rank = ctx.scale * (dy @ lora_b)
-        da = d_low_rank.t() @ _dropped(x, ctx.dropout, ctx.seed)
+        da = d_low_rank.t() @ _kept(x, ctx.dropout, ctx.seed)
         db = ctx.scale * (dy.t() @ low_rank)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = _product(dy, weight.t())
             if ctx.dropout > 0.0:
-                dx += _dropped(d_low_rank @ lora_a, ctx.dropout, ctx.seed)
+                dx += _kept(d_low_rank @ lora_a, ctx.dropout, ctx.seed)
             else:
                 dx.addmm_(d_low_rank, lora_a)
         return dx, None, da, db, None, None, None, None
 
 
-def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
-    return x * (keep_mask(seed, *x.shape, dropout).to(x.dtype) / (1.0 - dropout)) if dropout > 0.0 else x
+def _kept(x: Tensor, dropout: float, seed: int) -> Tensor:
+    return x * keep_mask(seed, *x.shape, dropout) if dropout > 0.0 else x
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

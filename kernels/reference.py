@@ -18,26 +18,42 @@ from torch import Tensor
 UNIT_EPS = 1e-12
 
 _UINT32 = 0xFFFFFFFF
+# multipliers of the 32-bit integer mixer "lowbias32" (C. Wellons, hash-prospector, public domain)
+_MIX_1, _MIX_2 = 0x7FEB352D, 0x846CA68B
+# keeps the columns' counters apart from the rows'; the golden ratio's first 32 bits
+_COLUMN_SALT = 0x9E3779B9
 
 
 def keep_mask(seed: int, rows: int, columns: int, dropout: float, device: torch.device | str = "cpu") -> Tensor:
     """Which elements of a [rows, columns] input survive dropout: a pure function of (seed, row, column).
 
-    Counter-based, so that a backward pass regenerates it and no mask is stored. The counter ``row·columns + column`` goes
-    with the seed through the 32-bit integer mixer "lowbias32" (C. Wellons, hash-prospector, public domain) twice.
+    Counter-based, so that a backward pass regenerates it and no mask is stored. Each row and each column has a 32-bit key
+    by lowbias32; their sum goes through its two multiplications again, and an element is kept if the result, read as a
+    signed number, is at least dropout·2³² - 2³¹.
 
     Returns:
         bool [rows, columns]; True with probability 1 - dropout.
     """
-    counter = torch.arange(rows * columns, dtype=torch.int64, device=device)
-    mixed = _mix32(_mix32((counter & _UINT32) ^ (seed & _UINT32)) ^ (counter >> 32) ^ ((seed >> 32) & _UINT32))
-    return (mixed >= int(dropout * 2.0**32)).view(rows, columns)
+    row_keys = _mix(_mix(torch.arange(rows, device=device) ^ (seed & _UINT32)) ^ ((seed >> 32) & _UINT32))
+    column_keys = _mix(torch.arange(columns, device=device) ^ _COLUMN_SALT)
+    # 32-bit arithmetic that wraps around, in place: this is all that dropout costs
+    x = _as_signed(row_keys)[:, None] + _as_signed(column_keys)
+    x ^= (x >> 16) & 0xFFFF
+    x *= _MIX_1
+    x ^= (x >> 15) & 0x1FFFF
+    x *= _MIX_2 - (1 << 32)
+    return x >= int(dropout * 2.0**32) - (1 << 31)
 
 
-def _mix32(x: Tensor) -> Tensor:
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _UINT32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _UINT32
+def _mix(x: Tensor) -> Tensor:
+    """lowbias32 of numbers below 2³², held in 64 bits."""
+    x = ((x ^ (x >> 16)) * _MIX_1) & _UINT32
+    x = ((x ^ (x >> 15)) * _MIX_2) & _UINT32
     return x ^ (x >> 16)
+
+
+def _as_signed(x: Tensor) -> Tensor:
+    return torch.where(x < 1 << 31, x, x - (1 << 32)).to(torch.int32)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -80,11 +96,9 @@ def nf4_lora(
         [..., N] in x's dtype. Gradients to x, lora_a and lora_b; none to weight and bias.
     """
     rows = x.reshape(-1, x.shape[-1])
-    dropped = rows
-    if dropout > 0.0:
-        dropped = rows * (keep_mask(seed, *rows.shape, dropout, x.device).to(x.dtype) / (1.0 - dropout))
-    low_rank = F.linear(dropped, lora_a.to(x.dtype))
-    y = torch.addmm(linear(rows, weight, bias), low_rank, lora_b.to(x.dtype).t(), alpha=scale)
+    kept = rows * keep_mask(seed, *rows.shape, dropout, x.device) if dropout > 0.0 else rows
+    low_rank = F.linear(kept, lora_a.to(x.dtype))
+    y = torch.addmm(linear(rows, weight, bias), low_rank, lora_b.to(x.dtype).t(), alpha=scale / (1.0 - dropout))
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -184,6 +184,7 @@ def test_given_values_win_over_the_recipe():
     assert (paper.targets, paper.alpha, paper.dropout, paper.loss, paper.margin) == ("q_proj,v_proj", 32.0, 0.05, "hinge", 0.4)
     assert (paper.batch, paper.epochs, paper.lr, paper.warmup, paper.schedule) == (8, 5, 2e-4, 50, "linear")
     assert (paper.pool_bos, paper.eval_pool_bos, paper.token_norm, paper.weights, paper.prefix) == (True, False, "none", "nf4", "")
+    assert (paper.dtype, paper.init, paper.layer, paper.rank) == ("bfloat16", "kaiming", 2, 16)
     mixed = TrainConfig(recipe="paper", loss="infonce", pool_bos=False, dropout=0.0)
     assert (mixed.loss, mixed.pool_bos, mixed.dropout, mixed.batch) == ("infonce", False, 0.0, 8)
 

@@ -34,7 +34,11 @@ class TrainConfig:
     weights: str = option("full", "model", "frozen weights: full precision, or rounded to NF4", paper="nf4", choices=("full", "nf4"))
     all_rows: bool = option(False, "model", "keep the whole embedding table, not only the rows that the words use")
     dtype: str = option(
-        "auto", "model", "compute dtype (auto: float32 on a CPU, bfloat16 on a GPU)", choices=("auto", "float32", "bfloat16", "float16")
+        "auto",
+        "model",
+        "compute dtype; auto is float32 on a CPU and bfloat16 on a GPU",
+        paper="bfloat16",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = option("auto", "model", "cpu, cuda or cuda:N (auto: a GPU if there is one)")
     impl: str = option("auto", "model", "which implementation of the ops", choices=("auto", "reference", "fused"))

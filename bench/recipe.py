@@ -1,0 +1,132 @@
+"""``python -m bench.recipe``: what the default recipe learns, beside its controls, over several seeds.
+
+Each run is the command itself in a process of its own: the default recipe, the same on shuffled pairs, and the paper's
+protocol. A seed draws its own split, so the spread over seeds is that of the words, too. One record goes to ``bench/results/``.
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import record
+from tli.config import TrainConfig, as_dict, option, parse
+from tli.errors import TliError, run_command
+
+VARIANTS = {"default": [], "shuffled": ["--shuffle-pairs"], "paper": ["--recipe", "paper"]}
+METRICS = ("cosine", "mismatched", "gap", "p_at_1", "mrr")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """Run the default recipe, its shuffled control and the paper's protocol over several seeds."""
+
+    seeds: str = option("0,1,2", "bench", "a comma list")
+    layer: int = option(2, "bench", "hidden state to align")
+    rank: int = option(16, "bench", "LoRA rank")
+    variants: str = option(",".join(VARIANTS), "bench", "a comma list of these")
+    results: str = option(str(record.RESULTS.relative_to(record.ROOT)), "bench", "folder for the record")
+
+
+def run(variant: str, seed: int, layer: int, rank: int) -> dict:
+    """One run of the command: what it measured at layer L and at the output, and how long it took in all."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--layer", str(layer), "--rank", str(rank), "--seed", str(seed), "--json", "--output", f"{folder}/run", *VARIANTS[variant]]
+        began = time.monotonic()
+        command = [sys.executable, "-m", "tli.train", *flags]
+        done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        seconds = time.monotonic() - began
+    if done.returncode != 0:
+        raise TliError("python -m tli.train", "the run must end well", done.stderr.strip()[-200:], "run it by hand to see why")
+    report = json.loads(done.stdout)
+    measured = {
+        f"{m['split']} {m['when']} {m['layer']} {m['metric']}": m["value"]
+        for m in report["measurements"]
+        if m["layer"] in (layer, "output") and m["metric"] in METRICS
+    }
+    gain = next(t for t in report["tests"] if (t["split"], t["layer"], t["metric"]) == ("held_out", layer, "gap"))
+    return {
+        "variant": variant,
+        "seed": seed,
+        "seconds": seconds,
+        "training": report["training"],
+        "adapter": report["adapter"],
+        "measured": measured,
+        "held_out_gap_gain": {key: gain[key] for key in ("mean_gain", "low", "high")},
+        "verdict": report["verdict"],
+    }
+
+
+def summarise(runs: list[dict], layer: int) -> list[dict]:
+    """Of each variant: means over its seeds at layer L."""
+    rows = []
+    for variant in dict.fromkeys(run["variant"] for run in runs):
+        own = [run for run in runs if run["variant"] == variant]
+
+        def mean(key: str, own: list[dict] = own) -> float:
+            return statistics.mean(run["measured"][key] for run in own)
+
+        row = {
+            f"{split} {when} {metric}": mean(f"{split} {when} {layer} {metric}")
+            for split in ("trained", "held_out")
+            for when in ("before", "after")
+            for metric in METRICS
+        }
+        ratios = [run["measured"][f"held_out after {layer} mrr"] / run["measured"][f"held_out before {layer} mrr"] for run in own]
+        gains = [run["held_out_gap_gain"] for run in own]
+        rows.append(
+            {
+                "variant": variant,
+                "seeds": len(own),
+                "seconds": statistics.mean(run["seconds"] for run in own),
+                **row,
+                "held_out_mrr_ratio": statistics.mean(ratios),
+                "held_out_gap_gains": gains,
+            }
+        )
+    return rows
+
+
+def _show(console: Console, rows: list[dict], layer: int) -> None:
+    shown = Table(title=f"layer {layer}, before -> after: means over seeds")
+    for column in ("", *(row["variant"] for row in rows)):
+        shown.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+    for split in ("trained", "held_out"):
+        for metric in METRICS:
+            cells = [f"{row[f'{split} before {metric}']:.3f} -> {row[f'{split} after {metric}']:.3f}" for row in rows]
+            shown.add_row(f"{split.replace('_', ' ')}, {metric}", *cells)
+    shown.add_row("held-out MRR, after / before", *(f"{row['held_out_mrr_ratio']:.2f}" for row in rows))
+    low = "held-out gap gain, 95 % interval of each seed"
+    shown.add_row(
+        low, *("\n".join(f"{g['mean_gain']:+.3f} [{g['low']:.3f}, {g['high']:.3f}]" for g in row["held_out_gap_gains"]) for row in rows)
+    )
+    shown.add_row("seconds, the whole command", *(f"{row['seconds']:.0f}" for row in rows))
+    console.print(shown)
+
+
+def main() -> None:
+    """The command."""
+    config = parse(RecipeConfig, "bench.recipe")
+    console, runs = Console(width=140), []
+    variants, seeds = config.variants.split(","), [int(seed) for seed in config.seeds.split(",")]
+    if unknown := [variant for variant in variants if variant not in VARIANTS]:
+        raise TliError("--variants", f"each must be one of {', '.join(VARIANTS)}", ", ".join(unknown), "choose among these")
+    for seed in seeds:
+        for variant in variants:
+            runs.append(run(variant, seed, config.layer, config.rank))
+            console.print(f"seed {seed}, {variant}: {runs[-1]['seconds']:.0f} s")
+    rows = summarise(runs, config.layer)
+    _show(console, rows, config.layer)
+    content = {"setting": as_dict(config), **record.material(TrainConfig()), "summary": rows, "runs": runs}
+    console.print("written:", str(record.write("recipe", content, pathlib.Path(config.results))))
+
+
+if __name__ == "__main__":
+    run_command(main)
