@@ -10,6 +10,16 @@ from tli import lexicon
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
+@pytest.fixture(autouse=True)
+def reference_ops(monkeypatch):
+    """Each test begins with the reference ops, whatever a run in an earlier test chose."""
+    from tli_kernels import reference
+
+    from tli import ops
+
+    monkeypatch.setattr(ops, "_linear_layers", reference)
+
+
 @pytest.fixture(scope="session")
 def starter() -> pathlib.Path:
     """The starter model's folder, in the user's cache: fetched once per machine, not once per run."""

@@ -59,7 +59,7 @@ class TrainConfig:
     targets: str = option(
         "all-linear", "adapter", "all-linear, a comma list of names, or a regular expression over module names", paper="q_proj,v_proj"
     )
-    dropout: float = option(0.0, "adapter", "dropout on the adapters' input", paper=0.05)
+    dropout: float = option(0.2, "adapter", "dropout on the adapters' input", paper=0.05)
     init: str = option(
         "normal", "adapter", "start of A: N(0, 1/K), or peft's Kaiming uniform", paper="kaiming", choices=("normal", "kaiming")
     )
@@ -80,7 +80,7 @@ class TrainConfig:
     eval_pool_bos: bool = option(False, "objective", "pool it in the measurements, too")
 
     batch: int = option(128, "training", "pairs per step", paper=8)
-    epochs: int = option(40, "training", "passes over the trained pairs", paper=5)
+    epochs: int = option(50, "training", "passes over the trained pairs", paper=5)
     lr: float = option(2e-3, "training", "peak learning rate of AdamW", paper=2e-4)
     warmup: int = option(20, "training", "steps of linear warm-up", paper=50)
     schedule: str = option("linear", "training", "decay after the warm-up", choices=("linear", "cosine", "constant"))
