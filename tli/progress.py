@@ -130,19 +130,12 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def progress_bar(console, total: int) -> Iterator[Callable[[Progress, int], None]]:
-    """A bar with the loss, words per second and the time left; yields what to call after each step."""
-    from rich import progress as bars
+def training_bar(console, total: int) -> Iterator[Callable[[Progress, int], None]]:
+    """A bar of steps with the loss, words per second and the time left; yields what to call after each step."""
+    from rich.progress import TextColumn
 
-    columns = (
-        bars.TextColumn("training"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TextColumn("loss {task.fields[loss]:.4f}"),
-        bars.TextColumn("{task.fields[speed]:,.0f} words/s"),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=console) as bar:
+    columns = TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[speed]:,.0f} words/s")
+    with _bar(console, "training", *columns) as bar:
         task, shown = bar.add_task("training", total=total, loss=float("nan"), speed=0.0), time.monotonic()
 
         def show(progress: Progress, words: int) -> None:
@@ -152,3 +145,17 @@ def progress_bar(console, total: int) -> Iterator[Callable[[Progress, int], None
             shown = now
 
         yield show
+
+
+@contextlib.contextmanager
+def layer_bar(console, total: int) -> Iterator[Callable[[], None]]:
+    """A bar of layers with the time left; yields what to call after each layer."""
+    with _bar(console, "measuring layers") as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
+
+
+def _bar(console, name: str, *columns):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(TextColumn(name), BarColumn(), MofNCompleteColumn(), *columns, TimeRemainingColumn(), console=console)

@@ -128,6 +128,7 @@ def align_layers(
     placement: Placement,
     streams: dict[str, Adapter | None],
     pool_bos: bool = False,
+    done: Callable[[], None] = lambda: None,
 ) -> tuple[dict[tuple[str, str, int | str], Alignment], str | None]:
     """Measure the alignment of word pairs at every layer, for each split of the pairs and each stream, in one pass.
 
@@ -139,6 +140,7 @@ def align_layers(
         placement:   as for ``truncate``
         streams:     name -> adapter; a base stream (None) first
         pool_bos:    pool the sink, too
+        done:        called when a layer is measured
 
     Returns:
         The alignment by (split, stream, layer), and why the pass ended before ``output``, or None.
@@ -154,6 +156,7 @@ def align_layers(
             share = _sink_share(nodes, batch).view(2, number).mean(dim=0)
             for split, (pairs, same) in splits.items():
                 alignments[split, stream, layer] = measure(source[pairs], target[pairs], same, share[pairs].cpu().numpy())
+        done()
 
     return alignments, stream_layers(checkpoint, batch, words.rows, placement, list(streams.values()), visit)
 

@@ -32,7 +32,7 @@ from tli.errors import TliError, run_command
 from tli.files import claim_output, sha256
 from tli.objective import Objective, Pooling, pooling
 from tli.packing import TokenisedWords, tokenise
-from tli.progress import Progress, TrainingState, progress_bar, stop_signals
+from tli.progress import Progress, TrainingState, layer_bar, stop_signals, training_bar
 from tli.streaming import align_layers
 from tli.truncated import Batch, Placement, place, run, to_batch, truncate
 
@@ -86,9 +86,12 @@ def train(config: TrainConfig) -> dict:
     facts = _facts(config, checkpoint, decoder, placement, trained, held_out, output, progress)
     if not config.no_report:
         streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
-        alignments, facts["missing_output"] = align_layers(
-            checkpoint, words, _splits(trained, held_out), pool, placement, streams, config.eval_pool_bos
-        )
+        splits = _splits(trained, held_out)
+        # the embeddings, each block, and the output
+        with layer_bar(console, checkpoint.blocks + 2) as done:
+            alignments, facts["missing_output"] = align_layers(
+                checkpoint, words, splits, pool, placement, streams, config.eval_pool_bos, done
+            )
         facts = report.write_report(output, facts, alignments, console)
     state.discard()
     console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
@@ -158,7 +161,7 @@ def _fit(config: TrainConfig, decoder, batches: EpochBatches, pool: Pooling, sta
     progress = state.restore(adapters, optimiser) if config.resume else Progress()
     began = saved = time.monotonic() - progress.seconds
     decoder.train()
-    with stop_signals() as stop, progress_bar(console, batches.total) as show:
+    with stop_signals() as stop, training_bar(console, batches.total) as show:
         while progress.step < batches.total and not stop.is_set():
             epoch, done = divmod(progress.step, batches.per_epoch)
             for batch, same in batches.epoch(epoch, skip=done):
