@@ -162,12 +162,16 @@ class Adapter:
     scale: float
     factors: dict[str, tuple[Tensor, Tensor]]
 
-    def attach(self, module: nn.Module, prefix: str = "") -> None:
+    def attach(self, module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         """Wrap, for evaluation, each linear layer of ``module`` that has factors under ``prefix`` + its path.
+
+        Returns:
+            The wrapped layers by path, for ``detach``.
 
         Raises:
             TliError: factors whose shape is not the layer's.
         """
+        wrapped_layers = {}
         for path, child in list(module.named_modules()):
             if prefix + path not in self.factors:
                 continue
@@ -182,6 +186,14 @@ class Adapter:
             wrapped = LoRALinear(child, lora_a.shape[0], self.scale, dropout=0.0)
             wrapped.lora_A.data, wrapped.lora_B.data = lora_a.to(child.weight.device), lora_b.to(child.weight.device)
             _replace(module, path, wrapped.requires_grad_(False).eval())
+            wrapped_layers[path] = child
+        return wrapped_layers
+
+
+def detach(module: nn.Module, wrapped_layers: dict[str, nn.Module]) -> None:
+    """Put back what ``Adapter.attach`` wrapped."""
+    for path, layer in wrapped_layers.items():
+        _replace(module, path, layer)
 
 
 def snapshot(decoder: nn.Module, scale: float) -> Adapter:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tli.alignment import Alignment, measure
 from tli.checkpoint import Checkpoint
-from tli.lora import Adapter
+from tli.lora import Adapter, detach
 from tli.objective import Pooling
 from tli.packing import TokenisedWords
 from tli.truncated import Batch, Placement, block_tensors, load_block, run, shell, to_batch
@@ -39,12 +39,11 @@ class _StreamedBlock(nn.Module):
         if self.index == 0:
             self.visit(0, states.chunk(len(self.streams)))
         load_block(self.checkpoint, block, self.index, self.placement)
-        # base streams first: an adapter that was attached stays
         results = []
-        for adapter, stream, part in zip(self.streams, states.chunk(len(self.streams)), range(len(self.streams)), strict=True):
-            if adapter is not None:
-                adapter.attach(block, f"layers.{self.index}.")
+        for part, (adapter, stream) in enumerate(zip(self.streams, states.chunk(len(self.streams)), strict=True)):
+            wrapped = {} if adapter is None else adapter.attach(block, f"layers.{self.index}.")
             results.append(self._chunked(block, stream, part * len(stream), arguments, named))
+            detach(block, wrapped)
         states = torch.cat(results)
         self.visit(self.index + 1, states.chunk(len(self.streams)))
         return states
@@ -84,7 +83,7 @@ def stream_layers(
         batch:       the packed words
         rows:        the embedding rows that input ids count in, as for ``truncate``
         placement:   as for ``truncate``
-        streams:     adapters to compare; None is the base. A base stream must come before the adapters.
+        streams:     adapters to compare; None is the base.
         visit:       gets a layer and its states; keeps what it wants of them
 
     Returns:
@@ -138,7 +137,7 @@ def align_layers(
         splits:      name -> (int64 pair numbers, their ``same_meaning``)
         pooling:     token states -> word states; at ``output``, where states are normalised already, without its norm
         placement:   as for ``truncate``
-        streams:     name -> adapter; a base stream (None) first
+        streams:     name -> adapter, or None for the base
         pool_bos:    pool the sink, too
         done:        called when a layer is measured
 

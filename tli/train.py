@@ -75,8 +75,8 @@ def train(config: TrainConfig) -> dict:
     base_model = config.model or starter.NAME
 
     progress = _fit(config, decoder, batches, pool, state, console)
-    report.clear(output)
     lora.save(decoder, adapter, output, base_model)
+    report.clear(output)
     if progress.step < batches.total:
         console.print(
             f"stopped after step {progress.step} of {batches.total}: the adapter so far is in {output}; --resume goes on from here"
