@@ -196,13 +196,14 @@ def test_peft_reads_what_we_write_on_the_whole_model(make_model, tokenizer, tmp_
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path).eval()
     assert len([1 for name, _ in model.named_modules() if name.endswith("lora_A.default")]) == len(lora.adapters(decoder))
     assert_words_equal(run(decoder.eval(), batch), peft_states(model, words, 2), batch, words)
-    # and so on to the end of the model
+    # and so on to the end of the model, with the base before and behind it
     layers = {}
-    adapters = [None, lora.load(tmp_path)]
-    stream_layers(
-        open_checkpoint(str(folder)), batch, words.rows, CPU, adapters, lambda layer, states: layers.__setitem__(layer, states[1])
-    )
-    assert_words_equal(layers["output"], peft_states(model, words, "output"), batch, words)
+    checkpoint, streams = open_checkpoint(str(folder)), [None, lora.load(tmp_path), None]
+    stream_layers(checkpoint, batch, words.rows, CPU, streams, lambda layer, states: layers.__setitem__(layer, states))
+    base, adapted, base_again = layers["output"]
+    assert torch.equal(base, base_again)
+    assert not torch.equal(base, adapted)
+    assert_words_equal(adapted, peft_states(model, words, "output"), batch, words)
 
 
 @pytest.mark.parametrize("transformed", [[0, 1], None], ids=["two blocks", "all blocks"])
