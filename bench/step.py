@@ -128,27 +128,15 @@ def summary(seconds: dict[str, list[float]]) -> list[dict]:
     return rows
 
 
-def start(config: TrainConfig, runs: int) -> dict:
-    """Seconds from the command to the end of the first optimiser step, and of ``--help``: medians, the page cache warm."""
+def start(config: StepConfig, runs: int) -> dict:
+    """Seconds from the command to the end of its first optimiser step, and of ``--help``: medians, the page cache warm."""
     with tempfile.TemporaryDirectory() as folder:
 
         def first_step(run: int) -> float:
-            flags = [
-                "--no-report",
-                "--epochs",
-                "1",
-                "--json",
-                "--output",
-                f"{folder}/{run}",
-                "--layer",
-                str(config.layer),
-                "--rank",
-                str(config.rank),
-            ]
+            flags = ["--no-report", "--epochs=1", "--json", f"--output={folder}/{run}", f"--layer={config.layer}", f"--rank={config.rank}"]
             chosen = [f"--{name}={value}" for name, value in (("model", config.model), ("pairs", config.pairs)) if value is not None]
             began = time.time()
-            facts = _tli_train([*flags, *chosen, "--batch", str(config.batch)])
-            return json.loads(facts)["training"]["first_step_at"] - began
+            return json.loads(_tli_train([*flags, *chosen]))["training"]["first_step_at"] - began
 
         def help_shown(run: int) -> float:
             began = time.perf_counter()
@@ -227,7 +215,7 @@ def main() -> None:
         console.print(f"batch {one.batch}: memory")
         peaks += memory.measure(one, list(SUBJECTS))
     console.print("start")
-    begun = start(train_configs(config)[-1], config.runs)
+    begun = start(config, config.runs)
     reached = goals(steps, peaks, begun)
     load["after"] = os.getloadavg()
     _show(console, agreement, steps, reached)
