@@ -55,7 +55,10 @@ def train_configs(config: StepConfig) -> list[TrainConfig]:
         batches = [int(batch) for batch in config.batches.split(",")]
     except ValueError:
         raise TliError("--batches", "the value must be a comma list of numbers", repr(config.batches), "write, say, 64,128") from None
-    return [TrainConfig(model=config.model, pairs=config.pairs, layer=config.layer, rank=config.rank, dropout=0.0, batch=batch) for batch in batches]
+    return [
+        TrainConfig(model=config.model, pairs=config.pairs, layer=config.layer, rank=config.rank, dropout=0.0, batch=batch)
+        for batch in batches
+    ]
 
 
 def prepare(config: TrainConfig) -> dict[str, Subject]:
