@@ -142,7 +142,7 @@ def model_card(report: dict) -> str:
     parts += ["## What the numbers show", report["verdict"]]
     for place in compared_layers(report, report["measurements"]):
         parts += [f"### {place_name(place).capitalize()}", _markdown_table(_value_rows(report, place, tuple(LABELS), " "))]
-    parts += [_READING, "## How to load it", _LOADING.format(base=base, layer=layer, pool=_pool(config))]
+    parts += [_READING, "## How to load it", _LOADING.format(base=base, layer=layer, prefix=_prefix(config), pool=_pool(config))]
     return "\n\n".join([*parts, _CAVEATS.format(layer=layer)]) + "\n"
 
 
@@ -169,8 +169,8 @@ base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
-A word's vector is made from `output_hidden_states=True`, `hidden_states[{layer}]` of the word alone with its beginning-of-sequence token:
-{pool}."""
+A word's vector is made from `output_hidden_states=True`, `hidden_states[{layer}]` of the word alone behind the beginning-of-sequence
+token{prefix}: {pool}."""
 
 _CAVEATS = """\
 ## What it is not
@@ -178,6 +178,11 @@ _CAVEATS = """\
 It aligns single words of one list at layer {layer}. It was not tested on sentences, translation or text generation; blocks above the
 adapters see changed states, and the model's other abilities may have suffered. Held-out words come from the same list as the trained ones.
 `report.md` and `report.json` hold all numbers, tests, versions and hashes."""
+
+
+def _prefix(config: dict) -> str:
+    written = {"": "", " ": " and a space"}
+    return written.get(config.get("prefix", ""), f" and the text {config.get('prefix')!r}")
 
 
 def _pool(config: dict) -> str:
