@@ -23,7 +23,7 @@ RESULTS = ROOT / "bench" / "results"
 
 def machine() -> dict:
     """The facts of this machine and of what runs on it."""
-    packages = ("torch", "transformers", "peft", "numpy", "pytest-benchmark")
+    packages = ("transformers", "peft", "numpy", "pytest-benchmark")
     return {
         "processor": _first("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -31,7 +31,7 @@ def machine() -> dict:
         "memory_bytes": int(_first("/proc/meminfo", r"MemTotal:\s*(\d+) kB") or 0) * 1024,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {"tli": tli.__version__, **{name: importlib.metadata.version(name) for name in packages}},
+        "versions": {"tli": tli.__version__, "torch": torch.__version__, **{name: importlib.metadata.version(name) for name in packages}},
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--", "tli", "kernels", "bench/*.py")),
     }
