@@ -110,7 +110,7 @@ class Tli(Subject):
         ops.choose(config.impl, placement.dtype, placement.device)
         self.decoder = truncate(checkpoint, config.layer, words.rows, placement).train()
         lora.inject(self.decoder, lora.LoRAConfig(rank=config.rank, alpha=config.alpha, targets=config.targets), seed=config.seed)
-        self.pool = pooling(config.token_norm, checkpoint, placement.device)
+        self.pool = pooling("final", checkpoint, placement.device)
         self.objective = Objective(config.loss, config.temperature, config.margin)
         # the pairs that are trained are the batch, so an epoch is one batch, packed anew each time
         self.batches = EpochBatches(config, words, np.arange(len(batch)), lexicon.same_meaning(batch), placement)

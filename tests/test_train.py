@@ -70,6 +70,7 @@ def test_a_run_leaves_an_adapter_and_a_report_of_it(settings, tmp_path):
     assert {path.name for path in folder.iterdir()} == REPORT_FILES | ADAPTER_FILES
     report = json.loads((folder / "report.json").read_text())
     assert report == json.loads(json.dumps(facts))
+    assert report["config"]["token_norm"] == "final"
     for split, when in (("trained", "before"), ("trained", "after"), ("held_out", "before"), ("held_out", "after")):
         layers = [m["layer"] for m in report["measurements"] if (m["split"], m["when"], m["metric"]) == (split, when, "gap")]
         assert layers == [0, 1, 2, 3, 4, "output"]
@@ -303,10 +304,14 @@ def test_absent_shards_leave_a_report_of_layer_l_that_says_why(settings, make_mo
     folder = tmp_path / "model"
     shutil.copytree(make_model("llama", shards=True), folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    needed = {file for name, file in index.items() if name.startswith(("model.embed", "model.layers.0.", "model.layers.1.", "model.norm"))}
+    needed = {file for name, file in index.items() if name.startswith(("model.embed", "model.layers.0.", "model.layers.1."))}
+    assert index["model.norm.weight"] not in needed
     for file in set(index.values()) - needed:
         (folder / file).unlink()
+    with pytest.raises(TliError, match="the folder must hold model-.*safetensors, got none; "):
+        run(settings, model=str(folder), token_norm="final")
     facts = run(settings, model=str(folder))
+    assert facts["config"]["token_norm"] == "rms"
     assert {m["layer"] for m in facts["measurements"]} == {0, 1, 2}
     assert "is absent, which holds block 2" in facts["missing_output"]
     assert "The output was not measured" in facts["verdict"]

@@ -98,6 +98,12 @@ class Checkpoint:
         files = sorted({file for name, file in self.shard_of.items() if name.startswith(read)})
         return hashlib.sha256("".join(sha256(self.path(file)) for file in files).encode()).hexdigest()
 
+    def at_hand(self, name: str) -> bool:
+        """Whether reading this tensor downloads nothing: its shard is on disk, or is one that the embedding needs anyway."""
+        if self.folder is None:
+            return self._shard(name) == self._shard("embed_tokens.weight")
+        return not self.absent([name])
+
     def tokenizer(self):
         """The checkpoint's fast tokenizer."""
         from transformers import AutoTokenizer

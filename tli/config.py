@@ -70,11 +70,12 @@ class TrainConfig:
     temperature: float = option(0.1, "objective", "InfoNCE temperature")
     margin: float = option(0.4, "objective", "margin of the hinge")
     token_norm: str = option(
-        "final",
+        "auto",
         "objective",
-        "what a token state goes through before the mean: the model's final norm, plain RMS, or nothing",
+        "what a token state goes through before the mean: the model's final norm, plain RMS, or nothing; auto is final, or rms where "
+        "only that would need another shard",
         paper="none",
-        choices=("final", "rms", "none"),
+        choices=("auto", "final", "rms", "none"),
     )
     pool_bos: bool = option(False, "objective", "pool the first position (the attention sink) into every word while training", paper=True)
     eval_pool_bos: bool = option(False, "objective", "pool it in the measurements, too")

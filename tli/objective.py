@@ -26,6 +26,13 @@ class Pooling:
         return ops.pool_norm(states, batch.indptr, batch.indices, self.norm_weight, self.norm_eps)
 
 
+def token_norm_at_hand(token_norm: str, checkpoint: Checkpoint) -> str:
+    """What ``auto`` means for this checkpoint: ``final`` if reading the final norm takes no further shard, else ``rms``."""
+    if token_norm != "auto":
+        return token_norm
+    return "final" if checkpoint.at_hand("norm.weight") else "rms"
+
+
 def pooling(token_norm: str, checkpoint: Checkpoint, device: torch.device) -> Pooling:
     """The pooling for a ``--token-norm``: ``final`` reads the model's final norm, ``rms`` has unit weights, ``none`` is none."""
     weight, eps = None, checkpoint.config.rms_norm_eps

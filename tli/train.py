@@ -30,7 +30,7 @@ from tli import lexicon, lora, ops, report, starter
 from tli.checkpoint import Checkpoint, open_checkpoint
 from tli.errors import TliError, run_command
 from tli.files import claim_output, sha256
-from tli.objective import Objective, Pooling, pooling
+from tli.objective import Objective, Pooling, pooling, token_norm_at_hand
 from tli.packing import TokenisedWords, tokenise
 from tli.progress import Progress, TrainingState, layer_bar, stop_signals, training_bar
 from tli.streaming import align_layers
@@ -70,7 +70,10 @@ def train(config: TrainConfig) -> dict:
     )
     decoder = truncate(checkpoint, config.layer, words.rows, placement)
     lora.inject(decoder, adapter, seed=config.seed)
-    pool = pooling(config.token_norm, checkpoint, placement.device)
+    token_norm = token_norm_at_hand(config.token_norm, checkpoint)
+    if token_norm != config.token_norm and token_norm == "rms":
+        console.print("token states are normalised by plain RMS: the model's final norm lies in a shard that is not needed otherwise")
+    pool = pooling(token_norm, checkpoint, placement.device)
     batches = EpochBatches(config, words, partners, lexicon.same_meaning(taught), placement)
     base_model = config.model or starter.NAME
 
@@ -83,7 +86,9 @@ def train(config: TrainConfig) -> dict:
         )
         raise KeyboardInterrupt
 
-    facts = _facts(config, checkpoint, decoder, placement, trained, held_out, output, progress)
+    # what was done, where the options left it open
+    done_config = dataclasses.replace(config, token_norm=token_norm)
+    facts = _facts(done_config, checkpoint, decoder, placement, trained, held_out, output, progress)
     if not config.no_report:
         streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
         splits = _splits(trained, held_out)
