@@ -8,8 +8,6 @@ import dataclasses
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -17,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import record
+from bench.step import tli_train
 from tli.config import TrainConfig, as_dict, option, parse
 from tli.errors import TliError, run_command
 
@@ -40,12 +39,8 @@ def run(variant: str, seed: int, layer: int, rank: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--layer", str(layer), "--rank", str(rank), "--seed", str(seed), "--json", "--output", f"{folder}/run", *VARIANTS[variant]]
         began = time.monotonic()
-        command = [sys.executable, "-m", "tli.train", *flags]
-        done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        report = json.loads(tli_train(flags))
         seconds = time.monotonic() - began
-    if done.returncode != 0:
-        raise TliError("python -m tli.train", "the run must end well", done.stderr.strip()[-200:], "run it by hand to see why")
-    report = json.loads(done.stdout)
     measured = {
         f"{m['split']} {m['when']} {m['layer']} {m['metric']}": m["value"]
         for m in report["measurements"]

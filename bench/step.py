@@ -139,11 +139,11 @@ def start(config: StepConfig, runs: int) -> dict:
             flags = ["--no-report", "--epochs=1", "--json", f"--output={folder}/{run}", f"--layer={config.layer}", f"--rank={config.rank}"]
             chosen = [f"--{name}={value}" for name, value in (("model", config.model), ("pairs", config.pairs)) if value is not None]
             began = time.time()
-            return json.loads(_tli_train([*flags, *chosen]))["training"]["first_step_at"] - began
+            return json.loads(tli_train([*flags, *chosen]))["training"]["first_step_at"] - began
 
         def help_shown(run: int) -> float:
             began = time.perf_counter()
-            _tli_train(["--help"])
+            tli_train(["--help"])
             return time.perf_counter() - began
 
         # the first of each warms the page cache
@@ -156,7 +156,8 @@ def start(config: StepConfig, runs: int) -> dict:
     }
 
 
-def _tli_train(flags: list[str]) -> str:
+def tli_train(flags: list[str]) -> str:
+    """Standard output of ``python -m tli.train`` with these flags, run to its end in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "tli.train", *flags], cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
