@@ -1,6 +1,7 @@
 """A plain PyTorch twin of every op: the specification that the kernels are held against, and the CPU's way.
 
     linear      y = x·Wᵀ + bias
+    dequantise  W = code[q] · scale
     nf4_lora    y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias
     pool_norm   u_b = normalise(mean over the nodes t of word b of norm(h_t))
     infonce     ½ Σ over both directions of mean_i [ log Σ_{j allowed} exp(u_i·v_j / τ) - u_i·v_i / τ ]
@@ -12,6 +13,7 @@ Norms, cosines and losses are computed in fp32 whatever comes in; only ``linear`
 
 import torch
 import torch.nn.functional as F
+from tli_kernels.nf4_weight import BLOCKSIZE, NESTED_BLOCKSIZE, NF4Weight
 from torch import Tensor
 
 # F.normalize's own guard, named because the kernels must use the same
@@ -54,6 +56,25 @@ def _mix(x: Tensor) -> Tensor:
 
 def _as_signed(x: Tensor) -> Tensor:
     return torch.where(x < 1 << 31, x, x - (1 << 32)).to(torch.int32)
+
+
+def dequantise(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """W_nk = code[q_nk] · scale_b, b = (n·K + k) // 64; nested, scale_b = nested_code[absmax_b] · nested_absmax_{b // 256} + offset.
+
+    Args:
+        weight:  the packed weight [N, K]
+        dtype:   of the result
+
+    Returns:
+        [N, K] in ``dtype``, computed in fp32 and rounded once. Source: QLoRA (arXiv 2305.14314).
+    """
+    scales = weight.absmax
+    if weight.nested:
+        units = weight.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: len(scales)]
+        scales = weight.nested_code[scales.int()] * units + weight.offset
+    numbers = torch.stack([weight.codes >> 4, weight.codes & 15], dim=1)
+    values = weight.code[numbers.int()].view(-1, BLOCKSIZE) * scales[:, None]
+    return values.to(dtype).view(weight.shape)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -102,7 +123,14 @@ def nf4_lora(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def pool_norm(states: Tensor, indptr: Tensor, indices: Tensor, norm_weight: Tensor | None = None, norm_eps: float = 1e-6) -> Tensor:
+def pool_norm(
+    states: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    transposed: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """u_b = m_b / max(‖m_b‖, 1e-12), m_b = mean over t in indices[indptr[b]:indptr[b+1]] of norm(h_t).
 
     Args:
@@ -111,6 +139,7 @@ def pool_norm(states: Tensor, indptr: Tensor, indices: Tensor, norm_weight: Tens
         indices:      int64 [E] the nodes of each word; nodes may be shared between words
         norm_weight:  [D] or None; with it, norm(h) = h / sqrt(mean(h²) + norm_eps) · norm_weight, else norm(h) = h
         norm_eps:     of that norm
+        transposed:   ``transpose_paths(indptr, indices, T)`` or None; not needed here
 
     Returns:
         fp32 [B, D] unit rows; zeros for a word without nodes. Gradient to states.
@@ -120,6 +149,24 @@ def pool_norm(states: Tensor, indptr: Tensor, indices: Tensor, norm_weight: Tens
         tokens = F.rms_norm(tokens, tokens.shape[-1:], norm_weight.float(), norm_eps)
     means = F.embedding_bag(indices, tokens, indptr, mode="mean", include_last_offset=True)
     return F.normalize(means, dim=-1, eps=UNIT_EPS)
+
+
+def transpose_paths(indptr: Tensor, indices: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+    """For each node the words that hold it, in their order: what ``pool_norm``'s gradient walks along.
+
+    Args:
+        indptr:   int64 [B+1] where each word's nodes begin
+        indices:  int64 [E] the nodes of each word
+        nodes:    T
+
+    Returns:
+        int64 [T+1] where each node's words begin, and int64 [E] the words; a word is there as often as it holds the node. Nothing here
+        waits for a GPU. An entry that names no node is in no node's list; one that is in no word names the word -1 or B.
+    """
+    nodes_in_order, entries = torch.sort(indices, stable=True)
+    node_indptr = torch.searchsorted(nodes_in_order, torch.arange(nodes + 1, device=indices.device))
+    words = torch.searchsorted(indptr, entries, right=True) - 1
+    return node_indptr, words
 
 
 def infonce(source: Tensor, target: Tensor, temperature: float | Tensor, same: Tensor) -> Tensor:

@@ -1,11 +1,21 @@
-"""What several test files share: the starter, and small random-weight models of each family."""
+"""What several test files share: the starter, small random-weight models of each family, and where kernels run."""
 
+import os
 import pathlib
 from collections.abc import Callable
 
 import pytest
+import torch
+
+# before any kernel is defined: Triton asks when it meets @triton.jit
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import interpreter
 
 from tli import lexicon
+
+interpreter.mend_bfloat16()
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
@@ -13,11 +23,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 @pytest.fixture(autouse=True)
 def reference_ops(monkeypatch):
     """Each test begins with the reference ops, whatever a run in an earlier test chose."""
-    from tli_kernels import reference
-
     from tli import ops
 
-    monkeypatch.setattr(ops, "_linear_layers", reference)
+    monkeypatch.setattr(ops, "_chosen", ops._REFERENCE)
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +53,6 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory, tokenizer) -> Callable[..., pathlib.Path]:
     """Save a small random-weight causal LM of a family, as ``make_model("llama", shards=True, tied=False)``."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     made = {}

@@ -1,0 +1,287 @@
+"""How every kernel is launched: through one function, with configurations that are frozen here and chosen by rule.
+
+``run`` is the only place that starts a kernel. So the static gate can call the real ops on tensors without memory
+(``recording``), and see every kernel with the very arguments, blocks and warps that a GPU would get.
+
+Nothing here asks for a GPU at import.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+# the generations that the kernels are compiled for (gate.py): Turing to Blackwell
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel, its grid, its arguments by position, and constants, warps and stages by name."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    args: tuple
+    options: dict
+
+
+_pretended: int | None = None
+_recorded: list[Launch] | None = None
+
+
+def run(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """Start ``kernel`` over ``grid`` on the device of its first tensor; an empty grid starts nothing."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, options))
+        return
+    if 0 in grid:
+        return
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    # Triton launches on the current device, whatever the tensors are on
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **options)
+
+
+@contextlib.contextmanager
+def recording(capability: int) -> Iterator[list[Launch]]:
+    """Collect launches in place of starting them, as if on a GPU of this compute capability (90 for 9.0)."""
+    global _pretended, _recorded
+    before = _pretended, _recorded
+    _pretended, _recorded = capability, []
+    try:
+        yield _recorded
+    finally:
+        _pretended, _recorded = before
+
+
+def capability(device: torch.device) -> int:
+    """The compute capability of a device as one number: 90 for 9.0; without a GPU (the interpreter) 80."""
+    if _pretended is not None:
+        return _pretended
+    return _of_gpu(device) if device.type == "cuda" else 80
+
+
+@functools.cache
+def _of_gpu(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def require(condition: bool, where: str, must: str, got: Callable[[], object], remedy: str) -> None:
+    """Raise a ``ValueError`` that names what must hold, what was got and what to do, unless ``condition``."""
+    if not condition:
+        raise ValueError(f"{where}: {must}, got {got()}; {remedy}")
+
+
+def require_device(where: str, *tensors: Tensor | None) -> None:
+    """Raise unless all tensors are on one device that can run Triton kernels: a GPU, or the CPU under TRITON_INTERPRET=1."""
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    require(len(devices) == 1, where, "all tensors must be on one device", lambda: sorted(map(str, devices)), "move them together")
+    (device,) = devices
+    runs = device.type in ("cuda", "meta") or (device.type == "cpu" and interpreted())
+    require(runs, where, "the tensors must be on a GPU, or the interpreter be on (TRITON_INTERPRET=1)", lambda: device, "use reference")
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolNorm:
+    """What a program of ``pool_norm`` holds at a time: a word's ``nodes`` forward, a node's ``words`` backward, rows of ``columns``."""
+
+    columns: int
+    nodes: int
+    words: int
+    warps: int
+
+
+def pool_norm(width: int) -> PoolNorm:
+    """A whole row in registers, a warp for every 512 columns; several rows, so that their loads are on the way together.
+
+    Twice as many rows spill on every generation; twice as many warps let ptxas aim at 64 registers, and then spill one or two on some.
+    """
+    columns = 1 << (width - 1).bit_length()
+    nodes = 4 if columns <= 4096 else 2
+    return PoolNorm(columns, nodes, words=nodes // 2, warps=min(16, max(1, columns // 512)))
+
+
+# nf4_lora
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+    """Which way a product takes, by its number of rows M.
+
+    decode_rows  an NF4 weight is decoded inside the product up to this many rows, and dequantised once above
+    fused_rows   the product is Triton's, the low-rank term in its epilogue, up to this many rows; above it is cuBLAS's
+    """
+
+    decode_rows: int
+    fused_rows: int
+
+
+ALWAYS = 1 << 62
+# 7.5: Triton makes no tensor-core products there, cuBLAS does. The others are reasoned, not measured: python -m tli.tune measures
+_DISPATCH = {75: Dispatch(0, 0)} | dict.fromkeys(CAPABILITIES[1:], Dispatch(decode_rows=64, fused_rows=ALWAYS))
+_chosen: dict[int, Dispatch] = {}
+
+
+def dispatch(capability: int) -> Dispatch:
+    """The dispatch for a compute capability: the one given to ``use``, or the table's for the newest generation not newer."""
+    return _chosen.get(capability) or _DISPATCH[max((known for known in _DISPATCH if known <= capability), default=75)]
+
+
+def use(capability: int, dispatch: Dispatch | None) -> None:
+    """Override the dispatch for a compute capability; None goes back to the table."""
+    _chosen.pop(capability, None)
+    if dispatch is not None:
+        _chosen[capability] = dispatch
+
+
+# streaming multiprocessors of a common card of each generation, for when there is none to ask
+_PROCESSORS = {75: 40, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
+
+
+def _processors(device: torch.device) -> int:
+    if device.type == "cuda" and _pretended is None:
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return _PROCESSORS[capability(device)]
+
+
+def tiles(*sides: tuple[int, int]) -> int:
+    """How many tiles cover a result, from each side's length and block."""
+    return math.prod(-(-length // block) for length, block in sides)
+
+
+def split(terms: int, least: int, tiles: int, device: torch.device) -> tuple[int, int]:
+    """Into how many parts of how many terms a sum is split, so that two programs per processor have work.
+
+    Each part is a multiple of ``least`` (but for the last), so short sums and large results stay whole.
+    """
+    wanted = max(1, 2 * _processors(device) // max(1, tiles))
+    per_part = -(-terms // (least * wanted)) * least
+    return max(1, -(-terms // max(1, per_part))), max(1, per_part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Tiles of one of nf4_lora's kernels: result [block_p, block_m], sum by block_q, low rank by block_r."""
+
+    block_m: int
+    block_p: int
+    block_q: int
+    group: int
+    num_warps: int
+    num_stages: int
+
+    def options(self, rank: int) -> dict:
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_P": self.block_p, "BLOCK_Q": self.block_q, "BLOCK_R": _rank_block(rank, 32)}
+        # NF4 scales are a product and a sum, each rounded, as bitsandbytes makes them
+        return {**blocks, "GROUP": self.group, "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+
+
+def product(capability: int, rows: int, nf4: bool, bytes_per_element: int) -> Product:
+    """The tiles of a product; an NF4 weight's tiles are multiples of its block of 64 both ways."""
+    if bytes_per_element == 4:
+        return Product(block_m=32, block_p=64, block_q=64, group=8, num_warps=4, num_stages=1)
+    few = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if nf4 or rows <= 64:
+        return Product(block_m=few, block_p=64, block_q=64, group=8, num_warps=4, num_stages=3)
+    if capability in (90, 100):
+        return Product(block_m=256 if rows > 1024 else 128, block_p=128, block_q=64, group=8, num_warps=8, num_stages=3)
+    # these may have 99 KB of shared memory; with 8 warps the compiler gives 12.0 half the registers and spills
+    return Product(block_m=128, block_p=128, block_q=32, group=8, num_warps=4 if capability >= 120 else 8, num_stages=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Tiles of a small kernel by the letters of their sides."""
+
+    blocks: tuple[tuple[str, int], ...]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __getitem__(self, letter: str) -> int:
+        return dict(self.blocks)[letter]
+
+    def options(self) -> dict:
+        return {**{f"BLOCK_{letter}": size for letter, size in self.blocks}, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def down(rank: int) -> Blocks:
+    """The tiles of kept(x)·Aᵀ: memory-bound, so few rows and the whole of a common rank."""
+    return Blocks((("M", 64), ("R", _rank_block(rank, 64)), ("Q", 64)), num_stages=3)
+
+
+def finish(rows: int, rank: int) -> Blocks:
+    return Blocks((("P", 64), ("M", 16 if rows <= 16 else 64), ("R", _rank_block(rank, 32))))
+
+
+def outer(rank: int) -> Blocks:
+    return Blocks((("C", 64), ("R", _rank_block(rank, 64)), ("M", 32)))
+
+
+def _rank_block(rank: int, largest: int) -> int:
+    # the tensor cores take no side below 16
+    return min(largest, max(16, 1 << (rank - 1).bit_length()))
+
+
+def dequantise() -> Blocks:
+    """64 scales with their 64 elements each: each of 128 threads reads 16 bytes, and on 8.0, 9.0 and 10.0 every warp has its registers."""
+    return Blocks((("S", 64),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """How infonce and hinge walk the cosines of B pairs.
+
+    way:         what is multiplied: "halves" (fp16 parts made beforehand), "split" (made while loading), "fp32" (no tensor cores)
+    statistics:  a block of the forward's logits: rows M, columns N, depth K along D
+    weights:     a block of the backward's
+    gradients:   a block of du or dv: words M, columns of D N, depth K along the other side's words
+    side:        columns whose statistics, and rows and columns whose weights are held at a time
+    """
+
+    way: str
+    statistics: Blocks
+    weights: Blocks
+    gradients: Blocks
+    side: int = 4096
+
+    def padded(self, size: int) -> int:
+        """The size rounded up so that no block reaches beyond it."""
+        largest = max(blocks[letter] for blocks in (self.statistics, self.weights, self.gradients) for letter in "MNK")
+        return -(-size // largest) * largest
+
+
+def contrast(capability: int, pairs: int) -> Contrast:
+    """Small batches: small blocks, so that many programs share the work; large ones: parts made once, as each is read many times."""
+
+    def blocks(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Blocks:
+        return Blocks((("M", m), ("N", n), ("K", k)), num_warps, num_stages)
+
+    if capability < 80:
+        large = blocks(64, 64, 16, 8, 1)
+        small = blocks(32, 32, 32, 4, 1) if pairs <= 512 else large
+        return Contrast("fp32", small, small, large)
+    if pairs <= 1024:
+        wide = blocks(64, 64, 32, 4, 3)
+        small = blocks(16, 16, 64, 2, 4) if pairs <= 128 else blocks(32, 32, 32, 4, 4) if pairs <= 512 else wide
+        return Contrast("split", small, small, wide)
+    if capability == 90:
+        large = blocks(128, 128, 64, 8, 3)
+        return Contrast("halves", large, large, large)
+    if capability == 100:
+        # the compiler spreads a whole row of a block over one thread there, and sums of columns run out of registers
+        return Contrast("halves", blocks(64, 64, 64, 8, 3), blocks(128, 64, 64, 8, 3), blocks(128, 128, 64, 8, 2))
+    # these may have 99 KiB of shared memory, and 128 columns spill
+    large = blocks(128, 64, 32, 8, 3)
+    return Contrast("halves", large, large, large)
