@@ -21,36 +21,11 @@ forward, N and K backward. Products are made transposed, [P, M] = W·xᵀ: the l
 import torch
 import triton
 import triton.language as tl
-from tli_kernels import launch, nf4, reference
+from tli_kernels import launch, nf4
+from tli_kernels.dropout import column_keys, keep, parameters, row_keys
 from tli_kernels.nf4 import NF4Weight, block_scales, decode
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-_MIX_1, _MIX_2, _COLUMN_SALT = (tl.constexpr(getattr(reference, name)) for name in ("_MIX_1", "_MIX_2", "_COLUMN_SALT"))
-
-
-@triton.jit
-def _mix(x):
-    x = (x ^ (x >> 16)) * _MIX_1
-    x = (x ^ (x >> 15)) * _MIX_2
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _row_keys(offs_m, seed_lo, seed_hi):
-    return _mix(_mix(offs_m.to(tl.uint32) ^ seed_lo.to(tl.uint32)) ^ seed_hi.to(tl.uint32))
-
-
-@triton.jit
-def _column_keys(offs_k):
-    return _mix(offs_k.to(tl.uint32) ^ _COLUMN_SALT)
-
-
-@triton.jit
-def _keep(keys, threshold):
-    x = (keys ^ (keys >> 16)) * _MIX_1
-    x = (x ^ (x >> 15)) * _MIX_2
-    return x.to(tl.int32, bitcast=True) >= threshold
 
 
 @triton.jit
@@ -94,8 +69,8 @@ def _low_rank_tile(
             f = tl.load(f_ptr + offs_p[:, None] * stride_fp + offs_r[None, :] * stride_fr, mask=mask, other=0.0)
             tile = tl.dot(f.to(DTYPE), low.to(DTYPE), tile, input_precision="ieee")
         if DROPOUT:
-            keys = _column_keys(offs_p)[:, None] + _row_keys(offs_m, seed_lo, seed_hi)[None, :]
-            tile = tl.where(_keep(keys, threshold), tile, 0.0)
+            keys = column_keys(offs_p)[:, None] + row_keys(offs_m, seed_lo, seed_hi)[None, :]
+            tile = tl.where(keep(keys, threshold), tile, 0.0)
         tile *= scale
     if BIAS:
         tile += tl.load(bias_ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)[:, None]
@@ -112,14 +87,14 @@ def _down_kernel(
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2).to(tl.int64)
     mask_m, mask_r = offs_m < M, offs_r < R
-    keys = _row_keys(offs_m, seed_lo, seed_hi)
+    keys = row_keys(offs_m, seed_lo, seed_hi)
     low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for first in range(tl.program_id(2) * per_split, min(Q, (tl.program_id(2) + 1) * per_split), BLOCK_Q):
         offs_q = first + tl.arange(0, BLOCK_Q)
         mask_q = offs_q < Q
         x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_q[None, :], mask=mask_m[:, None] & mask_q[None, :], other=0.0)
         if DROPOUT:
-            x = tl.where(_keep(keys[:, None] + _column_keys(offs_q)[None, :], threshold), x, 0.0).to(x_ptr.dtype.element_ty)
+            x = tl.where(keep(keys[:, None] + column_keys(offs_q)[None, :], threshold), x, 0.0).to(x_ptr.dtype.element_ty)
         f_ptrs = f_ptr + offs_r[None, :].to(tl.int64) * stride_fr + offs_q[:, None].to(tl.int64) * stride_fq
         f = tl.load(f_ptrs, mask=mask_r[None, :] & mask_q[:, None], other=0.0)
         low = tl.dot(x, f.to(x_ptr.dtype.element_ty), low, input_precision="ieee")
@@ -195,7 +170,8 @@ def _finish_kernel(
 
 @triton.jit(do_not_specialize=["seed_lo", "seed_hi", "threshold"])
 def _outer_kernel(
-    low_ptr, x_ptr, grad_ptr, M, C, R, low_splits, stride_xm, stride_gs, stride_gc, stride_gr, per_split, scale, seed_lo, seed_hi, threshold,
+    low_ptr, x_ptr, grad_ptr, M, C, R, low_splits, stride_xm, stride_gs, stride_gc, stride_gr, per_split, scale,
+    seed_lo, seed_hi, threshold,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # Each program computes one part of the sum of one tile of a factor's gradient: s·sum over its m of kept(x)[m, c]·low[m, r]
@@ -203,14 +179,14 @@ def _outer_kernel(
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2).to(tl.int64)
     mask_c, mask_r = offs_c < C, offs_r < R
-    keys = _column_keys(offs_c)
+    keys = column_keys(offs_c)
     grad = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     for first in range(tl.program_id(2) * per_split, min(M, (tl.program_id(2) + 1) * per_split), BLOCK_M):
         offs_m = first + tl.arange(0, BLOCK_M).to(tl.int64)
         mask_m = offs_m < M
         x = tl.load(x_ptr + offs_m[None, :] * stride_xm + offs_c[:, None], mask=mask_c[:, None] & mask_m[None, :], other=0.0)
         if DROPOUT:
-            kept = _keep(keys[:, None] + _row_keys(offs_m, seed_lo, seed_hi)[None, :], threshold)
+            kept = keep(keys[:, None] + row_keys(offs_m, seed_lo, seed_hi)[None, :], threshold)
             x = tl.where(kept, x, 0.0).to(x_ptr.dtype.element_ty)
         low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for part in range(0, low_splits):
@@ -219,12 +195,6 @@ def _outer_kernel(
         grad = tl.dot(x, low.to(x_ptr.dtype.element_ty), grad, input_precision="ieee")
     grad_ptrs = grad_ptr + split * stride_gs + offs_c[:, None] * stride_gc + offs_r[None, :] * stride_gr
     tl.store(grad_ptrs, scale * grad, mask=mask_c[:, None] & mask_r[None, :])
-
-
-def _parameters(dropout: float, seed: int) -> tuple[int, int, int]:
-    """The seed as two signed 32-bit numbers, and the least number, read as signed, that is kept."""
-    halves = ((half + (1 << 31)) % (1 << 32) - (1 << 31) for half in (seed, seed >> 32))
-    return *halves, int(dropout * 2.0**32) - (1 << 31)
 
 
 def _down(x: Tensor, factor: Tensor, dropout: float, seed: int) -> Tensor:
@@ -236,15 +206,15 @@ def _down(x: Tensor, factor: Tensor, dropout: float, seed: int) -> Tensor:
     low = x.new_empty((splits, rows, rank), dtype=torch.float32)
     launch.run(
         _down_kernel, (triton.cdiv(rows, config["M"]), triton.cdiv(rank, config["R"]), splits),
-        x, factor, low, rows, terms, rank, x.stride(0), *factor.stride(), per_split, *_parameters(dropout, seed),
+        x, factor, low, rows, terms, rank, x.stride(0), *factor.stride(), per_split, *parameters(dropout, seed),
         DROPOUT=dropout > 0, **config.options(),
     )  # fmt: skip
     return low
 
 
 def _product(
-    x: Tensor, weight: NF4Weight | Tensor, backward: bool,
-    low: Tensor | None = None, factor: Tensor | None = None, scale: float = 1.0, bias: Tensor | None = None, dropout: float = 0.0, seed: int = 0,
+    x: Tensor, weight: NF4Weight | Tensor, backward: bool, low: Tensor | None = None, factor: Tensor | None = None, scale: float = 1.0,
+    bias: Tensor | None = None, dropout: float = 0.0, seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """x·Wᵀ (backward: x·W) + s·kept(low·Fᵀ) + bias for F [P, R] of any strides, by the way that ``launch.dispatch`` names."""
     (rows, terms), length = x.shape, weight.shape[1 if backward else 0]
@@ -255,7 +225,7 @@ def _product(
     by_cublas = not nf4_in_loop and rows > (way.decode_rows if x.dtype == torch.float32 else way.fused_rows)
     y = x.new_empty((rows, length))
     low_splits, rank, strides = (1, 1, (0, 0)) if low is None else (low.shape[0], low.shape[2], factor.stride())
-    adding = (rank, low_splits, *strides, scale, *_parameters(dropout, seed))
+    adding = (rank, low_splits, *strides, scale, *parameters(dropout, seed))
     flags = {"LOW_RANK": low is not None, "BIAS": bias is not None and not by_cublas, "DROPOUT": dropout > 0}
     if by_cublas:
         sides = x, weight if backward else weight.t()
@@ -289,7 +259,7 @@ def _outer(low: Tensor, x: Tensor, scale: float, dropout: float, seed: int, tran
     part, by_column, by_rank = grads.stride() if transposed else (grads.stride(0), 1, columns)
     launch.run(
         _outer_kernel, (triton.cdiv(columns, config["C"]), triton.cdiv(rank, config["R"]), splits),
-        low, x, grads, rows, columns, rank, splits_low, x.stride(0), part, by_column, by_rank, per_split, scale, *_parameters(dropout, seed),
+        low, x, grads, rows, columns, rank, splits_low, x.stride(0), part, by_column, by_rank, per_split, scale, *parameters(dropout, seed),
         DROPOUT=dropout > 0, **config.options(),
     )  # fmt: skip
     return grads[0] if splits == 1 else grads.sum(0)

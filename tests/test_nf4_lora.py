@@ -89,7 +89,9 @@ def test_the_named_shapes_by_the_dispatch_that_holds(size):
 
 
 @pytest.mark.parametrize("name", ["decode", "dequantise"])
-@pytest.mark.parametrize(("m", "n", "k", "r"), [(3, 1, 64, 1), (2, 127, 128, 64), (2, 129, 64, 129), (130, 7, 64, 2), (1, 257, 192, 256), (3, 1023, 1088, 5)])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "r"), [(3, 1, 64, 1), (2, 127, 128, 64), (2, 129, 64, 129), (130, 7, 64, 2), (1, 257, 192, 256), (3, 1023, 1088, 5)]
+)
 def test_edges(name, m, n, k, r):
     with way(name), poisoned():
         Operands(m, n, k, r, torch.float16, dropout=0.2).check()
@@ -169,7 +171,9 @@ def test_dx_is_not_computed_where_x_needs_none(monkeypatch):
     _, a, b = operands.leaves()
     y = nf4_lora.nf4_lora(operands.x, operands.weight, a, b, 0.7)
     launched, run = [], launch.run
-    monkeypatch.setattr(launch, "run", lambda kernel, *rest, **options: (launched.append(kernel.fn.__name__), run(kernel, *rest, **options)))
+    monkeypatch.setattr(
+        launch, "run", lambda kernel, *rest, **options: (launched.append(kernel.fn.__name__), run(kernel, *rest, **options))
+    )
     da, db = torch.autograd.grad(y, (a, b), operands.dy)
     assert sorted(launched) == ["_down_kernel", "_outer_kernel", "_outer_kernel"]
     operands.bias = None

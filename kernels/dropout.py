@@ -1,0 +1,47 @@
+"""Which elements survive dropout: ``reference.keep_mask`` in Triton, element by element, so that no mask is ever stored.
+
+    key   = mix(mix(row ^ seed's low half) ^ seed's high half) + mix(column ^ salt)         modulo 2³²
+    kept  = (the two multiplications of mix, of key), read as signed, >= dropout·2³² - 2³¹
+
+Row and column keys are mixed once for a tile's sides; an element costs a sum, two multiplications and two shifts.
+Source: the mixer lowbias32 (C. Wellons, hash-prospector, public domain).
+"""
+
+import triton
+import triton.language as tl
+from tli_kernels import reference
+
+_MIX_1, _MIX_2, _COLUMN_SALT = (tl.constexpr(getattr(reference, name)) for name in ("_MIX_1", "_MIX_2", "_COLUMN_SALT"))
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * _MIX_1
+    x = (x ^ (x >> 15)) * _MIX_2
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def row_keys(offs_m, seed_lo, seed_hi):
+    # of the rows of x; the seed is in them
+    return _mix(_mix(offs_m.to(tl.uint32) ^ seed_lo.to(tl.uint32)) ^ seed_hi.to(tl.uint32))
+
+
+@triton.jit
+def column_keys(offs_k):
+    # of the columns of x
+    return _mix(offs_k.to(tl.uint32) ^ _COLUMN_SALT)
+
+
+@triton.jit
+def keep(keys, threshold):
+    # whether an element survives, from its row's key plus its column's
+    x = (keys ^ (keys >> 16)) * _MIX_1
+    x = (x ^ (x >> 15)) * _MIX_2
+    return x.to(tl.int32, bitcast=True) >= threshold
+
+
+def parameters(dropout: float, seed: int) -> tuple[int, int, int]:
+    """What a kernel is handed: the seed as two signed 32-bit numbers, and the least number, read as signed, that is kept."""
+    halves = ((half + (1 << 31)) % (1 << 32) - (1 << 31) for half in (seed, seed >> 32))
+    return *halves, int(dropout * 2.0**32) - (1 << 31)
