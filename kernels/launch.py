@@ -106,7 +106,7 @@ class PoolNorm:
 def pool_norm(width: int) -> PoolNorm:
     """A whole row in registers, a warp for every 512 columns; several rows, so that their loads are on the way together.
 
-    Twice as many rows spill on every generation; twice as many warps let ptxas aim at 64 registers, and then spill one or two on some.
+    At most 128 registers or so. With twice as many warps ptxas aims at 64, and spills one or two on some generations.
     """
     columns = 1 << (width - 1).bit_length()
     nodes = 4 if columns <= 4096 else 2
@@ -243,45 +243,47 @@ def dequantise() -> Blocks:
 class Contrast:
     """How infonce and hinge walk the cosines of B pairs.
 
-    way:         what is multiplied: "halves" (fp16 parts made beforehand), "split" (made while loading), "fp32" (no tensor cores)
-    statistics:  a block of the forward's logits: rows M, columns N, depth K along D
-    weights:     a block of the backward's
-    gradients:   a block of du or dv: words M, columns of D N, depth K along the other side's words
-    side:        columns whose statistics, and rows and columns whose weights are held at a time
+    way:        what is multiplied: "halves" (fp16 parts made beforehand), "split" (made while loading), "fp32" (no tensor cores)
+    cosines:    a block of u·vᵀ: rows M, columns N, depth K along D
+    gradients:  a block of du or dv: words M, columns of D N, depth K along the other side's words
+    side:       columns whose statistics, and rows and columns whose weights infonce holds at a time; below 32,768
     """
 
     way: str
-    statistics: Blocks
-    weights: Blocks
+    cosines: Blocks
     gradients: Blocks
     side: int = 4096
 
     def padded(self, size: int) -> int:
         """The size rounded up so that no block reaches beyond it."""
-        largest = max(blocks[letter] for blocks in (self.statistics, self.weights, self.gradients) for letter in "MNK")
+        largest = max(blocks[letter] for blocks in (self.cosines, self.gradients) for letter in "MNK")
         return -(-size // largest) * largest
 
 
 def contrast(capability: int, pairs: int) -> Contrast:
     """Small batches: small blocks, so that many programs share the work; large ones: parts made once, as each is read many times."""
-
-    def blocks(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Blocks:
-        return Blocks((("M", m), ("N", n), ("K", k)), num_warps, num_stages)
-
     if capability < 80:
-        large = blocks(64, 64, 16, 8, 1)
-        small = blocks(32, 32, 32, 4, 1) if pairs <= 512 else large
-        return Contrast("fp32", small, small, large)
+        large = _depth(64, 64, 16, 8, 1)
+        return Contrast("fp32", _depth(32, 32, 32, 4, 1) if pairs <= 512 else large, large)
     if pairs <= 1024:
-        wide = blocks(64, 64, 32, 4, 3)
-        small = blocks(16, 16, 64, 2, 4) if pairs <= 128 else blocks(32, 32, 32, 4, 4) if pairs <= 512 else wide
-        return Contrast("split", small, small, wide)
+        wide = _depth(64, 64, 32, 4, 3)
+        small = _depth(16, 16, 64, 2, 4) if pairs <= 128 else _depth(32, 32, 32, 4, 4) if pairs <= 512 else wide
+        return Contrast("split", small, wide)
     if capability == 90:
-        large = blocks(128, 128, 64, 8, 3)
-        return Contrast("halves", large, large, large)
+        large = _depth(128, 128, 64, 8, 3)
+        return Contrast("halves", large, large)
     if capability == 100:
-        # the compiler spreads a whole row of a block over one thread there, and sums of columns run out of registers
-        return Contrast("halves", blocks(64, 64, 64, 8, 3), blocks(128, 64, 64, 8, 3), blocks(128, 128, 64, 8, 2))
-    # these may have 99 KiB of shared memory, and 128 columns spill
-    large = blocks(128, 64, 32, 8, 3)
-    return Contrast("halves", large, large, large)
+        # with 128 columns of cosines their sums run out of registers
+        return Contrast("halves", _depth(128, 64, 64, 8, 3), _depth(128, 128, 64, 8, 2))
+    # these may have 99 KiB of shared memory, and spill with 128 columns
+    large = _depth(128, 64, 32, 8, 3)
+    return Contrast("halves", large, large)
+
+
+def gather(capability: int) -> tuple[str, Blocks]:
+    """What the hinge's gradient multiplies, as of ``Contrast.way``, and its blocks: words M, columns of D N, depth K along the rows."""
+    return ("fp32", _depth(64, 64, 16, 8, 1)) if capability < 80 else ("split", _depth(64, 64, 64, 4, 1))
+
+
+def _depth(m: int, n: int, k: int, num_warps: int, num_stages: int) -> Blocks:
+    return Blocks((("M", m), ("N", n), ("K", k)), num_warps, num_stages)

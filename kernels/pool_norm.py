@@ -144,28 +144,26 @@ def _check(states: Tensor, indptr: Tensor, indices: Tensor, norm_weight: Tensor 
     _require(1 <= states.shape[1] <= 8192, "states must be 1 to 8192 wide", states, "use reference")
     if norm_weight is not None:
         fits = norm_weight.shape == states.shape[1:] and norm_weight.is_floating_point()
-        _require(fits, f"norm_weight must be floats [{states.shape[1]}]", norm_weight, "pass the weight of these states' norm")
-    _check_paths(indptr, indices, ("indptr", "indices", "words"), len(states))
+        _require(fits, "norm_weight must be floats, one for each column of states", norm_weight, "pass the weight of these states' norm")
+    _check_paths("indptr and indices", indptr, indices, states.shape[0])
     if transposed is not None:
-        _check_paths(*transposed, ("transposed indptr", "transposed words", "nodes"), len(indptr) - 1)
-        fits = (len(transposed[0]), len(transposed[1])) == (len(states) + 1, len(indices))
-        _require(fits, f"transposed must hold {len(states)} nodes and {len(indices)} entries", transposed[0], "use transpose_paths")
+        _check_paths("transposed", *transposed, indptr.shape[0] - 1)
+        fits = transposed[0].shape[0] == states.shape[0] + 1 and transposed[1].shape == indices.shape
+        _require(fits, "transposed must be of these nodes and paths", transposed[0], "use transpose_paths")
 
 
-def _check_paths(indptr: Tensor, indices: Tensor, names: tuple[str, str, str], limit: int) -> None:
-    for name, tensor in zip(names, (indptr, indices)):
-        _require(tensor.dtype == torch.int64 and tensor.ndim == 1, f"{name} must be int64 with one dimension", tensor, "cast it")
-    _require(len(indptr) > 0, f"{names[0]} must have one element more than there are {names[2]}", indptr, "begin it with 0")
+def _check_paths(names: str, indptr: Tensor, indices: Tensor, limit: int) -> None:
+    for path in (indptr, indices):
+        _require(path.dtype == torch.int64 and path.ndim == 1, f"{names} must be int64 with one dimension", path, "cast them")
+    _require(indptr.shape[0] > 0, f"{names}: the first must have at least the element 0", indptr, "begin it with 0")
     # a look at values on a GPU would wait for it: there the kernels leave out what does not exist
     if indptr.device.type == "cpu":
-        rising = indptr[0] == 0 and indptr[-1] <= len(indices) and bool((indptr.diff() >= 0).all())
-        launch.require(
-            bool(rising), "pool_norm", f"{names[0]} must rise from 0 to at most {len(indices)}", indptr.tolist, "build the paths anew"
-        )
-        outside = indices[(indices < 0) | (indices >= limit)]
-        launch.require(
-            len(outside) == 0, "pool_norm", f"{names[1]} must be in 0..{limit - 1}", lambda: outside[0].item(), "build the paths anew"
-        )
+        rising = indptr[0] == 0 and indptr[-1] <= len(indices) and (indptr.diff() >= 0).all()
+        must = f"{names}: the first must rise from 0 to at most {len(indices)}"
+        launch.require(bool(rising), "pool_norm", must, indptr.tolist, "build the paths anew")
+        outside = indices[(indices < 0) | (indices >= limit)].tolist()
+        must = f"{names}: the second must lie in 0..{limit - 1}"
+        launch.require(not outside, "pool_norm", must, lambda: outside[0], "build the paths anew")
 
 
 def _require(condition: bool, must: str, tensor: Tensor, remedy: str) -> None:

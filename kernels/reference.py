@@ -198,9 +198,13 @@ def hinge(source: Tensor, target: Tensor, margin: float, same: Tensor) -> Tensor
         same:    int64 [E, 2] ordered pairs that are no negatives
 
     Returns:
-        fp32 scalar; a row without any negative adds 0. Source: TLI (arXiv 2506.15415).
+        fp32 scalar; a row without any negative adds 0. Among equally hard negatives the gradient goes to the first.
+        Source: TLI (arXiv 2506.15415).
     """
     cosines = source.float() @ target.float().t()
     own = torch.arange(len(cosines), device=cosines.device)
     negatives = cosines.index_put((torch.cat([same[:, 0], own]), torch.cat([same[:, 1], own])), cosines.new_tensor(float("-inf")))
-    return F.relu(margin - cosines.diagonal() + negatives.amax(dim=1)).mean()
+    # argmax may take any of equal columns; where a row has NaN, none is equal and any will do
+    equal = negatives == negatives.amax(dim=1, keepdim=True)
+    first = torch.where(equal, own, len(own) - 1).amin(dim=1, keepdim=True)
+    return F.relu(margin - cosines.diagonal() + negatives.gather(1, first).squeeze(1)).mean()

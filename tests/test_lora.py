@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tli import lora
+from tli import lora, ops
 from tli.checkpoint import open_checkpoint
 from tli.errors import TliError
 from tli.packing import tokenise
@@ -149,10 +149,12 @@ def test_merging_keeps_the_states_and_is_refused_in_4_bit(make_model, tokenizer)
     shake(decoder)
     adapted = run(decoder, batch)
     first = next(iter(lora.adapters(decoder).values()))
-    packed, first.weight = first.weight, torch.nn.Parameter(torch.zeros(10, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(TliError, match="the base weight must be 16 or 32 bit, got torch.uint8; dequantise"):
+    plain = first.weight
+    del first.weight
+    first.weight = ops.NF4Weight.quantise(torch.randn(plain.shape[0], 64))
+    with pytest.raises(TliError, match="the base weight must be 16 or 32 bit, got NF4; dequantise"):
         lora.merge(decoder)
-    first.weight = packed
+    first.weight = plain
     lora.merge(decoder)
     assert not lora.adapters(decoder)
     torch.testing.assert_close(run(decoder, batch), adapted, rtol=1e-4, atol=1e-4)

@@ -9,9 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tli_kernels import onednn, reference
 
-from tli import ops
-from tli.errors import TliError
-
 torch.manual_seed(0)
 
 
@@ -180,10 +177,3 @@ def test_dropout_keeps_what_it_says_and_is_a_function_of_its_seed():
     assert agreement == pytest.approx(0.7**2 + 0.3**2, abs=0.01)
     neighbours = (kept[:, 1:] == kept[:, :-1]).float().mean().item()
     assert neighbours == pytest.approx(0.7**2 + 0.3**2, abs=0.01)
-
-
-def test_asking_for_fused_ops_never_falls_back():
-    cpu = torch.device("cpu")
-    assert "asked for" in ops.choose("reference", torch.float32, cpu)
-    with pytest.raises(TliError, match="^--impl: the fused ops must be available, got "):
-        ops.choose("fused", torch.float32, cpu)

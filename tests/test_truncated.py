@@ -1,5 +1,6 @@
 """Layer L of the truncated model is the whole model's ``hidden_states[L]``: bit for bit padded, to rounding packed."""
 
+import itertools
 import json
 import shutil
 
@@ -10,7 +11,7 @@ from conftest import FAMILIES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tli.checkpoint import nf4_rounded, open_checkpoint
+from tli.checkpoint import open_checkpoint
 from tli.errors import TliError
 from tli.packing import tokenise
 from tli.streaming import stream_layers
@@ -153,9 +154,26 @@ def test_nf4_weights_are_bitsandbytes_own_rounding(make_model, tokenizer):
     blocks = weight.to(torch.bfloat16).float().view(-1, 64)
     scale = blocks.abs().amax(dim=1, keepdim=True)
     nearest = code[(blocks / scale)[..., None].sub(code).abs().argmin(dim=-1)] * scale
-    assert torch.equal(rounded, nearest.to(torch.bfloat16).float().view_as(weight))
-    assert torch.equal(rounded, nf4_rounded(weight).float())
+    assert torch.equal(rounded, nearest.view_as(weight))
     assert torch.equal(decoder.layers[0].input_layernorm.weight, stored["model.layers.0.input_layernorm.weight"])
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["single", "nested"])
+def test_checkpoints_that_transformers_quantised_load_as_they_are(make_model, tokenizer, tmp_path, nested):
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested)
+    source = make_model("llama", hidden_size=64, intermediate_size=128)
+    whole = AutoModelForCausalLM.from_pretrained(source, quantization_config=settings, dtype=torch.float32)
+    whole.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    words = tokenise(tokenizer, WORDS, window=24)
+    decoder = truncate(open_checkpoint(str(tmp_path)), 2, words.rows, place("cpu", "float32"))
+    for index, path in itertools.product((0, 1), ("self_attn.k_proj", "mlp.down_proj")):
+        stored = whole.model.layers[index].get_submodule(path).weight
+        expected = dequantize_4bit(stored.data, stored.quant_state)
+        torch.testing.assert_close(decoder.layers[index].get_submodule(path).weight, expected, rtol=1e-6, atol=0)
 
 
 def damage(folder, kind: str) -> None:
@@ -196,7 +214,7 @@ def damage(folder, kind: str) -> None:
         ("misshapen", "must have the shape 80x48 that config.json implies, got 96x48; "),
         ("family", "known to truncate exactly .*, got gpt2; "),
         ("unknown", "config.json must describe a model that transformers knows, got "),
-        ("quantised", "the weights must be stored unquantised, got "),
+        ("quantised", "the weights must be unquantised or bitsandbytes' NF4, got "),
         ("more blocks", "must hold the tensor model.layers.4"),
     ],
 )

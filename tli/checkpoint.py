@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tli import ops
 from tli.errors import TliError
 from tli.files import sha256
 
@@ -51,22 +52,41 @@ class Checkpoint:
         """The local path of one of the checkpoint's files, downloaded first where it is a hub name's."""
         return _fetch(self.name, self.folder, file)
 
-    def read(self, names: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    def read(self, names: dict[str, tuple[int, ...]]) -> dict[str, Tensor | ops.NF4Weight]:
         """Read whole tensors, each opened shard once.
 
         Args:
             names: tensor name without ``prefix`` -> the shape that it must have
 
         Returns:
-            The tensors under the same names, in the checkpoint's dtype.
+            The tensors under the same names, in the checkpoint's dtype; weights that it holds in NF4 as they are.
         """
+        packed = {name: parts for name in names if (parts := self._packed_parts(name))}
+        plain = {name: shape for name, shape in names.items() if name not in packed}
+        wanted = {**plain, **{part: None for parts in packed.values() for part in parts}}
         tensors = {}
-        for file in dict.fromkeys(self._shard(name) for name in names):
+        for file in dict.fromkeys(self._shard(name) for name in wanted):
             with _open(self.path(file)) as shard:
-                for name, shape in names.items():
+                for name, shape in wanted.items():
                     if self._shard(name) == file:
                         tensors[name] = self._tensor(shard, file, name, shape)
-        return tensors
+        found = {name: tensors[name] for name in plain}
+        return found | {name: self._nf4(name, {part: tensors[part] for part in parts}, names[name]) for name, parts in packed.items()}
+
+    def _packed_parts(self, name: str) -> list[str]:
+        """The tensors that make up a weight stored in four bits; none for one that is not."""
+        beside = [key.removeprefix(self.prefix) for key in self.shard_of if key.startswith(f"{self.prefix}{name}.")]
+        return [name, *beside] if beside else []
+
+    def _nf4(self, name: str, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> ops.NF4Weight:
+        try:
+            weight = ops.NF4Weight.from_state_dict(tensors, name)
+        except ValueError as error:
+            raise TliError(
+                f"{self.name}, {self.prefix}{name}", "the 4-bit weight must be NF4", _one_line(error), "use the original checkpoint"
+            ) from error
+        self._require_shape(self._shard(name), name, weight.shape, shape)
+        return weight
 
     def embedding_rows(self, rows: Tensor | None) -> Tensor:
         """The embedding table's ``rows`` (int64 [V], or None for all of it): [V, width] in the checkpoint's dtype."""
@@ -129,27 +149,30 @@ class Checkpoint:
                 "check that it is complete",
             ) from None
 
-    def _tensor(self, shard, file: str, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _tensor(self, shard, file: str, name: str, shape: tuple[int, ...] | None) -> Tensor:
         try:
             tensor = shard.get_tensor(self.prefix + name)
         except SafetensorError as error:
             raise TliError(self.path(file), f"the file must hold {self.prefix + name}", _one_line(error), "download it again") from error
-        if tuple(tensor.shape) != tuple(shape):
-            got = "x".join(map(str, tensor.shape))
+        if shape is not None:
+            self._require_shape(file, name, tensor.shape, shape)
+        return tensor
+
+    def _require_shape(self, file: str, name: str, got: torch.Size, shape: tuple[int, ...]) -> None:
+        if tuple(got) != tuple(shape):
             raise TliError(
                 self.path(file),
                 f"{self.prefix + name} must have the shape {'x'.join(map(str, shape))} that config.json implies",
-                got,
+                "x".join(map(str, got)),
                 "use the config.json that belongs to these weights",
             )
-        return tensor
 
 
 def open_checkpoint(name: str) -> Checkpoint:
     """Open a local folder or hub name; reads config and tensor names, no weights.
 
     Raises:
-        TliError: no such folder, no config, a family that is not in ``FAMILIES``, 4-bit weights, or no safetensors.
+        TliError: no such folder, no config, a family that is not in ``FAMILIES``, quantised weights other than NF4, or no safetensors.
     """
     folder = pathlib.Path(name).expanduser() if pathlib.Path(name).expanduser().exists() or name.startswith((".", "/", "~")) else None
     if folder is not None and not folder.is_dir():
@@ -183,10 +206,10 @@ def _read_config(name: str, folder: pathlib.Path | None):
             config.model_type,
             "choose a model of these families",
         )
-    if getattr(config, "quantization_config", None):
-        raise TliError(
-            name, "the weights must be stored unquantised", "a quantization_config in config.json", "use the model's original checkpoint"
-        )
+    stored = getattr(config, "quantization_config", None) or {}
+    if stored and (stored.get("quant_method") != "bitsandbytes" or stored.get("bnb_4bit_quant_type") != "nf4"):
+        got = f"quantization_config {stored.get('quant_method')}, {stored.get('bnb_4bit_quant_type') or 'no NF4'}"
+        raise TliError(name, "the weights must be unquantised or bitsandbytes' NF4", got, "use the model's original checkpoint")
     return config
 
 
@@ -245,18 +268,3 @@ def _open(path: pathlib.Path):
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def nf4_rounded(weight: Tensor) -> Tensor:
-    """deq(NF4(W)): a linear weight [N, K] rounded to NF4 (blocks of 64, fp32 scales) by bitsandbytes, in bf16.
-
-    bf16 is what a 4-bit model computes with, so these are the values that such a model multiplies by.
-    """
-    import logging
-
-    # bitsandbytes announces at import that an optional kernel package is absent, which nobody here asked for
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    codes, state = quantize_4bit(weight.to(torch.bfloat16).contiguous(), blocksize=64, quant_type="nf4", compress_statistics=False)
-    return dequantize_4bit(codes, state).to(torch.bfloat16)

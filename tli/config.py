@@ -16,6 +16,8 @@ import typing
 from tli.errors import TliError
 
 RECIPES = ("default", "paper")
+# whose shapes the kernels know by name (kernels/shapes.py)
+MODELS = ("smollm2-135m", "llama-3.2-1b", "llama-3-8b", "qwen3-4b", "gemma-3-4b")
 
 
 def option(default, group: str, help: str, paper=dataclasses.MISSING, choices: tuple[str, ...] = ()):
@@ -106,6 +108,21 @@ class TrainConfig:
         if self.output is None:
             shuffled = "-shuffled" if self.shuffle_pairs else ""
             object.__setattr__(self, "output", f"runs/{self.recipe}-layer{self.layer}-rank{self.rank}-seed{self.seed}{shuffled}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Measure on this GPU from how many rows on each way of a product is the fastest, and keep it for later runs."""
+
+    device: str = option("cuda", "tuning", "the GPU: cuda or cuda:N")
+    like: str = option("llama-3-8b", "tuning", "the model whose linear layers are timed", choices=MODELS)
+    dtype: str = option("bfloat16", "tuning", "compute dtype", choices=("bfloat16", "float16"))
+    rank: int = option(16, "tuning", "LoRA rank")
+    dry_run: bool = option(False, "tuning", "measure and print, keep nothing")
+    json: bool = option(False, "tuning", "print one JSON object on standard output when done")
+
+    def __post_init__(self):
+        check_choices(self)
 
 
 def check_choices(config) -> None:

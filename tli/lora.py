@@ -70,8 +70,8 @@ class LoRALinear(nn.Module):
 
     def merged(self) -> nn.Linear:
         """An ``nn.Linear`` with the weight W + s·B·A, summed in fp32 and rounded once."""
-        if not self.weight.is_floating_point():
-            raise TliError("merge", "the base weight must be 16 or 32 bit", str(self.weight.dtype), "dequantise the base first")
+        if isinstance(self.weight, ops.NF4Weight):
+            raise TliError("merge", "the base weight must be 16 or 32 bit", "NF4", "dequantise the base first")
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
         merged = self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
         linear.weight = nn.Parameter(merged.detach().to(self.weight.dtype), requires_grad=False)

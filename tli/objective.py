@@ -23,7 +23,7 @@ class Pooling:
 
     def __call__(self, states: Tensor, batch: Batch) -> Tensor:
         """Word states of packed words: token states [T, D] -> fp32 unit rows [words, D]."""
-        return ops.pool_norm(states, batch.indptr, batch.indices, self.norm_weight, self.norm_eps)
+        return ops.pool_norm(states, batch.indptr, batch.indices, self.norm_weight, self.norm_eps, batch.transposed)
 
 
 def token_norm_at_hand(token_norm: str, checkpoint: Checkpoint) -> str:

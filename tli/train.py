@@ -154,7 +154,9 @@ class EpochBatches:
         place_of = np.full(len(self.partners), -1)
         place_of[pairs] = np.arange(len(pairs))
         same = place_of[self.same]
-        same = torch.from_numpy(same[(same >= 0).all(axis=1)]).to(self.placement.device)
+        same = same[(same >= 0).all(axis=1)]
+        # row by row, as the fused losses walk them
+        same = torch.from_numpy(same[np.lexsort(same.T[::-1])]).to(self.placement.device)
         return to_batch(packed, self.placement.dtype, self.placement.device), same
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tli import ops
-from tli.checkpoint import Checkpoint, nf4_rounded
+from tli.checkpoint import Checkpoint
 from tli.errors import TliError
 from tli.packing import PackedWords
 
@@ -26,6 +26,7 @@ class Batch:
     indptr        int64 [words + 1]
     indices       int64 [entries]
     sinks         int64 [words]
+    transposed    int64 [T + 1] and [entries], ``ops.transpose_paths`` of indptr and indices; None: made where it is needed
     """
 
     input_ids: Tensor
@@ -34,6 +35,7 @@ class Batch:
     indptr: Tensor
     indices: Tensor
     sinks: Tensor
+    transposed: tuple[Tensor, Tensor] | None = None
 
 
 def to_batch(packed: PackedWords, dtype: torch.dtype, device: torch.device) -> Batch:
@@ -43,7 +45,8 @@ def to_batch(packed: PackedWords, dtype: torch.dtype, device: torch.device) -> B
     }
     hidden = torch.from_numpy(~packed.visible).to(device)[:, None]
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
-    return Batch(mask=mask, **move)
+    paths = ops.transpose_paths(torch.from_numpy(packed.indptr), torch.from_numpy(packed.indices), packed.input_ids.size)
+    return Batch(mask=mask, transposed=tuple(part.to(device) for part in paths), **move)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +139,8 @@ def _config(checkpoint: Checkpoint, blocks: int):
     config.num_hidden_layers = blocks
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = list(checkpoint.config.layer_types[:blocks])
+    # what it says of the checkpoint's bytes is done with when they are read
+    config.quantization_config = None
     # one row stands in until the kept rows take its place
     config.vocab_size, config.pad_token_id = 1, None
     # SDPA has no soft-capping: Gemma 2 needs the eager form
@@ -144,18 +149,33 @@ def _config(checkpoint: Checkpoint, blocks: int):
 
 
 def load_block(checkpoint: Checkpoint, block: nn.Module, index: int, placement: Placement) -> None:
-    """Read block ``index`` of the checkpoint into ``block``, frozen."""
+    """Read block ``index`` of the checkpoint into ``block``, frozen; packed NF4 weights only where the ops compute from them."""
     names = block_tensors(block, index)
     tensors = checkpoint.read({full: tuple(parameter.shape) for full, (_, parameter) in names.items()})
     linear = {f"{path}.weight" for path, module in block.named_modules() if isinstance(module, nn.Linear)}
     for full, (local, _) in names.items():
-        tensor = tensors.pop(full)
-        if placement.weights == "nf4" and local in linear:
-            tensor = nf4_rounded(tensor)
-        # a copy even where the dtype is right: the file may go away under a mapped tensor
-        value = tensor.to(placement.device, placement.dtype, copy=True)
         owner, _, leaf = local.rpartition(".")
-        setattr(block.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        module = block.get_submodule(owner)
+        # a registered parameter's place takes no packed weight
+        delattr(module, leaf)
+        setattr(module, leaf, _placed(tensors.pop(full), placement, local in linear))
+
+
+def _placed(tensor: Tensor | ops.NF4Weight, placement: Placement, linear: bool) -> nn.Parameter | ops.NF4Weight:
+    """A frozen tensor of the checkpoint as the model holds it."""
+    if placement.weights == "nf4" and linear and not isinstance(tensor, ops.NF4Weight):
+        try:
+            # bf16 is what a 4-bit model is made from
+            tensor = ops.NF4Weight.quantise(tensor.to(placement.device, torch.bfloat16))
+        except ValueError as error:
+            raise TliError("--weights", "every linear layer's weight must fit into NF4", error, "use --weights full") from error
+    if isinstance(tensor, ops.NF4Weight):
+        tensor = tensor.to(placement.device)
+        if placement.weights == "nf4" and ops.holds_nf4():
+            return tensor
+        tensor = ops.dequantise(tensor, placement.dtype)
+    # a copy even where the dtype is right: the file may go away under a mapped tensor
+    return nn.Parameter(tensor.to(placement.device, placement.dtype, copy=True), requires_grad=False)
 
 
 def block_tensors(block: nn.Module, index: int) -> dict[str, tuple[str, nn.Parameter]]:
