@@ -194,7 +194,9 @@ def product(capability: int, rows: int, nf4: bool, bytes_per_element: int) -> Pr
         return Product(block_m=32, block_p=64, block_q=64, group=8, num_warps=4, num_stages=1)
     few = 16 if rows <= 16 else 32 if rows <= 32 else 64
     if nf4 or rows <= 64:
-        return Product(block_m=few, block_p=64, block_q=64, group=8, num_warps=4, num_stages=3)
+        # but for the Hopper and Blackwell forms, which four warps issue together, more warps need fewer registers each
+        warps = 4 if nf4 or few < 64 or capability in (90, 100) else 8
+        return Product(block_m=few, block_p=64, block_q=64, group=8, num_warps=warps, num_stages=3)
     if capability in (90, 100):
         return Product(block_m=256 if rows > 1024 else 128, block_p=128, block_q=64, group=8, num_warps=8, num_stages=3)
     # these may have 99 KB of shared memory; with 8 warps the compiler gives 12.0 half the registers and spills
@@ -216,16 +218,24 @@ class Blocks:
         return {**{f"BLOCK_{letter}": size for letter, size in self.blocks}, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def down(rank: int) -> Blocks:
-    """The tiles of kept(x)·Aᵀ: memory-bound, so few rows and the whole of a common rank."""
-    return Blocks((("M", 64), ("R", _rank_block(rank, 64)), ("Q", 64)), num_stages=3)
+def down(capability: int, rank: int) -> Blocks:
+    """The tiles of kept(x)·Aᵀ: memory-bound, so few rows. Without tensor cores (7.5) all tiles are small: they lie in registers."""
+    if capability < 80:
+        return Blocks((("M", 32), ("R", 16), ("Q", 32)), num_stages=1)
+    return Blocks((("M", 64), ("R", _rank_block(rank, 32)), ("Q", 64)), num_stages=3)
 
 
-def finish(rows: int, rank: int) -> Blocks:
+def finish(capability: int, rows: int, rank: int) -> Blocks:
+    """The tiles of what is added to a product."""
+    if capability < 80:
+        return Blocks((("P", 32), ("M", 32), ("R", 16)), num_stages=1)
     return Blocks((("P", 64), ("M", 16 if rows <= 16 else 64), ("R", _rank_block(rank, 32))))
 
 
-def outer(rank: int) -> Blocks:
+def outer(capability: int, rank: int) -> Blocks:
+    """The tiles of a factor's gradient."""
+    if capability < 80:
+        return Blocks((("C", 32), ("R", 16), ("M", 16)), num_stages=1)
     return Blocks((("C", 64), ("R", _rank_block(rank, 64)), ("M", 32)))
 
 
@@ -275,9 +285,9 @@ def contrast(capability: int, pairs: int) -> Contrast:
     if capability == 100:
         # with 128 columns of cosines their sums run out of registers
         return Contrast("halves", _depth(128, 64, 64, 8, 3), _depth(128, 128, 64, 8, 2))
-    # these may have 99 KiB of shared memory, and spill with 128 columns
+    # these may have 99 KiB of shared memory, and spill with 128 columns; 12.0 spills with the others' gradients, too
     large = _depth(128, 64, 32, 8, 3)
-    return Contrast("halves", large, large)
+    return Contrast("halves", large, _depth(64, 128, 32, 8, 3) if capability >= 120 else large)
 
 
 def gather(capability: int) -> tuple[str, Blocks]:

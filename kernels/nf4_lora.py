@@ -27,6 +27,9 @@ from tli_kernels.nf4 import NF4Weight, block_scales, decode
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# what differs from call to call, or by which no load becomes wider: no reason to compile anew
+_CHANGING = ["M", "R", "parts", "low_splits", "seed_lo", "seed_hi", "threshold"]
+
 
 @triton.jit
 def _weight_tile(
@@ -77,7 +80,7 @@ def _low_rank_tile(
     return tile
 
 
-@triton.jit(do_not_specialize=["seed_lo", "seed_hi", "threshold"])
+@triton.jit(do_not_specialize=_CHANGING)
 def _down_kernel(
     x_ptr, f_ptr, low_ptr, M, Q, R, stride_xm, stride_fr, stride_fq, per_split, seed_lo, seed_hi, threshold,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -102,7 +105,7 @@ def _down_kernel(
     tl.store(low_ptrs, low, mask=mask_m[:, None] & mask_r[None, :])
 
 
-@triton.jit(do_not_specialize=["seed_lo", "seed_hi", "threshold"])
+@triton.jit(do_not_specialize=_CHANGING)
 def _product_kernel(
     x_ptr, w_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, code_ptr, low_ptr, f_ptr, bias_ptr, y_ptr,
     M, P, Q, stride_xm, per_split, R, low_splits, stride_fp, stride_fr, scale, seed_lo, seed_hi, threshold,
@@ -148,7 +151,7 @@ def _product_kernel(
         tl.store(y_ptr + offs_m[None, :] * P + offs_p[:, None], y.to(DTYPE), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed_lo", "seed_hi", "threshold"])
+@triton.jit(do_not_specialize=_CHANGING)
 def _finish_kernel(
     part_ptr, low_ptr, f_ptr, bias_ptr, y_ptr, M, P, parts, R, low_splits, stride_fp, stride_fr, scale, seed_lo, seed_hi, threshold,
     LOW_RANK: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -168,7 +171,7 @@ def _finish_kernel(
     tl.store(y_ptr + offs_m[None, :] * P + offs_p[:, None], y.to(DTYPE), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed_lo", "seed_hi", "threshold"])
+@triton.jit(do_not_specialize=_CHANGING)
 def _outer_kernel(
     low_ptr, x_ptr, grad_ptr, M, C, R, low_splits, stride_xm, stride_gs, stride_gc, stride_gr, per_split, scale,
     seed_lo, seed_hi, threshold,
@@ -200,7 +203,7 @@ def _outer_kernel(
 def _down(x: Tensor, factor: Tensor, dropout: float, seed: int) -> Tensor:
     """kept(x)·Fᵀ for F [R, Q] of any strides: fp32 [splits, M, R], partial sums for others to add."""
     (rows, terms), rank = x.shape, factor.shape[0]
-    config = launch.down(rank)
+    config = launch.down(launch.capability(x.device), rank)
     tiles = launch.tiles((rows, config["M"]), (rank, config["R"]))
     splits, per_split = launch.split(terms, 4 * config["Q"], tiles, x.device)
     low = x.new_empty((splits, rows, rank), dtype=torch.float32)
@@ -235,15 +238,16 @@ def _product(
         tiles = launch.tiles((rows, config.block_m), (length, config.block_p))
         splits, per_split = launch.split(terms, 4 * config.block_q, tiles, x.device)
         parts = y[None] if splits == 1 else x.new_empty((splits, rows, length), dtype=torch.float32)
-        # where the sum is split, finish adds the rest
-        here = flags if splits == 1 else dict.fromkeys(flags, False)
+        # where the sum is split, finish adds the rest; one build of the kernel, then, whatever that is
+        whole = splits == 1
         launch.run(
-            _product_kernel, (tiles, splits), x, *(weight.pointers if nf4_in_loop else (weight,) * 6), low, factor, bias, parts,
-            rows, length, terms, x.stride(0), per_split, *adding,
-            NF4=nf4_in_loop, NESTED=nf4_in_loop and weight.nested, BACKWARD=backward, SPLIT=splits > 1, **here, **config.options(rank),
+            _product_kernel, (tiles, splits), x, *(weight.pointers if nf4_in_loop else (weight,) * 6),
+            *((low, factor, bias) if whole else (None, None, None)), parts, rows, length, terms, x.stride(0), per_split,
+            *(adding if whole else (1, 1, 0, 0, 1.0, 0, 0, 0)), NF4=nf4_in_loop, NESTED=nf4_in_loop and weight.nested, BACKWARD=backward,
+            SPLIT=not whole, **(flags if whole else dict.fromkeys(flags, False)), **config.options(rank if whole else 1),
         )  # fmt: skip
     if len(parts) > 1 or (by_cublas and low is not None):
-        config = launch.finish(rows, rank)
+        config = launch.finish(launch.capability(x.device), rows, rank)
         grid = (triton.cdiv(length, config["P"]), triton.cdiv(rows, config["M"]))
         launch.run(_finish_kernel, grid, parts, low, factor, bias, y, rows, length, len(parts), *adding, **flags, **config.options())
     return y
@@ -252,7 +256,7 @@ def _product(
 def _outer(low: Tensor, x: Tensor, scale: float, dropout: float, seed: int, transposed: bool = False) -> Tensor:
     """s·lowᵀ·kept(x): fp32 [R, C], or transposed [C, R]."""
     (splits_low, rows, rank), columns = low.shape, x.shape[1]
-    config = launch.outer(rank)
+    config = launch.outer(launch.capability(x.device), rank)
     tiles = launch.tiles((columns, config["C"]), (rank, config["R"]))
     splits, per_split = launch.split(rows, 4 * config["M"], tiles, x.device)
     grads = x.new_empty((splits, columns, rank) if transposed else (splits, rank, columns), dtype=torch.float32)

@@ -137,7 +137,7 @@ def test_nodes_in_no_word_change_no_bit_even_when_they_are_nan(trie, norm, data)
     padded[places] = states
     units, dstates = run(pool_norm.pool_norm, padded, [[places[node] for node in word] for word in words], weight, dunits)
     assert same_bits((units, dstates[places]), run(pool_norm.pool_norm, states, words, weight, dunits))
-    padding = np.setdiff1d(np.arange(nodes + 5), places)
+    padding = np.setdiff1d(np.arange(nodes + 5), places).tolist()
     assert torch.equal(dstates[padding], torch.zeros(5, 33, device=DEVICE))
 
 
