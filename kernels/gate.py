@@ -7,10 +7,10 @@ once per compute capability, and the machine code is read:
     registers   of a thread
     spilled     bytes of a thread's stack frame: nothing but spilled registers lies there
     shared      bytes of shared memory of a block, against the most that the chip gives one
-    tensor      tensor-core instructions: HMMA; on 9.0 HGMMA is the Hopper form (wgmma), on 10.0 UTC*MMA the Blackwell form
+    tensor      tensor-core instructions: HMMA; on 9.0 HGMMA is the Hopper form (wgmma), on 10.0 UTCHMMA the Blackwell form
 
-It fails on a spill, on too much shared memory, on a matrix kernel (one that multiplies by ``tl.dot``) without tensor-core
-instructions, and on a kernel that no op launched. Two exceptions, both shown as FMA in the table:
+It fails on a spill, on too much shared (or tensor) memory, on a matrix kernel (one that multiplies by ``tl.dot``) without
+tensor-core instructions, on what does not compile, and on a kernel that no op launched. Two exceptions, shown as FMA:
 
     7.5    Triton 3.3 and later makes no tensor-core products for it (triton-lang/triton pull request 5066)
     fp32   nf4_lora on fp32 activations multiplies in full fp32, which no tensor core does
@@ -55,37 +55,39 @@ except ImportError as missing:
 _KIB = 1024
 # the most shared memory that a block may ask for. Source: CUDA C++ Programming Guide, technical specifications
 SHARED_LIMIT = {75: 64 * _KIB, 80: 163 * _KIB, 86: 99 * _KIB, 89: 99 * _KIB, 90: 227 * _KIB, 100: 227 * _KIB, 120: 99 * _KIB}
-# raised by whoever changes what _read finds, so that older results are not taken
-_READER = 1
+# columns of a multiprocessor's memory for tensor-core results, where it has one
+_TENSOR_MEMORY_LIMIT = 512
+# raised by whoever changes what is read from the machine code, so that older results are not taken
+_READER = 2
+_NOTE = (
+    "FMA: products without tensor cores. For 75 Triton 3.3 and later makes no others (its pull request 5066);"
+    " on 80 it is nf4_lora on fp32 activations."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One specialisation to compile, as plain data that another process can take.
 
-    configuration  what launch.py and the tensors' types decide; specialisations that share it differ in their integers alone
-    ones           the integers that are 1, which Triton makes constants
-    exact          products are asked for in full fp32: no tensor core is expected
+    ``exact``: it multiplies in full fp32, for which there are no tensor cores; ``key`` names what is compiled, and by what.
     """
 
-    module: str
-    kernel: str
+    name: str
     capability: int
     signature: dict[str, str]
     constants: dict[tuple, object]
     attributes: dict[tuple, list]
     options: dict
-    configuration: str
-    ones: str
     exact: bool
     key: str
 
-    @property
-    def name(self) -> str:
-        return f"{self.module.removeprefix('tli_kernels.')}.{self.kernel}"
-
     def __str__(self) -> str:
-        return f"{self.name} on {self.capability} with {self.configuration}" + (f", 1 for {self.ones}" if self.ones else "")
+        names, said = list(self.signature), [kind for kind in self.signature.values() if kind.startswith("*")]
+        multiples = [names[place] for (place, *_), known in self.attributes.items() if known]
+        said += [f"{name}%16=0" for name in multiples if not self.signature[name].startswith("*")]
+        said += [f"{names[place]}={value}" for (place, *_), value in self.constants.items()]
+        said += [f"{name}={self.options[name]}" for name in ("num_warps", "num_stages", "enable_fp_fusion")]
+        return f"{self.name} on {self.capability} with {' '.join(said)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Result:
     registers: int = 0
     spilled: int = 0
     shared: int = 0
+    tensor_memory: int = 0
     product: bool = False
     tensor: dict[str, int] = dataclasses.field(default_factory=dict)
     error: str = ""
@@ -120,7 +123,7 @@ def _call_nf4(dtype: torch.dtype) -> None:
         nf4.dequantise(_nf4_weight(size, nested), dtype)
 
 
-def _call_nf4_lora(dtype: torch.dtype, sizes: Iterable[tuple[int, int]]) -> None:
+def _call_nf4_lora(dtype: torch.dtype, thorough: bool) -> None:
     from tli_kernels import nf4_lora
 
     def both_ways(rows, size, kind, rank=16, dropout=0.05, bias=False):
@@ -131,11 +134,12 @@ def _call_nf4_lora(dtype: torch.dtype, sizes: Iterable[tuple[int, int]]) -> None
             y.backward(torch.empty_like(y))
 
     # the trie of a batch has any number of nodes, not only multiples of 16
-    for rows, kind in itertools.product((*shapes.ROWS, 275), ("single", "nested", "resident")):
-        for size in sizes:
+    for rows in (*shapes.ROWS, 275) if thorough else (16, 275):
+        for size, kind in itertools.product(set(shapes.weights().values()) if thorough else (), ("nested", "resident")):
             both_ways(rows, size, kind)
-        for change in ({"rank": 8}, {"rank": 256}, {"dropout": 0.0}, {"bias": True}):
-            both_ways(rows, (4096, 4096), kind, **change)
+        for kind, rank, dropout in itertools.product(("single", "nested", "resident"), (1, 8, 256) if thorough else (16,), (0.0, 0.05)):
+            both_ways(rows, (4096, 4096), kind, rank, dropout)
+        both_ways(rows, (4096, 4096), "nested", bias=True)
 
 
 def _call_pool_norm(dtype: torch.dtype) -> None:
@@ -164,30 +168,26 @@ def calls(capability: int) -> Iterator[tuple[Callable[[], None], bool]]:
     In the 16-bit dtype that the chip has; in the others on one generation for all, for they change little but instructions' names.
     """
     half = torch.bfloat16 if capability >= 80 else torch.float16
-    for dtype in (torch.bfloat16, torch.float16, torch.float32) if capability == 80 else (half,):
+    for dtype in (half, torch.float16, torch.float32) if capability == 80 else (half,):
         yield functools.partial(_call_nf4, dtype), False
         yield functools.partial(_call_pool_norm, dtype), False
-        yield functools.partial(_call_nf4_lora, dtype, set(shapes.weights().values()) if dtype == half else ()), dtype == torch.float32
+        yield functools.partial(_call_nf4_lora, dtype, dtype == half), dtype == torch.float32
     yield _call_losses, False
 
 
-def jobs(capability: int, every: bool = False) -> list[Job]:
-    """What the ops launch for the named shapes on a GPU of this capability: of each configuration what is launched most often.
-
-    Integers that are 1 or multiples of 16 make specialisations of their own, hundreds in all, which hardly differ: ``every`` has
-    them all. Ones are constants, which may not even compile, so each kernel is built with each set of ones that it gets, too.
-    """
-    launched: dict[tuple, Counter] = defaultdict(Counter)
-    distinct: dict[str, Job] = {}
+def jobs(capability: int) -> list[Job]:
+    """Every distinct specialisation that the ops launch for the named shapes on a GPU of this capability."""
+    distinct = {}
     for call, exact in calls(capability):
         with launch.recording(capability) as launches:
             call()
         for job in (specialise(one, capability, exact) for one in launches if 0 not in one.grid):
             distinct[job.key] = job
-            launched[job.name, job.configuration][job.key] += 1
-            launched[job.name, "ones", job.ones][job.key] += 1
-    chosen = {keys.most_common(1)[0][0] for keys in launched.values()}
-    return [job for key, job in distinct.items() if every or key in chosen]
+    return list(distinct.values())
+
+
+def _name(kernel: JITFunction) -> str:
+    return f"{kernel.__module__.removeprefix('tli_kernels.')}.{kernel.__name__}"
 
 
 @functools.cache
@@ -209,13 +209,7 @@ def specialise(one: launch.Launch, capability: int, exact: bool = False) -> Job:
         options, signature, constants, attributes = kernel._pack_args(backend, asked, arguments, specialisation, rest)
         source = ASTSource(kernel, signature, constants, attributes)
         key = hashlib.sha256(f"{_READER} {triton.__version__} {capability} {source.hash()} {options.hash()}".encode()).hexdigest()
-        fixed = [parameter for parameter, value in zip(kernel.params, arguments.values()) if parameter.is_constexpr or value is None]
-        said = [kind for kind in signature.values() if kind.startswith("*")]
-        said += [f"{parameter.name}={constants[parameter.num,]}" for parameter in fixed]
-        said += [f"{name}={value}" for name, value in one.options.items() if name in vars(options)]
-        ones = " ".join(kernel.params[path[0]].name for path in constants if kernel.params[path[0]] not in fixed)
-        plain = (signature, constants, attributes, vars(options))
-        _known[place] = Job(kernel.__module__, kernel.__name__, capability, *plain, " ".join(said), ones, exact, key)
+        _known[place] = Job(_name(kernel), capability, signature, constants, attributes, vars(options), exact, key)
     return _known[place]
 
 
@@ -223,7 +217,8 @@ def compiled(batch: list[Job]) -> list[Result]:
     """Compile jobs of one capability and read the machine code: of all at once, because the disassembler takes long to start."""
     results, codes = [], []
     for job in batch:
-        kernel = getattr(importlib.import_module(job.module), job.kernel)
+        module, kernel = job.name.split(".")
+        kernel = getattr(importlib.import_module(f"tli_kernels.{module}"), kernel)
         source = ASTSource(kernel, job.signature, job.constants, job.attributes)
         try:
             made = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=job.options)
@@ -234,7 +229,8 @@ def compiled(batch: list[Job]) -> list[Result]:
             continue
         product, cubin = "tt.dot" in made.asm["ttir"], made.asm["cubin"]
         used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", cubin, "-res-usage"))}
-        results.append(Result(used["REG"], used["STACK"] + used["LOCAL"], made.metadata.shared, product))
+        memory = made.metadata.shared, getattr(made.metadata, "tmem_size", None) or 0
+        results.append(Result(used["REG"], used["STACK"] + used["LOCAL"], *memory, product))
         codes.append(_machine_code(cubin) if product else b"")
     counts = _tensor_instructions(batch[0].capability, codes)
     return [dataclasses.replace(result, tensor=dict(count)) for result, count in zip(results, counts)]
@@ -277,6 +273,8 @@ def faults(job: Job, result: Result) -> list[str]:
         found.append(f"spills {result.spilled} bytes")
     if result.shared > SHARED_LIMIT[job.capability]:
         found.append(f"needs {result.shared} bytes of shared memory, the chip gives {SHARED_LIMIT[job.capability]}")
+    if result.tensor_memory > _TENSOR_MEMORY_LIMIT:
+        found.append(f"needs {result.tensor_memory} columns of tensor memory, the chip has {_TENSOR_MEMORY_LIMIT}")
     if result.product and not result.tensor and job.capability > 75 and not job.exact:
         found.append("multiplies without tensor-core instructions")
     return found
@@ -284,36 +282,31 @@ def faults(job: Job, result: Result) -> list[str]:
 
 def kernels() -> set[str]:
     """Every kernel of the package: functions with a pointer that no other Triton function calls."""
-    functions, package = {}, importlib.import_module("tli_kernels")
-    for info in pkgutil.iter_modules(package.__path__):
-        if info.name != "gate":
-            module = importlib.import_module(f"tli_kernels.{info.name}")
-            own = {
-                name: value
-                for name, value in vars(module).items()
-                if isinstance(value, JITFunction) and value.__module__ == module.__name__
-            }
-            functions |= {f"{info.name}.{name}": function for name, function in own.items()}
-    calls = [node.func for f in functions.values() for node in ast.walk(f.parse()) if isinstance(node, ast.Call)]
-    called = {node.id if isinstance(node, ast.Name) else node.attr for node in calls if isinstance(node, ast.Name | ast.Attribute)}
-    return {name for name, f in functions.items() if f.__name__ not in called and any(arg.endswith("_ptr") for arg in f.arg_names)}
+    found, names = set(), [info.name for info in pkgutil.iter_modules(importlib.import_module("tli_kernels").__path__)]
+    for module in (importlib.import_module(f"tli_kernels.{name}") for name in names if name != "gate"):
+        found |= {value for value in vars(module).values() if isinstance(value, JITFunction)}
+    calls = [node.func for function in found for node in ast.walk(function.parse()) if isinstance(node, ast.Call)]
+    called = {node.id for node in calls if isinstance(node, ast.Name)} | {node.attr for node in calls if isinstance(node, ast.Attribute)}
+    starts = (function for function in found if any(name.endswith("_ptr") for name in function.arg_names))
+    return {_name(function) for function in starts if function.__name__ not in called}
 
 
-def run(capabilities: list[int], every: bool = False, use_cache: bool = True) -> list[tuple[Job, Result]]:
+def run(capabilities: list[int], use_cache: bool = True) -> list[tuple[Job, Result]]:
     """Every job with its result, from the cache or compiled by as many processes as there are processors."""
     folder = _cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     # started before anything else, so that the copies have no threads of autograd's to miss
     with multiprocessing.get_context("fork").Pool(min(len(os.sched_getaffinity(0)), 16)) as pool:
-        found = [job for some in pool.starmap(jobs, [(capability, every) for capability in capabilities], 1) for job in some]
+        found = [job for some in pool.imap(jobs, capabilities) for job in some]
         kept = {job.key: folder / f"{job.key}.json" for job in found}
         fresh = [job for job in found if not (use_cache and kept[job.key].is_file())]
         groups = [list(group) for _, group in itertools.groupby(fresh, lambda job: job.capability)]
+        print(f"{len(found)} builds, {len(fresh)} of them to compile", file=sys.stderr)
         batches = [group[first : first + 8] for group in groups for first in range(0, len(group), 8)]
         for batch, results in zip(batches, pool.imap(compiled, batches)):
             for job, result in zip(batch, results):
                 temporary = folder / f"{job.key}.{os.getpid()}"
-                temporary.write_text(json.dumps(dataclasses.asdict(result)))
+                temporary.write_text(json.dumps(vars(result)))
                 temporary.replace(kept[job.key])
     return [(job, Result(**json.loads(kept[job.key].read_text()))) for job in found]
 
@@ -359,19 +352,18 @@ def main() -> int:
     """Print the table and every fault; the exit code is 1 where there is one."""
     parser = argparse.ArgumentParser(prog="python -m tli_kernels.gate", description=__doc__.split("\n")[0])
     parser.add_argument("--capability", type=int, action="append", choices=launch.CAPABILITIES, help="only this one; may be repeated")
-    parser.add_argument("--every", action="store_true", help="build every specialisation, also those that differ in integers alone")
     parser.add_argument("--no-cache", action="store_true", help="compile all of it again")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write every result, too")
     options = parser.parse_args()
     if launch.interpreted():
-        parser.error("TRITON_INTERPRET must not be set, got 1; unset it, or nothing is compiled")
+        parser.error("TRITON_INTERPRET must not be set, got 1; unset it, so that Triton compiles")
     began = time.perf_counter()
-    results = run(options.capability or launch.CAPABILITIES, options.every, not options.no_cache)
+    results = run(options.capability or launch.CAPABILITIES, not options.no_cache)
     found = [f"{job}: {fault}" for job, result in results for fault in faults(job, result)]
     launched = {job.name for job, _ in results}
     if not options.capability:
         found += [f"{name}: no op launched it, so nothing is known of it" for name in sorted(kernels() - launched)]
-    print(*table(results), *found, sep="\n")
+    print(*table(results), _NOTE, *found, sep="\n")
     print(f"{len(results)} builds of {len(launched)} kernels, {len(found)} faults, {time.perf_counter() - began:.0f} s")
     if options.json:
         builds = [{"kernel": job.name, "capability": job.capability, "build": str(job), **vars(result)} for job, result in results]

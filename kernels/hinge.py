@@ -125,7 +125,7 @@ def _forward(source: Tensor, target: Tensor, margin: float, same: Tensor) -> tup
     block, warps = (1024, 8) if pairs <= 1024 else (128, 4)
     sums = own.new_empty(triton.cdiv(pairs, block))
     launch.run(
-        _excess_kernel, sums.shape, own, largest, hardest, chosen, sums, margin, column_blocks, pairs,
+        _excess_kernel, (len(sums),), own, largest, hardest, chosen, sums, margin, column_blocks, pairs,
         BLOCK_B=block, BLOCK_P=4, num_warps=warps,
     )  # fmt: skip
     return (sums[0] if len(sums) == 1 else sums.sum()), chosen

@@ -1,17 +1,17 @@
 """loss = 1/(2B) Σ_i [ log Σ_j exp(s_ij) + log Σ_j exp(s_ji) - 2·s_ii ],  s = u·vᵀ/τ, and its gradients to u, v and τ.
 
     forward    each block of s gives the maxima of its rows and columns and their sums of exp(s - maximum), without the pairs' own
-               l_i = log(exp(s_ii) + Σ_{j≠i} exp(s_ij)) - s_ii of row i, and likewise of column i: from all blocks' maxima and sums
-    backward   w_ij = exp(s_ij - s_ii - l_i) + exp(s_ij - s_jj - l_j) - 2·[i = j],  l_i of row i, l_j of column j
+               of all blocks' and s_ii: the maximum m_i and the logarithm l_i of Σ_j exp(s_ij - m_i), and m'_j and l'_j of column j
+    backward   w_ij = exp(s_ij - m_i - l_i) + exp(s_ij - m'_j - l'_j) - 2·[i = j]
                du = w·v / (2Bτ),  dv = wᵀ·u / (2Bτ),  dτ = -Σ_i u_i·du_i / τ
 
 Forbidden pairs are -inf in s before any maximum, both ways. Never in memory: s, its exponentials and B×B gradients. The forward holds
 two numbers for each row and column of a block, of 4,096 columns at a time; the backward recomputes s and holds w for squares of 4,096
-pairs at a time: never more than 64 MiB, whatever B is. Saved: source, target, and for each pair s_ii and its two losses [3, B].
+pairs at a time: never more than 64 MiB, whatever B is. Saved: source, target, and s_ii, m, l, m' and l' of each pair [5, B].
 
-A pair's own logit stays out of the sums and losses are relative to it, so that the small loss of a pair that stands out does not drown
-in the rounding of 1 + small or of a large logarithm. Cosines lack about 2⁻²¹ (cosines.py), w·v and wᵀ·u likewise; all sums are fp32 and
-have one order: the same bits each time.
+The pair's own logit stays out of the sums until the last step, and maxima and logarithms stay apart, so that neither the small loss of
+a pair that stands out drowns in 1 + small, nor a logarithm in a large maximum. Cosines lack about 2⁻²¹ (cosines.py), w·v and wᵀ·u
+likewise; all sums are fp32 and have one order: the same bits each time.
 
 Source: van den Oord et al. 2018 (arXiv 1807.03748), both ways as in CLIP (arXiv 2103.00020); log-sum-exp by parts: Milakov and
 Gimelshein 2018 (arXiv 1805.02867).
@@ -32,10 +32,11 @@ _WEIGHT_SCALE = tl.constexpr(2.0**14)
 
 
 @triton.jit
-def _scalar(x):
-    # A number, or the tensor that holds it
-    x = tl.to_tensor(x)
-    return tl.load(x).to(tl.float32) if x.dtype.is_ptr() else x
+def _number(x, LOADED: tl.constexpr):
+    # A number, or what the tensor holds that was given in its place
+    if LOADED:
+        x = tl.load(x).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -51,7 +52,8 @@ def _store_sums(ptrs, s, lower, mask, AXIS: tl.constexpr):
 def _statistics_kernel(
     source_ptr, target_ptr, stride, lower, same_ptr, edges, temperature, own_ptr, rows_ptr, columns_ptr,
     column, size, B, D, row_blocks, column_blocks,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAY: tl.constexpr,
+    LOADED: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
     # Each program computes the maxima and sums of the rows and columns of a block of s, of the ``size`` columns from ``column`` on
     row_block, column_block = swizzled(tl.program_id(0), row_blocks, column_blocks, GROUP)
@@ -59,7 +61,7 @@ def _statistics_kernel(
     at_n = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_n = column + at_n
     s = scaled_cosines(
-        source_ptr, target_ptr, stride, lower, same_ptr, edges, offs_m, offs_n, 1.0 / _scalar(temperature), B, D,
+        source_ptr, target_ptr, stride, lower, same_ptr, edges, offs_m, offs_n, 1.0 / _number(temperature, LOADED), B, D,
         BLOCK_M, BLOCK_N, BLOCK_K, WAY,
     )  # fmt: skip
     diagonal = offs_m[:, None] == offs_n[None, :]
@@ -101,33 +103,37 @@ def _merge_kernel(parts_ptr, merged_ptr, parts, size, lower, BLOCK_B: tl.constex
 
 
 @triton.jit
-def _loss(maximum, total, own):
-    # log(exp(own) + total·exp(maximum)) - own
+def _with_own(maximum, total, own):
+    # The maximum m and log Σ_j exp(s_ij - m) of a row (or column) once the pair's own logit is counted, too
     gap = maximum - own
     less = tl.exp(-tl.abs(gap))
     rest = tl.where(gap > 0.0, total - 1.0 + less, total * less)
     # log1p: what rounding takes from 1 + rest is made up for
     whole = 1.0 + rest
     kept = tl.where(whole == 1.0, 1.0, whole - 1.0)
-    return tl.maximum(gap, 0.0) + tl.where(whole == 1.0, rest, tl.log(whole) * (rest / kept))
+    return tl.maximum(maximum, own), tl.where(whole == 1.0, rest, tl.log(whole) * (rest / kept))
 
 
 @triton.jit(do_not_specialize=["row_parts", "column_parts", "B"])
 def _losses_kernel(
     statistics_ptr, rows_ptr, columns_ptr, sums_ptr, row_parts, column_parts, B, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
-    # Each program computes the losses of a block of pairs, both ways, and their share of the mean
+    # Each program computes the maxima and logarithms of a block of pairs, both ways, and the pairs' share of the loss
     pid = tl.program_id(0).to(tl.int64)
     offs_b = pid * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < B
-    own = tl.load(statistics_ptr + offs_b, mask=mask_b, other=0.0)
+    ptrs = statistics_ptr + offs_b
+    own = tl.load(ptrs, mask=mask_b, other=0.0)
     maximum, total = _combined(rows_ptr, row_parts, offs_b, B, BLOCK_B, BLOCK_P)
-    rows = _loss(maximum, total, own)
+    row_maximum, row_log = _with_own(maximum, total, own)
     maximum, total = _combined(columns_ptr, column_parts, offs_b, B, BLOCK_B, BLOCK_P)
-    columns = _loss(maximum, total, own)
-    tl.store(statistics_ptr + B + offs_b, rows, mask=mask_b)
-    tl.store(statistics_ptr + B * 2 + offs_b, columns, mask=mask_b)
-    tl.store(sums_ptr + pid, tl.sum(tl.where(mask_b, rows + columns, 0.0), axis=0) / (2.0 * B))
+    column_maximum, column_log = _with_own(maximum, total, own)
+    tl.store(ptrs + B, row_maximum, mask=mask_b)
+    tl.store(ptrs + B * 2, row_log, mask=mask_b)
+    tl.store(ptrs + B * 3, column_maximum, mask=mask_b)
+    tl.store(ptrs + B * 4, column_log, mask=mask_b)
+    loss = (row_maximum - own) + row_log + (column_maximum - own) + column_log
+    tl.store(sums_ptr + pid, tl.sum(tl.where(mask_b, loss, 0.0), axis=0) / (2.0 * B))
 
 
 @triton.jit
@@ -140,7 +146,7 @@ def _lack(loss):
 @triton.jit(do_not_specialize=["edges", "row", "column", "B"])
 def _weights_kernel(
     source_ptr, target_ptr, stride, lower, same_ptr, edges, temperature, statistics_ptr, weights_ptr, row, column, B, D, side,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAY: tl.constexpr,
+    LOADED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
     # Each program computes a block of the square of weights w [side, side] from (row, column) on
     at_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -148,15 +154,19 @@ def _weights_kernel(
     offs_m, offs_n = row + at_m, column + at_n
     mask_m, mask_n = offs_m < B, offs_n < B
     s = scaled_cosines(
-        source_ptr, target_ptr, stride, lower, same_ptr, edges, offs_m, offs_n, 1.0 / _scalar(temperature), B, D,
+        source_ptr, target_ptr, stride, lower, same_ptr, edges, offs_m, offs_n, 1.0 / _number(temperature, LOADED), B, D,
         BLOCK_M, BLOCK_N, BLOCK_K, WAY,
     )  # fmt: skip
-    own_m = tl.load(statistics_ptr + offs_m, mask=mask_m, other=0.0)
-    own_n = tl.load(statistics_ptr + offs_n, mask=mask_n, other=0.0)
-    loss_m = tl.load(statistics_ptr + B + offs_m, mask=mask_m, other=0.0)
-    loss_n = tl.load(statistics_ptr + B * 2 + offs_n, mask=mask_n, other=0.0)
-    w = tl.exp(s - own_m[:, None] - loss_m[:, None]) + tl.exp(s - own_n[None, :] - loss_n[None, :])
-    w = tl.where(offs_m[:, None] == offs_n[None, :], -_lack(loss_m)[:, None] - _lack(loss_n)[None, :], w) * _WEIGHT_SCALE
+    ptrs_m, ptrs_n = statistics_ptr + offs_m, statistics_ptr + offs_n
+    maximum_m = tl.load(ptrs_m + B, mask=mask_m, other=0.0)
+    log_m = tl.load(ptrs_m + B * 2, mask=mask_m, other=0.0)
+    maximum_n = tl.load(ptrs_n + B * 3, mask=mask_n, other=0.0)
+    log_n = tl.load(ptrs_n + B * 4, mask=mask_n, other=0.0)
+    w = tl.exp(s - maximum_m[:, None] - log_m[:, None]) + tl.exp(s - maximum_n[None, :] - log_n[None, :])
+    own = tl.load(ptrs_m, mask=mask_m, other=0.0)
+    column_loss = tl.load(ptrs_m + B * 3, mask=mask_m, other=0.0) - own + tl.load(ptrs_m + B * 4, mask=mask_m, other=0.0)
+    own_w = -_lack(maximum_m - own + log_m) - _lack(column_loss)
+    w = tl.where(offs_m[:, None] == offs_n[None, :], own_w[:, None], w) * _WEIGHT_SCALE
     # a square has fewer than 2³¹ weights
     w_ptrs = weights_ptr + at_m[:, None] * side + at_n[None, :]
     if WAY == "fp32":
@@ -203,11 +213,12 @@ def _add_gradient(
 @triton.jit(do_not_specialize=["row", "column", "B"])
 def _gradients_kernel(
     source_ptr, target_ptr, stride, lower, temperature, dloss_ptr, weights_ptr, dsource_ptr, dtarget_ptr, dtemperature_ptr,
-    row, column, B, D, side, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAY: tl.constexpr,
+    row, column, B, D, side,
+    LOADED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
     # Each program computes what the square of weights from (row, column) on adds to a block of du and to dτ, or to a block of dv
-    tau = _scalar(temperature)
-    scale = _scalar(dloss_ptr) / (2.0 * B * tau) / (_WEIGHT_SCALE * UNIT_SCALE)
+    tau = _number(temperature, LOADED)
+    scale = tl.load(dloss_ptr) / (2.0 * B * tau) / (_WEIGHT_SCALE * UNIT_SCALE)
     if tl.program_id(2) == 1:
         _add_gradient(
             weights_ptr, 1, side, source_ptr, stride, lower, dtarget_ptr, scale, column, row, B, D, side, BLOCK_M, BLOCK_N, BLOCK_K, WAY
@@ -232,7 +243,7 @@ def _forward(source: Tensor, target: Tensor, temperature: float | Tensor, same: 
     config = launch.contrast(launch.capability(source.device), pairs)
     side, row_parts = min(config.side, pairs), triton.cdiv(pairs, config.cosines["M"])
     strips = triton.cdiv(pairs, side)
-    statistics = source.new_empty(3, pairs, dtype=torch.float32)
+    statistics = source.new_empty(5, pairs, dtype=torch.float32)
     rows = statistics.new_empty(2, triton.cdiv(side, config.cosines["N"]), pairs)
     columns = statistics.new_empty(2, row_parts, side)
     all_rows, all_columns = (statistics.new_empty(2, parts, pairs) if strips > 1 else None for parts in (strips, 1))
@@ -242,7 +253,8 @@ def _forward(source: Tensor, target: Tensor, temperature: float | Tensor, same: 
         column_parts = triton.cdiv(size, config.cosines["N"])
         launch.run(
             _statistics_kernel, (row_parts * column_parts,), *arguments, same, len(same), temperature, statistics, rows, columns,
-            column, size, pairs, width, row_parts, column_parts, GROUP=8, WAY=config.way, **config.cosines.options(),
+            column, size, pairs, width, row_parts, column_parts, LOADED=isinstance(temperature, Tensor), GROUP=8, WAY=config.way,
+            **config.cosines.options(),
         )  # fmt: skip
         if strips > 1:
             merging = {"BLOCK_B": 128, "BLOCK_P": 8, "num_warps": 4}
@@ -255,7 +267,7 @@ def _forward(source: Tensor, target: Tensor, temperature: float | Tensor, same: 
     block, warps = (1024, 8) if pairs <= 1024 else (128, 4)
     sums = statistics.new_empty(triton.cdiv(pairs, block))
     launch.run(
-        _losses_kernel, sums.shape, statistics, rows, columns, sums, column_parts, row_parts, pairs,
+        _losses_kernel, (len(sums),), statistics, rows, columns, sums, column_parts, row_parts, pairs,
         BLOCK_B=block, BLOCK_P=4, num_warps=warps,
     )  # fmt: skip
     return (sums[0] if len(sums) == 1 else sums.sum()), statistics
@@ -268,7 +280,7 @@ def _backward(
     config = launch.contrast(launch.capability(source.device), pairs)
     side = min(config.side, config.padded(pairs))
     squares = range(0, pairs, side)
-    whole = config.way == "fp32"
+    loaded, whole = isinstance(temperature, Tensor), config.way == "fp32"
     weights = source.new_empty(1 if whole else 2, side, side, dtype=torch.float32 if whole else torch.float16)
     # the sum over several squares is made in fp32
     gradients = [x.new_empty(x.shape, dtype=x.dtype if len(squares) == 1 else torch.float32) for x in (source, target)]
@@ -280,11 +292,11 @@ def _backward(
         for j, column in enumerate(squares):
             launch.run(
                 _weights_kernel, weights_grid, *arguments, same, len(same), temperature, statistics, weights,
-                row, column, pairs, width, side, WAY=config.way, **config.cosines.options(),
+                row, column, pairs, width, side, LOADED=loaded, WAY=config.way, **config.cosines.options(),
             )  # fmt: skip
             launch.run(
                 _gradients_kernel, grid, *arguments, temperature, dloss, weights, *gradients, dtemperature[i, j] if learns else None,
-                row, column, pairs, width, side, WAY=config.way, **config.gradients.options(),
+                row, column, pairs, width, side, LOADED=loaded, WAY=config.way, **config.gradients.options(),
             )  # fmt: skip
     dsource, dtarget = (gradient.to(x.dtype) for gradient, x in zip(gradients, (source, target)))
     return dsource, dtarget, dtemperature.sum() if learns else None
@@ -325,5 +337,8 @@ def infonce(source: Tensor, target: Tensor, temperature: float | Tensor, same: T
         are fp32, runs are equal bit for bit. NaN, or a number above 255 in what must be unit rows, gives NaN.
         Source: van den Oord et al. 2018 (arXiv 1807.03748).
     """
-    check("infonce", source, target, same, *([temperature] if isinstance(temperature, Tensor) else []))
-    return _InfoNCE.apply(source, target, temperature, same)
+    learned = isinstance(temperature, Tensor)
+    check("infonce", source, target, same, *([temperature] if learned else []))
+    one = not learned or temperature.numel() == 1
+    launch.require(one, "infonce", "temperature must be one number", lambda: tuple(temperature.shape), "pass a tensor of one element")
+    return _InfoNCE.apply(source, target, temperature if learned else float(temperature), same)

@@ -171,9 +171,13 @@ def split(terms: int, least: int, tiles: int, device: torch.device) -> tuple[int
     return max(1, -(-terms // max(1, per_part))), max(1, per_part)
 
 
+# the tensor cores take no side below 16; more at a time costs registers that a large tile has not left
+_RANK_STEP = 16
+
+
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Tiles of one of nf4_lora's kernels: result [block_p, block_m], sum by block_q, low rank by block_r."""
+    """Tiles of a product: result [block_p, block_m], sum by block_q; the low-rank term is made by the least step there is."""
 
     block_m: int
     block_p: int
@@ -182,8 +186,8 @@ class Product:
     num_warps: int
     num_stages: int
 
-    def options(self, rank: int) -> dict:
-        blocks = {"BLOCK_M": self.block_m, "BLOCK_P": self.block_p, "BLOCK_Q": self.block_q, "BLOCK_R": _rank_block(rank, 32)}
+    def options(self) -> dict:
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_P": self.block_p, "BLOCK_Q": self.block_q, "BLOCK_R": _RANK_STEP}
         # NF4 scales are a product and a sum, each rounded, as bitsandbytes makes them
         return {**blocks, "GROUP": self.group, "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
 
@@ -196,7 +200,9 @@ def product(capability: int, rows: int, nf4: bool, bytes_per_element: int) -> Pr
     if nf4 or rows <= 64:
         # but for the Hopper and Blackwell forms, which four warps issue together, more warps need fewer registers each
         warps = 4 if nf4 or few < 64 or capability in (90, 100) else 8
-        return Product(block_m=few, block_p=64, block_q=64, group=8, num_warps=warps, num_stages=3)
+        # the compiler aims 8.6 and 8.9 at so many blocks at a time that a third stage of NF4 spills a register
+        stages = 2 if nf4 and capability in (86, 89) else 3
+        return Product(block_m=few, block_p=64, block_q=64, group=8, num_warps=warps, num_stages=stages)
     if capability in (90, 100):
         return Product(block_m=256 if rows > 1024 else 128, block_p=128, block_q=64, group=8, num_warps=8, num_stages=3)
     # these may have 99 KB of shared memory; with 8 warps the compiler gives 12.0 half the registers and spills
@@ -225,11 +231,11 @@ def down(capability: int, rank: int) -> Blocks:
     return Blocks((("M", 64), ("R", _rank_block(rank, 32)), ("Q", 64)), num_stages=3)
 
 
-def finish(capability: int, rows: int, rank: int) -> Blocks:
+def finish(capability: int, rows: int) -> Blocks:
     """The tiles of what is added to a product."""
     if capability < 80:
-        return Blocks((("P", 32), ("M", 32), ("R", 16)), num_stages=1)
-    return Blocks((("P", 64), ("M", 16 if rows <= 16 else 64), ("R", _rank_block(rank, 32))))
+        return Blocks((("P", 32), ("M", 32), ("R", _RANK_STEP)), num_stages=1)
+    return Blocks((("P", 64), ("M", 16 if rows <= 16 else 64), ("R", _RANK_STEP)))
 
 
 def outer(capability: int, rank: int) -> Blocks:
@@ -240,8 +246,7 @@ def outer(capability: int, rank: int) -> Blocks:
 
 
 def _rank_block(rank: int, largest: int) -> int:
-    # the tensor cores take no side below 16
-    return min(largest, max(16, 1 << (rank - 1).bit_length()))
+    return min(largest, max(_RANK_STEP, 1 << (rank - 1).bit_length()))
 
 
 def dequantise() -> Blocks:

@@ -244,10 +244,10 @@ def _product(
             _product_kernel, (tiles, splits), x, *(weight.pointers if nf4_in_loop else (weight,) * 6),
             *((low, factor, bias) if whole else (None, None, None)), parts, rows, length, terms, x.stride(0), per_split,
             *(adding if whole else (1, 1, 0, 0, 1.0, 0, 0, 0)), NF4=nf4_in_loop, NESTED=nf4_in_loop and weight.nested, BACKWARD=backward,
-            SPLIT=not whole, **(flags if whole else dict.fromkeys(flags, False)), **config.options(rank if whole else 1),
+            SPLIT=not whole, **(flags if whole else dict.fromkeys(flags, False)), **config.options(),
         )  # fmt: skip
     if len(parts) > 1 or (by_cublas and low is not None):
-        config = launch.finish(launch.capability(x.device), rows, rank)
+        config = launch.finish(launch.capability(x.device), rows)
         grid = (triton.cdiv(length, config["P"]), triton.cdiv(rows, config["M"]))
         launch.run(_finish_kernel, grid, parts, low, factor, bias, y, rows, length, len(parts), *adding, **flags, **config.options())
     return y

@@ -35,16 +35,20 @@ def some_same(pairs: int, seed: int = 0, often: float = 0.05) -> torch.Tensor:
 
 
 def definition(source, target, temperature, same):
+    """With log(1 + Σ_{j≠i} exp(s_ij - s_ii)), as even fp64 loses a small loss in log Σ_j exp(s_ij) - s_ii."""
     logits = source @ target.T / temperature
-    logits = logits.index_put((same[:, 0], same[:, 1]), logits.new_tensor(-math.inf))
-    own = logits.diagonal()
-    return ((logits.logsumexp(1) - own).mean() + (logits.logsumexp(0) - own).mean()) / 2
+    own, itself = logits.diagonal(), torch.arange(len(logits))
+    # exp of it is 0 in any sum, and unlike -inf it has gradients where a row has nothing else
+    others = logits.index_put((torch.cat([same[:, 0], itself]), torch.cat([same[:, 1], itself])), logits.new_tensor(-1e30))
+    return sum(torch.logaddexp(torch.zeros_like(own), others.logsumexp(axis) - own).mean() for axis in (0, 1)) / 2
 
 
 def run(op, source, target, temperature, same, dtype, device=DEVICE):
     """Loss and gradients to source, target and temperature, for an upstream gradient that is not 1."""
     source, target = (x.to(device, dtype).requires_grad_() for x in (source.detach(), target.detach()))
-    temperature = torch.tensor(temperature, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device).requires_grad_()
+    temperature = torch.tensor(
+        temperature, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device
+    ).requires_grad_()
     loss = op(source, target, temperature, same.to(device))
     loss.backward(torch.full_like(loss, 1.75))
     return loss.detach(), source.grad, target.grad, temperature.grad
@@ -65,18 +69,34 @@ def blocks(m: int, n: int, k: int) -> launch.Blocks:
     return launch.Blocks((("M", m), ("N", n), ("K", k)), 4, 2)
 
 
+OWN = launch.contrast
+# few programs, as each takes the interpreter its time
+COARSE = launch.Contrast("split", blocks(128, 128, 64), blocks(128, 64, 128))
 # small blocks and sides, so that a small batch has several of each
 WAYS = {
-    "halves": launch.Contrast("halves", blocks(64, 32, 32), blocks(32, 64, 16), side=64),
-    "halves-whole": launch.Contrast("halves", blocks(32, 32, 32), blocks(32, 32, 32)),
-    "split": launch.Contrast("split", blocks(16, 32, 64), blocks(32, 16, 32), side=64),
-    "fp32": launch.Contrast("fp32", blocks(16, 16, 32), blocks(32, 32, 16), side=32),
+    "halves": launch.Contrast("halves", blocks(32, 32, 32), blocks(32, 32, 32), side=32),
+    "halves-whole": launch.Contrast("halves", blocks(16, 32, 32), blocks(32, 64, 16)),
+    "split": launch.Contrast("split", blocks(32, 16, 64), blocks(16, 32, 32), side=32),
+    "fp32": launch.Contrast("fp32", blocks(32, 32, 32), blocks(32, 32, 16), side=32),
 }
 
 
+@pytest.fixture(autouse=True)
+def _coarse(monkeypatch):
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(launch, "contrast", lambda capability, pairs: COARSE)
+
+
+@pytest.fixture
+def _own(monkeypatch):
+    """The configurations that launch.py really chooses, in the interpreter, too."""
+    monkeypatch.setattr(launch, "contrast", OWN)
+
+
 @pytest.fixture(params=WAYS)
-def way(request, monkeypatch):
+def way(request, monkeypatch) -> launch.Contrast:
     monkeypatch.setattr(launch, "contrast", lambda capability, pairs: WAYS[request.param])
+    return WAYS[request.param]
 
 
 SHAPES = [(1, 16), (2, 1), (5, 67), (5, 576), (127, 16), (128, 64), (129, 67), (257, 16)]
@@ -88,9 +108,22 @@ def test_loss_and_gradients_are_the_definitions(pairs, width, temperature):
     assert_all_faithful(*words(pairs, width), temperature, some_same(pairs))
 
 
-@pytest.mark.parametrize(("pairs", "width"), [(1, 1), (63, 67), (64, 64), (65, 33), (130, 40)], ids=lambda size: str(size))
-def test_every_way_of_walking_gives_the_definition(way, pairs, width):
+@pytest.mark.parametrize(("pairs", "width"), [(1, 1), (32, 16), (40, 67)], ids=["B1-D1", "B32-D16", "B40-D67"])
+@pytest.mark.usefixtures("way")
+def test_every_way_of_walking_gives_the_definition(pairs, width):
     assert_all_faithful(*words(pairs, width), 0.07, some_same(pairs))
+
+
+@pytest.mark.parametrize(("pairs", "width"), [(31, 67), (129, 16)], ids=["B31-D67", "B129-D16"])
+@pytest.mark.usefixtures("_own")
+def test_the_real_configurations_give_the_definition(pairs, width):
+    assert_all_faithful(*words(pairs, width), 0.07, some_same(pairs))
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="takes the interpreter minutes")
+@pytest.mark.parametrize(("pairs", "width"), [(64, 4096), (1000, 4096), (2049, 576), (8229, 96)], ids=["B64", "B1000", "B2049", "B8229"])
+def test_batches_of_real_size_give_the_definition(pairs, width):
+    assert_all_faithful(*words(pairs, width), 0.07, some_same(pairs, often=0.001))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -98,7 +131,7 @@ def test_every_way_of_walking_gives_the_definition(way, pairs, width):
 def test_16_bit_words_get_16_bit_gradients(dtype, many, monkeypatch):
     if many:
         monkeypatch.setattr(launch, "contrast", lambda capability, pairs: WAYS["split"])
-    assert_all_faithful(*words(70, 40), 0.07, some_same(70), dtype)
+    assert_all_faithful(*words(40, 40), 0.07, some_same(40), dtype)
 
 
 def test_unrelated_words():
@@ -112,10 +145,14 @@ def test_a_row_whose_others_are_all_forbidden_has_no_loss_of_its_own():
     same = forbidden.fill_diagonal_(False).nonzero()
     source, target = words(pairs, 32)
     assert_all_faithful(source, target, 0.07, same)
-    _, statistics = kernels._forward(source.to(DEVICE).float(), target.to(DEVICE).float(), 0.07, same.to(DEVICE))
-    # row 7's, and column 3's
-    assert statistics[1, 7] == 0 and statistics[2, 3] == 0
-    assert statistics[1:].count_nonzero() == 2 * pairs - 2
+    _, statistics = kernels._forward(source.to(DEVICE).float(), target.to(DEVICE).float(), 0.07, same.to(DEVICE).contiguous())
+    own, row_maximum, row_log, column_maximum, column_log = statistics
+    assert row_maximum[7] == own[7]
+    assert column_maximum[3] == own[3]
+    # row 7's and column 3's loss is 0, no other
+    assert row_log[7] == 0
+    assert column_log[3] == 0
+    assert (row_log > 0).sum() == (column_log > 0).sum() == pairs - 1
 
 
 def test_everything_forbidden_is_no_loss_and_no_gradient():
@@ -154,10 +191,12 @@ def test_collapsed_words_give_the_logarithm_of_the_batch():
     collapsed = torch.full((50, 8), 8**-0.5)
     loss, *gradients, dtemperature = run(infonce, collapsed, collapsed, 0.07, torch.zeros(0, 2, dtype=torch.int64), torch.float32)
     assert loss.item() == pytest.approx(math.log(50), rel=1e-6)
-    assert all(gradient.abs().max() < 1e-6 / 0.07 for gradient in (*gradients, dtemperature))
+    assert all(gradient.abs().max() < 1e-6 for gradient in gradients)
+    # a sum of differences of logits of 1/τ, over τ
+    assert dtemperature.abs() < 1e-6 / 0.07**2
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(pairs=st.integers(1, 40), width=st.integers(1, 20), seed=st.integers(0, 99), temperature=st.sampled_from([0.02, 0.1, 1.0]))
 def test_permuting_the_pairs_permutes_the_gradients(pairs, width, seed, temperature):
     source, target = words(pairs, width, seed)
@@ -171,7 +210,7 @@ def test_permuting_the_pairs_permutes_the_gradients(pairs, width, seed, temperat
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 / temperature)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(pairs=st.integers(1, 40), width=st.integers(1, 20), seed=st.integers(0, 99))
 def test_swapping_the_languages_swaps_the_gradients(pairs, width, seed):
     source, target = words(pairs, width, seed)
@@ -182,13 +221,14 @@ def test_swapping_the_languages_swaps_the_gradients(pairs, width, seed):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 300.0], ids=["nan", "inf", "no-unit-row"])
 @pytest.mark.parametrize("side", [0, 1], ids=["source", "target"])
 def test_what_cannot_be_multiplied_is_not_hidden(way, side, bad):
-    pair = [x.float() for x in words(70, 20)]
+    pair = [x.float() for x in words(40, 20)]
     pair[side][33, 5] = bad
-    loss, *gradients, _ = run(infonce, *pair, 0.07, some_same(70), torch.float32)
-    if bad == 300.0 and launch.contrast(0, 0).way == "fp32":
+    loss, *gradients, _ = run(infonce, *pair, 0.07, some_same(40), torch.float32)
+    if bad == 300.0 and way.way == "fp32":
         assert loss.isfinite()
     else:
         assert loss.isnan()
@@ -220,14 +260,22 @@ def test_a_number_and_a_tensor_of_it_are_one_temperature():
         assert all(torch.equal(one, other) for one, other in zip(result, results[0]))
     learned = torch.tensor([0.0625], dtype=torch.float64, device=DEVICE, requires_grad=True)
     (gradient,) = torch.autograd.grad(infonce(source.detach(), target.detach(), learned, same), learned)
-    assert gradient.shape == (1,) and gradient.dtype == torch.float64 and gradient.item() != 0
+    assert gradient.shape == (1,)
+    assert gradient.dtype == torch.float64
+    assert gradient.item() != 0
 
 
-def test_two_runs_give_the_same_bits_whatever_lies_in_memory(way, monkeypatch):
-    arguments = *words(100, 70), 0.07, some_same(100), torch.float32
+@pytest.mark.usefixtures("way")
+def test_two_runs_give_the_same_bits_whatever_lies_in_memory(monkeypatch):
+    arguments = *words(40, 40), 0.07, some_same(40), torch.float32
     expected = run(infonce, *arguments)
-    empty, poison = torch.Tensor.new_empty, {torch.float32: math.nan, torch.float16: math.nan}
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **kind: (x := empty(self, *size, **kind)).fill_(poison[x.dtype]))
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self, *size, **kind):
+        made = empty(self, *size, **kind)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     for one, other in zip(run(infonce, *arguments), expected):
         assert torch.equal(one, other)
 
@@ -254,6 +302,7 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("capability", launch.CAPABILITIES)
+@pytest.mark.usefixtures("_own")
 def test_a_large_batch_stays_within_its_memory(capability):
     pairs, width = 65536, 768
     source, target = (torch.empty(pairs, width, device="meta", requires_grad=True) for _ in range(2))
@@ -263,8 +312,8 @@ def test_a_large_batch_stays_within_its_memory(capability):
         with Allocations() as forward:
             loss = infonce(source, target, temperature, torch.empty(100, 2, dtype=torch.int64, device="meta"))
         with Allocations() as backward:
-            loss.backward()
-    statistics = 3 * pairs * 4
+            torch.autograd.grad(loss, (source, target, temperature))
+    statistics = 5 * pairs * 4
     assert inputs + sum(forward.sizes) < 1.4e9
     assert inputs + statistics + sum(backward.sizes) < 1.4e9
     # the gradients are among them, and nothing grows with B·B
@@ -272,17 +321,18 @@ def test_a_large_batch_stays_within_its_memory(capability):
     assert max(forward.sizes + backward.sizes) <= inputs
 
 
-def test_what_is_saved_is_the_words_and_three_numbers_a_pair():
+def test_what_is_saved_is_the_words_and_five_numbers_a_pair():
     saved = []
-    source, target = (x.float().to(DEVICE).requires_grad_() for x in words(300, 4))
-    same = some_same(300, often=0.01).to(DEVICE)
+    source, target = (x.float().to(DEVICE).requires_grad_() for x in words(100, 4))
+    same = some_same(100, often=0.01).to(DEVICE)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         infonce(source, target, 0.07, same)
-    assert sum(x.numel() for x in saved) == 2 * 300 * 4 + same.numel() + 3 * 300
+    assert sum(x.numel() for x in saved) == 2 * 100 * 4 + same.numel() + 5 * 100
 
 
 @pytest.mark.parametrize("edges", [0, 1, 50])
 @pytest.mark.parametrize("pairs", [1, 64, 1024])
+@pytest.mark.usefixtures("_own")
 def test_a_common_batch_takes_two_launches_each_way(pairs, edges):
     source, target = (torch.empty(pairs, 4096, device="meta", requires_grad=True) for _ in range(2))
     with launch.recording(90) as launches, Allocations() as made:
@@ -311,20 +361,25 @@ def test_places_in_memory_are_counted_in_64_bits(monkeypatch):
         assert torch.equal(one, other)
 
 
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"source": torch.zeros(4, 8, dtype=torch.float64)}, "infonce: source and target must be float32, bfloat16 or float16, got torch.float64"),
-        ({"target": torch.zeros(5, 8)}, r"infonce: source and target must be \[B, D\] of one shape.*, got \(4, 8\) and \(5, 8\); pass one row"),
+        (
+            {"source": torch.zeros(4, 8, dtype=torch.float64)},
+            "infonce: source and target must be float32, bfloat16 or float16, got torch.float64",
+        ),
+        (
+            {"target": torch.zeros(5, 8)},
+            r"infonce: source and target must be \[B, D\] of one shape.*, got \(4, 8\) and \(5, 8\); pass one row",
+        ),
         ({"source": torch.zeros(0, 8), "target": torch.zeros(0, 8)}, "B and D at least 1"),
         ({"source": torch.zeros(4, 8, device="meta")}, "infonce: all tensors must be on one device"),
         ({"temperature": torch.zeros((), device="meta")}, "infonce: all tensors must be on one device"),
+        ({"temperature": torch.ones(2)}, r"infonce: temperature must be one number, got \(2,\)"),
         ({"same": torch.zeros(3, dtype=torch.int64)}, r"infonce: same must be int64 \[E, 2\], got torch.int64 \(3,\)"),
         ({"same": torch.zeros(1, 2, dtype=torch.int32)}, r"infonce: same must be int64 \[E, 2\]"),
     ],
-    ids=["float64", "shapes", "empty", "devices", "temperature-device", "same-shape", "same-dtype"],
+    ids=["float64", "shapes", "empty", "devices", "temperature-device", "temperatures", "same-shape", "same-dtype"],
 )
 def test_wrong_arguments_are_named(change, message):
     arguments = {"source": torch.zeros(4, 8), "target": torch.zeros(4, 8), "temperature": 0.1, "same": torch.zeros(0, 2, dtype=torch.int64)}
