@@ -185,11 +185,12 @@ class Product:
     group: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     def options(self) -> dict:
         blocks = {"BLOCK_M": self.block_m, "BLOCK_P": self.block_p, "BLOCK_Q": self.block_q, "BLOCK_R": _RANK_STEP}
         # NF4 scales are a product and a sum, each rounded, as bitsandbytes makes them
-        return {**blocks, "GROUP": self.group, "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+        return {**blocks, "GROUP": self.group, **_compiler_options(self), "enable_fp_fusion": False}
 
 
 def product(capability: int, rows: int, nf4: bool, bytes_per_element: int) -> Product:
@@ -200,13 +201,25 @@ def product(capability: int, rows: int, nf4: bool, bytes_per_element: int) -> Pr
     if nf4 or rows <= 64:
         # but for the Hopper and Blackwell forms, which four warps issue together, more warps need fewer registers each
         warps = 4 if nf4 or few < 64 or capability in (90, 100) else 8
-        # the compiler aims 8.6 and 8.9 at so many blocks at a time that a third stage of NF4 spills a register
-        stages = 2 if nf4 and capability in (86, 89) else 3
-        return Product(block_m=few, block_p=64, block_q=64, group=8, num_warps=warps, num_stages=stages)
+        return Product(few, block_p=64, block_q=64, group=8, num_warps=warps, num_stages=3, max_registers=_enough(capability))
     if capability in (90, 100):
         return Product(block_m=256 if rows > 1024 else 128, block_p=128, block_q=64, group=8, num_warps=8, num_stages=3)
-    # these may have 99 KB of shared memory; with 8 warps the compiler gives 12.0 half the registers and spills
-    return Product(block_m=128, block_p=128, block_q=32, group=8, num_warps=4 if capability >= 120 else 8, num_stages=3)
+    # these may have 99 KB of shared memory
+    return Product(block_m=128, block_p=128, block_q=32, group=8, num_warps=8, num_stages=3)
+
+
+def _enough(capability: int) -> int | None:
+    """Registers that a thread may take without being asked to share.
+
+    Left alone, the compiler aims at as many blocks at a time as it can, and spills one or two registers to get there. The
+    forms of 9.0 and 10.0 keep their sums elsewhere and need no word.
+    """
+    return None if capability in (90, 100) else 232
+
+
+def _compiler_options(config) -> dict:
+    limit = {} if config.max_registers is None else {"maxnreg": config.max_registers}
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, **limit}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,26 +229,27 @@ class Blocks:
     blocks: tuple[tuple[str, int], ...]
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
 
     def __getitem__(self, letter: str) -> int:
         return dict(self.blocks)[letter]
 
     def options(self) -> dict:
-        return {**{f"BLOCK_{letter}": size for letter, size in self.blocks}, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**{f"BLOCK_{letter}": size for letter, size in self.blocks}, **_compiler_options(self)}
 
 
-def down(capability: int, rank: int) -> Blocks:
-    """The tiles of kept(x)·Aᵀ: memory-bound, so few rows. Without tensor cores (7.5) all tiles are small: they lie in registers."""
-    if capability < 80:
+def down(capability: int, rank: int, bytes_per_element: int) -> Blocks:
+    """The tiles of kept(x)·Aᵀ: memory-bound, so few rows. Without tensor cores (7.5, fp32) tiles are small: they lie in registers."""
+    if capability < 80 or bytes_per_element == 4:
         return Blocks((("M", 32), ("R", 16), ("Q", 32)), num_stages=1)
-    return Blocks((("M", 64), ("R", _rank_block(rank, 32)), ("Q", 64)), num_stages=3)
+    return Blocks((("M", 64), ("R", _rank_block(rank, 32)), ("Q", 64)), num_stages=3, max_registers=_enough(capability))
 
 
 def finish(capability: int, rows: int) -> Blocks:
     """The tiles of what is added to a product."""
     if capability < 80:
         return Blocks((("P", 32), ("M", 32), ("R", _RANK_STEP)), num_stages=1)
-    return Blocks((("P", 64), ("M", 16 if rows <= 16 else 64), ("R", _RANK_STEP)))
+    return Blocks((("P", 64), ("M", 16 if rows <= 16 else 64), ("R", _RANK_STEP)), max_registers=_enough(capability))
 
 
 def outer(capability: int, rank: int) -> Blocks:
@@ -292,7 +306,9 @@ def contrast(capability: int, pairs: int) -> Contrast:
         return Contrast("halves", _depth(128, 64, 64, 8, 3), _depth(128, 128, 64, 8, 2))
     # these may have 99 KiB of shared memory, and spill with 128 columns; 12.0 spills with the others' gradients, too
     large = _depth(128, 64, 32, 8, 3)
-    return Contrast("halves", large, _depth(64, 128, 32, 8, 3) if capability >= 120 else large)
+    if capability >= 120:
+        return Contrast("halves", dataclasses.replace(large, max_registers=_enough(capability)), _depth(64, 128, 32, 8, 3))
+    return Contrast("halves", large, large)
 
 
 def gather(capability: int) -> tuple[str, Blocks]:

@@ -203,7 +203,7 @@ def _outer_kernel(
 def _down(x: Tensor, factor: Tensor, dropout: float, seed: int) -> Tensor:
     """kept(x)·Fᵀ for F [R, Q] of any strides: fp32 [splits, M, R], partial sums for others to add."""
     (rows, terms), rank = x.shape, factor.shape[0]
-    config = launch.down(launch.capability(x.device), rank)
+    config = launch.down(launch.capability(x.device), rank, x.element_size())
     tiles = launch.tiles((rows, config["M"]), (rank, config["R"]))
     splits, per_split = launch.split(terms, 4 * config["Q"], tiles, x.device)
     low = x.new_empty((splits, rows, rank), dtype=torch.float32)
