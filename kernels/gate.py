@@ -21,6 +21,7 @@ Results are kept in the user's cache by what was compiled and by which Triton.
 import argparse
 import ast
 import bisect
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -295,15 +296,16 @@ def run(capabilities: list[int], use_cache: bool = True) -> list[tuple[Job, Resu
     """Every job with its result, from the cache or compiled by as many processes as there are processors."""
     folder = _cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    # started before anything else, so that the copies have no threads of autograd's to miss
-    with multiprocessing.get_context("fork").Pool(min(len(os.sched_getaffinity(0)), 16)) as pool:
-        found = [job for some in pool.imap(jobs, capabilities) for job in some]
+    # copies of this process, made before it does anything: they need not find tli_kernels, and miss no thread of autograd's
+    fork, processes = multiprocessing.get_context("fork"), min(len(os.sched_getaffinity(0)), 16)
+    with concurrent.futures.ProcessPoolExecutor(processes, fork) as pool:
+        found = [job for some in pool.map(jobs, capabilities) for job in some]
         kept = {job.key: folder / f"{job.key}.json" for job in found}
         fresh = [job for job in found if not (use_cache and kept[job.key].is_file())]
         groups = [list(group) for _, group in itertools.groupby(fresh, lambda job: job.capability)]
         print(f"{len(found)} builds, {len(fresh)} of them to compile", file=sys.stderr)
         batches = [group[first : first + 8] for group in groups for first in range(0, len(group), 8)]
-        for batch, results in zip(batches, pool.imap(compiled, batches)):
+        for batch, results in zip(batches, pool.map(compiled, batches)):
             for job, result in zip(batch, results):
                 temporary = folder / f"{job.key}.{os.getpid()}"
                 temporary.write_text(json.dumps(vars(result)))

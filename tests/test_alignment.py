@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tli import alignment
-from tli.alignment import HISTOGRAM_EDGES, RETRIEVAL, measure, measurements
+from tli.alignment import HISTOGRAM_EDGES, RETRIEVAL, cosines, csls, measure, measurements
 from tli.errors import TliError
 
 NONE_ALIKE = np.zeros((0, 2), np.int64)
@@ -32,7 +33,8 @@ def cosine(x: list[float], y: list[float]) -> float:
 
 def by_loops(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> dict[str, list[float]]:
     source, target, alike = source.tolist(), target.tolist(), {tuple(e) for e in same.tolist()}
-    result = {name: [] for name in ("cosine", "mismatched", "rank_forward", "rank_backward", "chance")}
+    names = ("cosine", "mismatched", "rank_forward", "rank_backward", "chance", "mexa", "strangers", "hit_5_chance")
+    result = {name: [] for name in names}
     for i in range(len(source)):
         others = [j for j in range(len(source)) if j != i and (i, j) not in alike]
         own = cosine(source[i], target[i])
@@ -42,6 +44,9 @@ def by_loops(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> di
         result["mismatched"].append((math.fsum(forward) / len(others) + math.fsum(backward) / len(others)) / 2)
         result["rank_forward"].append(1 + sum(c > own for c in forward))
         result["rank_backward"].append(1 + sum(c > own for c in backward))
+        result["mexa"].append(all(own > c for c in forward + backward))
+        result["strangers"] += forward
+        result["hit_5_chance"].append(min(5, len(others) + 1) / (len(others) + 1))
         result["chance"].append(math.fsum(1 / r for r in range(1, len(others) + 2)) / (len(others) + 1))
     return result
 
@@ -62,9 +67,19 @@ def test_every_number_agrees_with_loops_over_pairs(pairs, width, seed, chunk, da
     np.testing.assert_allclose(measured.gap, np.subtract(truth["cosine"], truth["mismatched"]), atol=1e-12)
     for way, ranks in ((measured.forward, truth["rank_forward"]), (measured.backward, truth["rank_backward"])):
         np.testing.assert_array_equal(way.rank, ranks)
-        np.testing.assert_array_equal(way.hit, np.equal(ranks, 1))
+        np.testing.assert_array_equal(way.within(1), np.equal(ranks, 1))
         np.testing.assert_allclose(way.reciprocal, 1 / np.array(ranks), rtol=1e-10)
+    np.testing.assert_array_equal(measured.per_pair("p_at_5_backward"), np.array(truth["rank_backward"]) <= 5)
+    np.testing.assert_array_equal(measured.per_pair("mexa"), truth["mexa"])
+    below = np.array([[(own > c) + (own == c) / 2 for c in truth["strangers"]] for own in truth["cosine"]]).mean(1)
+    # cosines nearer than a step are ties: room for two of them
+    np.testing.assert_allclose(measured.placement, below, atol=1.01 / len(truth["strangers"]))
+    u, _ = scipy.stats.mannwhitneyu(truth["cosine"], truth["strangers"])
+    assert measured.value("auc") == pytest.approx(u / (pairs * len(truth["strangers"])), abs=1.01 / len(truth["strangers"]))
     assert measured.chance("mrr") == pytest.approx(np.mean(truth["chance"]), rel=1e-12)
+    assert measured.chance("p_at_5") == pytest.approx(np.mean(truth["hit_5_chance"]), rel=1e-12)
+    for way, means in zip(("cosine", "mismatched"), cosines(source, target, both_ways(edges)), strict=True):
+        np.testing.assert_allclose(means, truth[way], atol=1e-12)
     assert measured.mismatched_histogram.sum() == pairs * (pairs - 1) - len(both_ways(edges))
 
 
@@ -76,14 +91,74 @@ def test_the_histogram_counts_every_mismatched_cosine_in_its_bin():
     assert np.abs(np.cumsum(expected) - np.cumsum(measure(source, target, NONE_ALIKE).mismatched_histogram)).max() <= 1
 
 
+def csls_by_loops(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tuple[list[int], list[int]]:
+    """Ranks forward and backward, from the definition of Conneau et al. 2018."""
+    source, target, alike = source.tolist(), target.tolist(), {tuple(e) for e in same.tolist()}
+    pairs, k = len(source), min(10, len(source))
+    near_source = [math.fsum(sorted((cosine(s, t) for t in target), reverse=True)[:k]) / k for s in source]
+    near_target = [math.fsum(sorted((cosine(s, t) for s in source), reverse=True)[:k]) / k for t in target]
+    score = [[2 * cosine(s, t) - r_s - r_t for t, r_t in zip(target, near_target)] for s, r_s in zip(source, near_source)]
+    others = [[j for j in range(pairs) if j != i and (i, j) not in alike] for i in range(pairs)]
+    forward = [1 + sum(score[i][j] > score[i][i] for j in others[i]) for i in range(pairs)]
+    return forward, [1 + sum(score[j][i] > score[i][i] for j in others[i]) for i in range(pairs)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(4, 26), st.integers(2, 9), st.integers(0, 10_000), st.integers(1, 60), st.data())
+def test_csls_agrees_with_loops_over_pairs(pairs, width, seed, chunk, data):
+    index = st.integers(0, pairs - 3)
+    same = both_ways(data.draw(st.lists(st.tuples(index, index).filter(lambda e: e[0] != e[1]), max_size=8)))
+    source, target = word_vectors(pairs, width, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alignment, "_CHUNK_NUMBERS", chunk)
+        ways = csls(source, target, same)
+    for way, ranks in zip(ways, csls_by_loops(source, target, same), strict=True):
+        np.testing.assert_array_equal(way.rank, ranks)
+
+
+def test_csls_finds_partners_that_a_hub_hides():
+    source, target = word_vectors(60, 40, 23, signal=1.5)
+    # all sources lean to one side, where one target is
+    source += torch.eye(40)[0]
+    target[0] = torch.eye(40)[0]
+    plain, corrected = measure(source, target, NONE_ALIKE).forward, csls(source, target, NONE_ALIKE)[0]
+    assert plain.within(1)[1:].mean() < 0.5 < corrected.within(1)[1:].mean()
+
+
+def test_equal_cosines_count_half_for_the_auc():
+    # true cosines 1, .6 and 0, and of the six mismatched ones each of these is there, too
+    source = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    target = torch.tensor([[1.0, 0.0], [0.6, 0.8], [1.0, 0.0]])
+    measured = measure(source, target, NONE_ALIKE)
+    strangers = [0.6, 1.0, 1.0, 1.0, 0.0, 0.8]
+    expected = [np.mean([(own > c) + (own == c) / 2 for c in strangers]) for own in (1.0, 0.6, 0.0)]
+    np.testing.assert_allclose(measured.placement, expected, atol=1e-12)
+
+
+def test_the_order_of_pairs_changes_nothing_but_the_order():
+    source, target = word_vectors(70, 12, 29)
+    edges = [(0, 1), (5, 9), (9, 30)]
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(1))
+    place = order.argsort().tolist()
+    moved_edges = both_ways([(place[i], place[j]) for i, j in edges])
+    one, other = measure(source, target, both_ways(edges)), measure(source[order], target[order], moved_edges)
+    for metric in ("cosine", "mismatched", "gap", "auc", "mexa", "p_at_5", *RETRIEVAL):
+        np.testing.assert_allclose(one.per_pair(metric)[order], other.per_pair(metric), atol=1e-12)
+    for way, moved in zip(csls(source, target, both_ways(edges)), csls(source[order], target[order], moved_edges), strict=True):
+        np.testing.assert_array_equal(way.rank[order], moved.rank)
+
+
 @pytest.mark.parametrize("pairs", [2, 3, 101])
 def test_collapsed_vectors_are_exactly_at_chance(pairs):
     vectors = torch.randn(1, 64, generator=torch.Generator().manual_seed(3)).expand(pairs, 64)
     measured = measure(vectors, vectors, NONE_ALIKE)
     assert measured.value("cosine") == pytest.approx(1)
     assert measured.value("gap") == pytest.approx(0, abs=1e-12)
-    for metric in RETRIEVAL:
+    for metric in (*RETRIEVAL, "p_at_5", "auc"):
         assert measured.value(metric) == pytest.approx(measured.chance(metric), rel=1e-10)
+    # nothing beats all others where all are equal
+    assert measured.value("mexa") == 0
+    assert np.mean([way.within(1).mean() for way in csls(vectors, vectors, NONE_ALIKE)]) == pytest.approx(1 / pairs)
     assert (measured.forward.rank == (pairs + 1) / 2).all()
 
 
@@ -103,9 +178,12 @@ def test_translations_alone_are_found_and_shuffled_ones_are_at_chance():
     source, target = word_vectors(400, 64, 5, signal=3.0)
     aligned = measure(source, target, NONE_ALIKE)
     assert aligned.value("p_at_1") > 0.99
+    assert aligned.value("mexa") > 0.99 < aligned.value("auc")
     strangers = measure(source, target[torch.randperm(400, generator=torch.Generator().manual_seed(0))], NONE_ALIKE)
     scatter = strangers.per_pair("mrr").std() / 20
     assert abs(strangers.value("mrr") - strangers.chance("mrr")) < 4 * scatter
+    assert abs(strangers.value("auc") - 0.5) < 4 * strangers.per_pair("auc").std() / 20
+    assert abs(strangers.value("mexa") - strangers.chance("mexa")) < 4 * math.sqrt(strangers.chance("mexa") / 400)
 
 
 def test_words_of_the_same_meaning_neither_compete_nor_count_as_mismatched():
@@ -113,8 +191,8 @@ def test_words_of_the_same_meaning_neither_compete_nor_count_as_mismatched():
     # pair 1 repeats pair 0
     source[1], target[1] = source[0], target[0]
     apart, joined = measure(source, target, NONE_ALIKE), measure(source, target, both_ways([(0, 1)]))
-    assert apart.forward.hit[0] == 0.5
-    assert joined.forward.hit[0] == 1
+    assert apart.forward.within(1)[0] == 0.5
+    assert joined.forward.within(1)[0] == 1
     assert joined.mismatched[0] < apart.mismatched[0]
     np.testing.assert_array_equal(joined.forward.candidates, [11, 11] + [12] * 10)
 

@@ -232,6 +232,20 @@ def test_the_model_card_has_the_front_matter_that_the_hub_reads():
     assert "/home/someone" not in local
 
 
+def test_the_full_arm_is_said_to_align_the_output():
+    report = assemble(*run_of((WEAK, WEAK), (WEAK, WEAK), output={"trained": (WEAK, STRONG), "held_out": (WEAK, STRONG)}, arm="full"))
+    card = model_card(report)
+    assert "words aligned at the output" in card
+    assert "`hidden_states[-1]` of the word alone" in card
+    assert "the token states, their mean over" in card
+    assert "single words of one list at the output" in card
+    assert "final norm" not in card
+    assert markdown(report).startswith("# Alignment of Swahili and English at the output")
+    figure = draw_layers(report)
+    marked = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_linewidth() == 7]
+    assert marked == [report["model"]["blocks"] + 1]
+
+
 def test_the_layer_figure_shows_what_was_measured():
     facts, alignments = run_of((WEAK, STRONG), (WEAK, WEAK), {"trained": (WEAK, WEAK), "held_out": (WEAK, WEAK)})
     alignments |= {(split, when, 1): a for (split, when, layer), a in alignments.items() if layer == 2}

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tli.train as train_module
-from tli import TliError, TrainConfig, lexicon, lora, train
-from tli.config import parse
+from tli import TliError, TrainConfig, lexicon, lora, scan, train
+from tli.config import ScanConfig, parse
 from tli.errors import run_command
 from tli.train import rate
 
@@ -95,8 +95,51 @@ def test_the_loss_falls_from_chance_and_layer_l_is_the_trained_one(settings):
     assert config["layers_to_transform"] == [0, 1]
 
 
+def test_the_hooked_arm_trains_the_early_arms_adapter(settings, tmp_path):
+    for name, more in (("early", {}), ("full-hook", {}), ("recomputed", {"arm": "full-hook", "checkpointing": True})):
+        facts = run(settings, **{"arm": name, "dropout": 0.2, "no_report": True, "output": str(tmp_path / name), **more})
+        assert facts["training"]["steps"] == 8
+    assert adapter_bytes(tmp_path / "early") == adapter_bytes(tmp_path / "full-hook") == adapter_bytes(tmp_path / "recomputed")
+
+
+def test_the_full_arm_aligns_the_output_with_adapters_in_every_block(settings, tmp_path):
+    facts = run(settings, arm="full", epochs=20, lr=3e-3)
+    assert facts["training"]["loss_last"] < 0.7 * facts["training"]["loss_first"]
+    config = json.loads((pathlib.Path(settings["output"]) / lora.CONFIG_FILE).read_text())
+    assert config["layers_to_transform"] == [0, 1, 2, 3]
+    assert {test["layer"] for test in facts["tests"]} == {2, "output"}
+    gap = {m["when"]: m["value"] for m in facts["measurements"] if (m["split"], m["layer"], m["metric"]) == ("trained", "output", "gap")}
+    assert gap["after"] > gap["before"] + 0.1
+    # the loss has no token norm of its own, whatever the report's layers have
+    plain = run(settings, arm="full", epochs=20, lr=3e-3, token_norm="none", no_report=True, output=str(tmp_path / "plain"))
+    assert plain["training"]["loss_last"] == facts["training"]["loss_last"]
+
+
+def test_auto_takes_the_layer_that_a_scan_of_the_trained_pairs_names(settings, make_model, tmp_path):
+    # models that do not all choose the same layer
+    chosen = set()
+    for seed in range(3):
+        model = str(make_model("llama", seed=seed))
+        facts = run(settings, model=model, layer="auto", no_report=True, output=str(tmp_path / f"auto{seed}"))
+        found = scan.scan(ScanConfig(model=model, split="trained", pairs=settings["pairs"], output=str(tmp_path / f"scan{seed}")))
+        assert facts["config"]["layer"] == found["choice"]["gap"]
+        config = json.loads((tmp_path / f"auto{seed}" / lora.CONFIG_FILE).read_text())
+        assert config["layers_to_transform"] == list(range(facts["config"]["layer"]))
+        chosen.add(facts["config"]["layer"])
+    assert len(chosen) > 1
+
+
+def test_adapters_in_the_first_blocks_can_align_the_output(settings):
+    facts = run(settings, arm="full", targets=r"layers\.[01]\..*", no_report=True)
+    config = json.loads((pathlib.Path(settings["output"]) / lora.CONFIG_FILE).read_text())
+    assert config["layers_to_transform"] == [0, 1]
+    assert facts["training"]["loss_first"] != run(settings, no_report=True, overwrite=True)["training"]["loss_first"]
+
+
 @pytest.mark.parametrize(
-    "more", [{}, {"recipe": "paper"}, {"dropout": 0.2}, {"dtype": "bfloat16"}], ids=lambda more: ",".join(more) or "default"
+    "more",
+    [{}, {"recipe": "paper"}, {"dropout": 0.2}, {"dtype": "bfloat16"}, {"arm": "full"}],
+    ids=lambda more: ",".join(more) or "default",
 )
 def test_the_same_seed_gives_the_same_bytes_and_another_others(settings, make_model, tmp_path, more):
     # the paper's recipe packs weights into NF4's blocks of 64
@@ -210,18 +253,19 @@ def wait_for(path: pathlib.Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_run_resumes_to_the_bytes_of_one_that_was_not(settings, tmp_path):
-    long = {**settings, "epochs": 60, "dropout": 0.1}
+@pytest.mark.parametrize("arm", ["early", "full"])
+def test_a_killed_run_resumes_to_the_bytes_of_one_that_was_not(settings, tmp_path, arm):
+    long = {**settings, "epochs": 30, "dropout": 0.1, "arm": arm}
     process = start(long, save_every_s=0)
     wait_for(tmp_path / "out" / "training_state.safetensors", process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     state = load_file(tmp_path / "out" / "training_state.safetensors")
-    assert 0 < len(state["losses"]) < 60 * 4
+    assert 0 < len(state["losses"]) < 30 * 4
     with pytest.raises(TliError, match="a run must be resumed with its own options and pairs, got others; "):
         run(long, resume=True, no_report=True, lr=0.5)
     resumed = run(long, resume=True, no_report=True)
-    assert resumed["training"]["steps"] == 60 * 4
+    assert resumed["training"]["steps"] == 30 * 4
     whole = run(long, no_report=True, output=str(tmp_path / "whole"))
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
     assert resumed["training"]["loss_last"] == whole["training"]["loss_last"]
@@ -332,6 +376,10 @@ BAD = {
     "held out share": (["--held-out", "1.5"], "--held-out"),
     "layer 0": (["--layer", "0"], "--layer: the layer must be from 1 to 4"),
     "layer beyond": (["--layer", "5"], "--layer: the layer must be from 1 to 4"),
+    "layer in words": (["--layer", "many"], "argument --layer: invalid int|auto value: 'many'"),
+    "layer of a hook": (["--arm", "full-hook", "--layer", "5"], "--layer: the layer must be from 1 to 4"),
+    "layer of a report": (["--arm", "full", "--layer", "0"], "--layer: the layer must be from 1 to 4"),
+    "wrong arm": (["--arm", "late"], "argument --arm: invalid choice: 'late'"),
     "rank 0": (["--rank", "0"], "--rank: the rank must be at least 1, got 0; "),
     "rank beyond": (["--rank", "1000"], "--rank: the rank must be at most 48"),
     "unknown target": (["--targets", "q_proj,nonsense"], "--targets: each target must be a linear layer of the model"),

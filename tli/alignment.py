@@ -19,12 +19,22 @@ from tli.significance import bootstrap_interval
 if typing.TYPE_CHECKING:
     import torch
 
+# of ``clipscore``: Hessel et al. 2021 (arXiv 2104.08718)
+CLIP_WEIGHT = 2.5
 RETRIEVAL = ("p_at_1", "p_at_1_forward", "p_at_1_backward", "mrr", "mrr_forward", "mrr_backward")
+CLIPSCORE = ("clipscore", "clipscore_mismatched", "clipscore_gap")
+_NO_RANKS = ("cosine", "mismatched", "gap", "sink_share")
+# neighbours that CSLS takes as a word's neighbourhood: Conneau et al. 2018
+NEIGHBOURS = 10
 # the mismatched cosines' histogram has bins of 0.005: coarser ones are made by adding neighbours
 HISTOGRAM_EDGES = np.linspace(-1.0, 1.0, 401)
 # cosines are computed in fp64 from fp32 vectors: equal vectors agree to 1e-15, different ones differ by far more than this
 _TIE = 1e-12
+# farther than any cosine or CSLS score: what is left out is never counted, and in no bin
+_LEFT_OUT = -9.0
 _CHUNK_NUMBERS = 1 << 19
+# for the AUC the range of the true cosines is cut into so many steps; what falls into one step is a tie
+_STEPS = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,10 +57,9 @@ class Retrieval:
         """Expected rank of the partner, from 1."""
         return self.above + 1 + self.tied / 2
 
-    @property
-    def hit(self) -> np.ndarray:
-        """Probability that the partner comes first."""
-        return (self.above == 0) / (self.tied + 1)
+    def within(self, places: int) -> np.ndarray:
+        """Probability that the partner is among the first ``places``."""
+        return np.clip((places - self.above) / (self.tied + 1), 0.0, 1.0)
 
     @property
     def reciprocal(self) -> np.ndarray:
@@ -58,9 +67,8 @@ class Retrieval:
         harmonic = _harmonic(self.candidates.max())
         return (harmonic[self.above + self.tied + 1] - harmonic[self.above]) / (self.tied + 1)
 
-    @property
-    def hit_chance(self) -> np.ndarray:
-        return 1 / self.candidates
+    def within_chance(self, places: int) -> np.ndarray:
+        return np.minimum(places / self.candidates, 1.0)
 
     @property
     def reciprocal_chance(self) -> np.ndarray:
@@ -74,14 +82,18 @@ class Alignment:
 
     cosine                 float64 [B]     of each true pair
     mismatched             float64 [B]     mean cosine of pair i's words with the words of other meaning, both directions averaged
+    clipped                float64 [B]     the same mean of max(cosine, 0)
     mismatched_histogram   int64 [400]     all mismatched cosines, counted in HISTOGRAM_EDGES
+    placement              float64 [B]     share of all mismatched cosines, of any two words, below pair i's; ties count half
     forward, backward                      retrieval of targets by sources, and of sources by targets
     sink_share             float64 [B]     norm of the sink's state over the sum of all states' norms, if it was measured
     """
 
     cosine: np.ndarray
     mismatched: np.ndarray
+    clipped: np.ndarray
     mismatched_histogram: np.ndarray
+    placement: np.ndarray
     forward: Retrieval
     backward: Retrieval
     sink_share: np.ndarray | None = None
@@ -92,24 +104,46 @@ class Alignment:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What ``per_pair`` can be asked for."""
-        return ("gap", *RETRIEVAL, "cosine", "mismatched", *(() if self.sink_share is None else ("sink_share",)))
+        """What a report of training shows."""
+        return ("gap", *RETRIEVAL, "cosine", "mismatched", *CLIPSCORE, *(() if self.sink_share is None else ("sink_share",)))
 
     def per_pair(self, metric: str) -> np.ndarray:
-        """The array, float64 [B], whose mean is the metric. P@1 and MRR are the mean of both directions unless one is named."""
-        return self._retrieval(metric, "hit", "reciprocal") if metric in RETRIEVAL else getattr(self, metric)
+        """The array, float64 [B], whose mean is the metric.
+
+        ``cosine``, ``mismatched``, ``gap``, ``sink_share``: as above
+        ``auc``:   the placement: a true pair is nearer than a mismatched one with this probability
+        ``clipscore``, ``clipscore_mismatched``, ``clipscore_gap``: ``2.5 · max(cosine, 0)``, which says no more than a cosine, of
+            the true pair and of mismatched ones, and their difference
+        ``p_at_1``, ``p_at_5``, ``mrr``: the mean of both directions, or one of them with ``_forward`` or ``_backward`` behind the name
+        ``mexa``:  1 where the pair beats all others in its row and in its column (Kargaran et al. 2024, arXiv 2410.05873)
+        """
+        if metric == "auc":
+            return self.placement
+        if metric == "mexa":
+            return np.all([way.above + way.tied == 0 for way in (self.forward, self.backward)], axis=0).astype(float)
+        if metric in CLIPSCORE:
+            of_pairs = {"clipscore": np.maximum(self.cosine, 0), "clipscore_mismatched": self.clipped}
+            return CLIP_WEIGHT * of_pairs.get(metric, np.maximum(self.cosine, 0) - self.clipped)
+        return getattr(self, metric) if metric in _NO_RANKS else self._retrieval(metric, "")
 
     def value(self, metric: str) -> float:
         return float(self.per_pair(metric).mean())
 
     def chance(self, metric: str) -> float | None:
-        """What a retrieval metric would be if the ranks were drawn by lot, from the exact numbers of candidates; else None."""
-        return float(self._retrieval(metric, "hit_chance", "reciprocal_chance").mean()) if metric in RETRIEVAL else None
+        """What a metric would be if the ranks were drawn by lot, from the exact numbers of candidates; None for a mean of cosines."""
+        if metric == "auc":
+            return 0.5
+        if metric == "mexa":
+            # the pair itself is in its row and in its column
+            return float((1 / (self.forward.candidates + self.backward.candidates - 1)).mean())
+        return None if metric in (*_NO_RANKS, *CLIPSCORE) else float(self._retrieval(metric, "_chance").mean())
 
-    def _retrieval(self, metric: str, of_hits: str, of_ranks: str) -> np.ndarray:
-        name = of_hits if metric.startswith("p_at_1") else of_ranks
-        forward, backward = getattr(self.forward, name), getattr(self.backward, name)
-        return forward if metric.endswith("_forward") else backward if metric.endswith("_backward") else (forward + backward) / 2
+    def _retrieval(self, metric: str, chance: str) -> np.ndarray:
+        name = metric.removesuffix("_forward").removesuffix("_backward")
+        ways = [self.forward] * (not metric.endswith("_backward")) + [self.backward] * (not metric.endswith("_forward"))
+        if name == "mrr":
+            return np.mean([getattr(way, "reciprocal" + chance) for way in ways], axis=0)
+        return np.mean([getattr(way, "within" + chance)(int(name.removeprefix("p_at_"))) for way in ways], axis=0)
 
 
 def measure(source: torch.Tensor, target: torch.Tensor, same: np.ndarray, sink_share: np.ndarray | None = None) -> Alignment:
@@ -126,38 +160,131 @@ def measure(source: torch.Tensor, target: torch.Tensor, same: np.ndarray, sink_s
     import torch
 
     with torch.inference_mode():
-        source, target = _directions(source, "source"), _directions(target, "target")
-        pairs, cosine = len(source), (source * target).sum(1)
-        same = torch.as_tensor(same, dtype=torch.int64, device=source.device).reshape(-1, 2)
-        # [forward, backward]: of a row the candidates lie along it, of a column along the column
-        others = pairs - 1 - torch.stack([torch.bincount(side, minlength=pairs) for side in same.T])
-        total = cosine.new_zeros(2, pairs)
-        above, at_least = torch.zeros(2, 2, pairs, dtype=torch.int64, device=source.device)
+        words = _Words(source, target, same)
+        cosine, mismatched = words.cosines()
+        places = _Places(cosine)
+        clipped = cosine.new_zeros(2, len(cosine))
         histogram = cosine.new_zeros(len(HISTOGRAM_EDGES) - 1)
-        for rows in torch.arange(pairs, device=source.device).split(max(1, _CHUNK_NUMBERS // pairs)):
-            here = same[(same[:, 0] >= rows[0]) & (same[:, 0] <= rows[-1])]
-            left_out = torch.cat([rows, here[:, 0]]) - rows[0], torch.cat([rows, here[:, 1]])
-            similarity = (source[rows] @ target.T).clamp_(-1, 1)
-            similarity[left_out] = 0
-            total[0, rows] = similarity.sum(1)
-            total[1] += similarity.sum(0)
-            # farther than any cosine: never counted, in no bin
-            similarity[left_out] = -2
+        lowest = cosine.min()
+        # a step is never below what counts as a tie
+        step = torch.clamp((cosine.max() - lowest) / _STEPS, min=_TIE)
+        counts = torch.zeros(_STEPS + 3, dtype=torch.int64, device=cosine.device)
+        for rows, similarity in words.chunks():
+            places.add(rows, similarity)
+            # what is left out is far below 0
+            clip = similarity.clamp(min=0)
+            clipped[0, rows], clipped[1] = clip.sum(1), clipped[1] + clip.sum(0)
             histogram += torch.histc(similarity, len(histogram), -1, 1)
-            above[0, rows], at_least[0, rows] = (
-                (similarity > cosine[rows, None] + _TIE).sum(1),
-                (similarity >= cosine[rows, None] - _TIE).sum(1),
-            )
-            above[1] += (similarity > cosine + _TIE).sum(0)
-            at_least[1] += (similarity >= cosine - _TIE).sum(0)
-        alone = (others == 0).any(0).nonzero().flatten()
+            counts += torch.bincount(_steps(similarity, lowest, step).flatten(), minlength=_STEPS + 3)
+        counts[0] -= words.left_out
+        own = _steps(cosine, lowest, step)
+        placement = (counts.cumsum(0)[own] - counts[own] / 2) / counts.sum()
+        ways, clipped = places.retrieval(words.others), (clipped / words.others).mean(0)
+    share = None if sink_share is None else np.asarray(sink_share, dtype=np.float64)
+    return Alignment(*(x.cpu().numpy() for x in (cosine, mismatched, clipped, histogram.long(), placement)), *ways, share)
+
+
+def cosines(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``measure``'s cosine and mismatched alone, float64 [B] each, without walking through B x B."""
+    import torch
+
+    with torch.inference_mode():
+        return tuple(values.cpu().numpy() for values in _Words(source, target, same).cosines())
+
+
+def csls(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tuple[Retrieval, Retrieval]:
+    """Retrieval, forward and backward, by ``2·cos(s, t) - r(s) - r(t)``: nearness for words that not everything is near to.
+
+    r(s) is the mean cosine of s with its 10 nearest targets, the partner and words that mean the same among them; r(t) likewise.
+    Arguments as for ``measure``. Source: Conneau et al. 2018, "Word translation without parallel data" (arXiv 1710.04087).
+    """
+    import torch
+
+    with torch.inference_mode():
+        words = _Words(source, target, same)
+        k = min(NEIGHBOURS, len(words.source))
+        of_source, nearest = [], words.source.new_empty(0, len(words.source))
+        for _, similarity in words.chunks(all_words=True):
+            of_source.append(similarity.topk(k, dim=1).values.mean(1))
+            nearest = torch.cat([nearest, similarity])
+            nearest = nearest.topk(min(k, len(nearest)), dim=0).values
+        of_source, of_target = torch.cat(of_source), nearest.mean(0)
+        places = _Places(2 * (words.source * words.target).sum(1) - of_source - of_target)
+        for rows, similarity in words.chunks():
+            places.add(rows, 2 * similarity - of_source[rows, None] - of_target)
+        return places.retrieval(words.others)
+
+
+class _Words:
+    """Unit word vectors, fp64 [B, D], and which of their pairs are neither mismatched nor candidates."""
+
+    def __init__(self, source: torch.Tensor, target: torch.Tensor, same: np.ndarray):
+        import torch
+
+        self.source, self.target = _directions(source, "source"), _directions(target, "target")
+        pairs = len(self.source)
+        self.same = torch.as_tensor(same, dtype=torch.int64, device=self.source.device).reshape(-1, 2)
+        self.left_out = pairs + len(self.same)
+        # [forward, backward]: of a row the candidates lie along it, of a column along the column
+        self.others = pairs - 1 - torch.stack([torch.bincount(side, minlength=pairs) for side in self.same.T])
+        alone = (self.others == 0).any(0).nonzero().flatten()
         if len(alone):
             got = f"none for pair {int(alone[0]) + 1} of {pairs}"
             raise TliError("alignment", "every pair needs another of different meaning", got, "measure more pairs")
-        mismatched = (total / others).mean(0)
-        ways = [Retrieval(*(counts[way].cpu().numpy() for counts in (above, at_least - above, others + 1))) for way in (0, 1)]
-    share = None if sink_share is None else np.asarray(sink_share, dtype=np.float64)
-    return Alignment(cosine.cpu().numpy(), mismatched.cpu().numpy(), histogram.long().cpu().numpy(), *ways, share)
+
+    def cosines(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each true pair, and the mean of each with words of other meaning, both directions averaged."""
+        import torch
+
+        cosine = (self.source * self.target).sum(1)
+        # a row's sum over all words is one product with their sum; the few that do not count are taken off again
+        total = torch.stack([self.source @ self.target.sum(0), self.target @ self.source.sum(0)]) - cosine
+        i, j = self.same.T
+        alike = (self.source[i] * self.target[j]).sum(1)
+        total[0].index_add_(0, i, alike, alpha=-1)
+        total[1].index_add_(0, j, alike, alpha=-1)
+        return cosine, (total / self.others).mean(0)
+
+    def chunks(self, all_words: bool = False) -> typing.Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Rows int64 [r] and their cosines with all targets, fp64 [r, B]; what is left out is far below them unless ``all_words``."""
+        import torch
+
+        pairs = len(self.source)
+        for rows in torch.arange(pairs, device=self.source.device).split(max(1, _CHUNK_NUMBERS // pairs)):
+            similarity = (self.source[rows] @ self.target.T).clamp_(-1, 1)
+            if not all_words:
+                here = self.same[(self.same[:, 0] >= rows[0]) & (self.same[:, 0] <= rows[-1])]
+                similarity[torch.cat([rows, here[:, 0]]) - rows[0], torch.cat([rows, here[:, 1]])] = _LEFT_OUT
+            yield rows, similarity
+
+
+class _Places:
+    """How many candidates score above each pair's own score [B], and how many as high: by rows and by columns."""
+
+    def __init__(self, own: torch.Tensor):
+        import torch
+
+        self.own = own
+        self.above, self.at_least = torch.zeros(2, 2, len(own), dtype=torch.int64, device=own.device)
+
+    def add(self, rows: torch.Tensor, scores: torch.Tensor) -> None:
+        """Count the scores of some rows with all columns."""
+        own = self.own[rows, None]
+        self.above[0, rows], self.at_least[0, rows] = (scores > own + _TIE).sum(1), (scores >= own - _TIE).sum(1)
+        self.above[1] += (scores > self.own + _TIE).sum(0)
+        self.at_least[1] += (scores >= self.own - _TIE).sum(0)
+
+    def retrieval(self, others: torch.Tensor) -> tuple[Retrieval, Retrieval]:
+        """The places forward and backward; ``others``: candidates, the partner left out, int64 [2, B]."""
+        forward, backward = (
+            Retrieval(*(counts.cpu().numpy() for counts in way)) for way in zip(self.above, self.at_least - self.above, others + 1)
+        )
+        return forward, backward
+
+
+def _steps(cosine: torch.Tensor, lowest: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """In which step each cosine lies: 1 at the lowest true cosine, ``_STEPS + 1`` at the highest, one less or more beyond them."""
+    return ((cosine - lowest) / step).round_().clamp_(-1, _STEPS + 1).long() + 1
 
 
 def measurements(alignment: Alignment, split: str, when: str, layer: int | str, seed: int) -> list[dict]:

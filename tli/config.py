@@ -27,12 +27,29 @@ def option(default, group: str, help: str, paper=dataclasses.MISSING, choices: t
     return dataclasses.field(default=None if by_recipe else default, metadata=metadata)
 
 
+def argument(help: str):
+    """A field that must be given: on the command line it stands without a flag, in the order of the fields."""
+    return dataclasses.field(metadata={"group": "arguments", "help": help, "choices": (), "recipes": None})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train LoRA adapters that align word pairs at one layer of a language model."""
 
     model: str | None = option(None, "model", "local folder or hub name of a Hugging Face checkpoint (default: the starter, SmolLM2-135M)")
-    layer: int = option(2, "model", "hidden state to align: the residual stream after this many blocks")
+    arm: str = option(
+        "early",
+        "model",
+        "early: the model ends at --layer, adapters in all its blocks; full: the whole model, adapters in all its blocks, the loss at the "
+        "output, after the final norm; full-hook: early's adapters and loss, caught by a hook in the whole model",
+        choices=("early", "full", "full-hook"),
+    )
+    layer: int | typing.Literal["auto"] = option(
+        2,
+        "model",
+        "hidden state to align: the residual stream after this many blocks; auto takes the one where the trained pairs' gap is surely the "
+        "largest before training (--arm full aligns the output, and its report shows this layer beside it)",
+    )
     weights: str = option("full", "model", "frozen weights: full precision, or rounded to NF4", paper="nf4", choices=("full", "nf4"))
     all_rows: bool = option(False, "model", "keep the whole embedding table, not only the rows that the words use")
     dtype: str = option(
@@ -89,10 +106,15 @@ class TrainConfig:
     schedule: str = option("linear", "training", "decay after the warm-up", choices=("linear", "cosine", "constant"))
     weight_decay: float = option(0.01, "training", "AdamW weight decay")
     clip: float = option(1.0, "training", "largest gradient norm; 0 turns clipping off")
+    checkpointing: bool = option(
+        False, "training", "keep of each block only what goes in, and compute it again for the gradients: less memory, more time"
+    )
     seed: int = option(0, "training", "fixes the split, the order, the adapters' start and the dropout")
     recipe: str = option("default", "training", "where the defaults come from; flags that are given win", choices=RECIPES)
 
-    output: str | None = option(None, "output", "folder for the adapter and the report (default: runs/<recipe>-layer<L>-rank<R>-seed<S>)")
+    output: str | None = option(
+        None, "output", "folder for the adapter and the report (default: runs/<recipe>[-<arm>]-layer<L>-rank<R>-seed<S>)"
+    )
     overwrite: bool = option(False, "output", "allow an output folder that is not empty")
     resume: bool = option(False, "output", "go on with the interrupted run in the output folder")
     no_report: bool = option(False, "output", "skip the measurements before and after")
@@ -103,11 +125,13 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             if field.metadata["recipes"] and getattr(self, field.name) is None:
                 object.__setattr__(self, field.name, field.metadata["recipes"][self.recipe])
+        if self.layer != "auto" and not isinstance(self.layer, int):
+            raise TliError("--layer", "the layer must be a whole number or auto", repr(self.layer), "choose one of these")
         if self.alpha is None:
             object.__setattr__(self, "alpha", 2.0 * self.rank)
         if self.output is None:
-            shuffled = "-shuffled" if self.shuffle_pairs else ""
-            object.__setattr__(self, "output", f"runs/{self.recipe}-layer{self.layer}-rank{self.rank}-seed{self.seed}{shuffled}")
+            arm, shuffled = "" if self.arm == "early" else f"-{self.arm}", "-shuffled" if self.shuffle_pairs else ""
+            object.__setattr__(self, "output", f"runs/{self.recipe}{arm}-layer{self.layer}-rank{self.rank}-seed{self.seed}{shuffled}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +147,148 @@ class TuneConfig:
 
     def __post_init__(self):
         check_choices(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScanConfig:
+    """Measure word pairs at every layer of a language model, in one pass with one block in memory at a time."""
+
+    model: str | None = option(None, "model", "local folder or hub name of a Hugging Face checkpoint (default: the starter, SmolLM2-135M)")
+    adapter: str | None = option(None, "model", "folder of a PEFT adapter: it is scanned, too, beside the base")
+    weights: str = option("full", "model", "frozen weights: full precision, or rounded to NF4", paper="nf4", choices=("full", "nf4"))
+    dtype: str = option(
+        "auto",
+        "model",
+        "compute dtype; auto is float32 on a CPU and bfloat16 on a GPU",
+        paper="bfloat16",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = option("auto", "model", "cpu, cuda or cuda:N (auto: a GPU if there is one)")
+    impl: str = option("auto", "model", "which implementation of the ops", choices=("auto", "reference", "fused"))
+
+    pairs: str | None = option(
+        None, "words", "word pairs: .tsv .csv .json .jsonl or dictd .index (default: the shipped Swahili-English list)"
+    )
+    source: str = option("swahili", "words", "name of the source language's column or key")
+    target: str = option("english", "words", "name of the target language's column or key")
+    prefix: str = option(" ", "words", "text before each word, never pooled; a space gives words as they stand in running text", paper="")
+    split: str = option(
+        "all",
+        "words",
+        "which of the pairs: all, or one side of the split that training makes with the same --held-out and --seed",
+        choices=("all", "trained", "held_out"),
+    )
+    held_out: float = option(0.1, "words", "share of the pairs that training keeps out")
+    sample: int | None = option(None, "words", "take so many of these pairs, at random (default: all)")
+    seed: int = option(0, "words", "fixes the split, the sample and the intervals")
+
+    token_norm: str = option(
+        "auto",
+        "vectors",
+        "what a token state goes through before the mean: the model's final norm, plain RMS, or nothing; auto is what training would "
+        "take. The paper's vectors, with nothing and with BOS pooled, are always measured beside it",
+        paper="none",
+        choices=("auto", "final", "rms", "none"),
+    )
+    recipe: str = option("default", "vectors", "where the defaults come from; flags that are given win", choices=RECIPES)
+
+    output: str | None = option(
+        None, "output", "folder for scan.json and scan.png (default: runs/scan-<model>, or runs/scan-<adapter's folder>)"
+    )
+    overwrite: bool = option(False, "output", "allow an output folder that is not empty")
+    json: bool = option(False, "output", "print one JSON object on standard output when done")
+
+    def __post_init__(self):
+        check_choices(self)
+        for field in dataclasses.fields(self):
+            if field.metadata["recipes"] and getattr(self, field.name) is None:
+                object.__setattr__(self, field.name, field.metadata["recipes"][self.recipe])
+        if self.output is None:
+            # a path's last part, or that of a hub name
+            name = pathlib.Path(self.adapter or self.model or "starter").expanduser().resolve().name
+            object.__setattr__(self, "output", f"runs/scan-{name}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Compare adapters with the base model, on trained and held-out words; or test a table of values from any source (--from-csv)."""
+
+    adapters: tuple[str, ...] = option((), "model", "folders of PEFT adapters, tli's own or another tool's")
+    model: str | None = option(None, "model", "local folder or hub name of the model (default: the one that the adapter names)")
+    weights: str | None = option(
+        None, "model", "frozen weights: full precision, or rounded to NF4 (default: as in training, else full)", choices=("full", "nf4")
+    )
+    dtype: str = option(
+        "auto", "model", "compute dtype; auto is float32 on a CPU and bfloat16 on a GPU", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    device: str = option("auto", "model", "cpu, cuda or cuda:N (auto: a GPU if there is one)")
+    impl: str = option("auto", "model", "which implementation of the ops", choices=("auto", "reference", "fused"))
+
+    pairs: str | None = option(None, "words", "word pairs (default: the list and the split of the training run, else the shipped list)")
+    held_out_pairs: str | None = option(None, "words", "a list of words that training never saw, in place of the recorded split's")
+    held_out: float | None = option(None, "words", "where no split is recorded: the share of --pairs that --seed of training held out")
+    source: str | None = option(None, "words", "name of the source language's column or key (default: as in training, else swahili)")
+    target: str | None = option(None, "words", "name of the target language's column or key (default: as in training, else english)")
+    prefix: str | None = option(None, "words", "text before each word, never pooled (default: as in training, else a space)")
+
+    layers: str | None = option(None, "measures", "such as 2,8,output, or all (default: the aligned layer, the middle one and the output)")
+    token_norm: str | None = option(
+        None,
+        "measures",
+        "what a token state goes through before the mean (default: as in training, else auto)",
+        choices=("auto", "final", "rms", "none"),
+    )
+    sink: str | None = option(
+        None, "measures", "whether the first position is pooled into words (default: as in the run's own report)", choices=("out", "in")
+    )
+    margin: float | None = option(
+        None,
+        "measures",
+        "largest difference of mean gains that counts as none in the equivalence test (default: 0.05 of cosine; no such test of a table)",
+    )
+    seed: int | None = option(None, "measures", "fixes the resamples (default: the training run's, else 0)")
+
+    text: str | None = option(None, "language model", "a text file, to measure perplexity and next-token distributions on")
+    text_tokens: int = option(8192, "language model", "read no more of the text than this")
+    window: int | None = option(None, "language model", "tokens that see each other (default: 256, or what the model can see)")
+
+    from_csv: str | None = option(None, "table", "statistics alone, on a table of per-pair values; no model is read")
+    before: str = option("before", "table", "name of the column of values before")
+    after: str = option("after", "table", "name of the column of values after")
+    group: str | None = option(None, "table", "name of a column: test group by group, and group against group")
+    cluster: str | None = option(None, "table", "name of a column: rows of one value, a shared word for instance, are resampled together")
+
+    output: str | None = option(
+        None, "output", "folder for evaluation.json and .md (default: ADAPTER/evaluation; a table's is only printed)"
+    )
+    overwrite: bool = option(False, "output", "allow an output folder that is not empty")
+    json: bool = option(False, "output", "print one JSON object on standard output when done")
+
+    def __post_init__(self):
+        check_choices(self)
+        if bool(self.adapters) == (self.from_csv is not None):
+            got = "both" if self.adapters else "neither"
+            raise TliError("ADAPTER", "there must be adapters, or a table with --from-csv", got, "name one or the other")
+        if self.margin is not None and not self.margin > 0:
+            remedy = "name the largest difference that counts as none"
+            raise TliError("--margin", "the margin of equivalence must be above 0", self.margin, remedy)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Merge an adapter into a copy of its whole model, which transformers loads without peft."""
+
+    adapter: str = argument("folder of a PEFT adapter, tli's own or another tool's")
+    output: str = argument("folder for the merged model, new or empty; it is complete or absent")
+    model: str | None = option(None, "model", "local folder or hub name of the model (default: the one that the adapter names)")
+    dtype: str = option("bfloat16", "model", "what all weights are rounded to", choices=("bfloat16", "float16", "float32"))
+    shard_gb: float = option(2.0, "output", "largest weight file in GB, and about the memory that it takes to make it")
+    json: bool = option(False, "output", "print one JSON object on standard output when done")
+
+    def __post_init__(self):
+        check_choices(self)
+        if not self.shard_gb > 0:
+            raise TliError("--shard-gb", "the size must be positive", self.shard_gb, "leave it out, or choose another")
 
 
 def check_choices(config) -> None:
@@ -155,7 +321,15 @@ def parse(config_class, module: str, arguments: list[str] | None = None):
         group = field.metadata["group"]
         groups.setdefault(group, parser.add_argument_group(group) if group not in groups else None)
         flag, help_text = f"--{field.name.replace('_', '-')}", field.metadata["help"] + _default_text(field)
-        if kinds[field.name] is bool:
+        if typing.get_origin(kinds[field.name]) is tuple:
+            # what stands without a flag: ADAPTER for the field ``adapters``
+            name = field.name.removesuffix("s").upper()
+            parser.usage = f"python -m {module} [{name} ...] [options]"
+            groups[group].add_argument(field.name, nargs="*", metavar=name, default=argparse.SUPPRESS, help=help_text)
+        elif field.default is dataclasses.MISSING:
+            parser.usage = parser.usage.replace("[options]", f"{field.name.upper()} [options]")
+            groups[group].add_argument(field.name, metavar=field.name.upper(), help=help_text)
+        elif kinds[field.name] is bool:
             action = argparse.BooleanOptionalAction if field.metadata["recipes"] else "store_true"
             groups[group].add_argument(flag, action=action, default=argparse.SUPPRESS, help=help_text)
         else:
@@ -163,7 +337,7 @@ def parse(config_class, module: str, arguments: list[str] | None = None):
             kind = _plain_type(kinds[field.name])
             metavar = None if choices else kind.__name__.upper()
             groups[group].add_argument(flag, type=kind, choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=help_text)
-    given = vars(parser.parse_args(arguments))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
     try:
         return config_class(**given)
     except TliError as error:
@@ -175,14 +349,23 @@ def _help_format(prog: str) -> argparse.HelpFormatter:
 
 
 def _plain_type(kind):
-    """``int`` for ``int | None``: a flag that is given always carries a value."""
-    return next(k for k in typing.get_args(kind) if k is not types.NoneType) if typing.get_args(kind) else kind
+    """``int`` for ``int | None``: a flag that is given always carries a value. A word among numbers comes as it is."""
+    kinds = [k for k in typing.get_args(kind) if k is not types.NoneType] or [kind]
+    words = [word for k in kinds[1:] for word in typing.get_args(k)]
+    if not words:
+        return kinds[0]
+
+    def number_or_word(text: str):
+        return text if text in words else kinds[0](text)
+
+    number_or_word.__name__ = "|".join([kinds[0].__name__, *words])
+    return number_or_word
 
 
 def _default_text(field: dataclasses.Field) -> str:
     if field.metadata["recipes"]:
         return " (default: {default}; paper: {paper})".format(**field.metadata["recipes"])
-    return "" if field.default is None else f" (default: {field.default})"
+    return "" if field.default in (None, (), dataclasses.MISSING) else f" (default: {field.default})"
 
 
 def as_dict(config) -> dict:

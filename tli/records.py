@@ -18,6 +18,11 @@ def compared_layers(run: dict, records: list[dict]) -> list[Layer]:
     return [run["config"]["layer"], *(["output"] if any(r["layer"] == "output" for r in records) else [])]
 
 
+def aligned_layer(run: dict) -> Layer:
+    """Where the loss was: L, or ``output`` in the full arm."""
+    return "output" if run["config"].get("arm") == "full" else run["config"]["layer"]
+
+
 def find_value(report: dict, *key: Layer) -> dict | None:
     """The measurement with this (split, when, layer, metric), or None."""
     return next((r for r in report["measurements"] if (r["split"], r["when"], r["layer"], r["metric"]) == key), None)

@@ -1,8 +1,9 @@
 """The report of a run, and the adapter's model card: tables, figures and a verdict, all from the same numbers.
 
 No mean cosine stands alone here: beside it stand the cosine of mismatched pairs, the gap, retrieval with its chance, and the sink's
-share. Each number is given before and after, on trained pairs and on pairs that training never saw, at layer L, where the loss
-was, and at ``output``, where a user of the whole model would feel it. ``tli/verdict.py`` says it in words, ``tli/figures.py`` draws it.
+share. Each number is given before and after, on trained pairs and on pairs that training never saw, at layer L and at ``output``,
+where a user of the whole model would feel it; the loss was at one of the two. ``tli/verdict.py`` says it in words, ``tli/figures.py``
+draws it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tli import significance
 from tli.alignment import RETRIEVAL, Alignment, measurements
 from tli.figures import draw_distributions, draw_layers
 from tli.files import replacing, write_text
-from tli.records import DIFFERENCE, SPLITS, Layer, compared_layers, find_value, interval, number, p_value, place_name
+from tli.records import DIFFERENCE, SPLITS, Layer, aligned_layer, compared_layers, find_value, interval, number, p_value, place_name
 from tli.verdict import verdict
 
 if typing.TYPE_CHECKING:
@@ -120,7 +121,12 @@ def show(report: dict, console: rich.console.Console) -> None:
 
 def markdown(report: dict) -> str:
     """report.md: the verdict, the tables with both directions of retrieval, the figures, and all that a repetition needs."""
-    parts = [f"# Alignment of {_languages(report)} at layer {report['config']['layer']}", _summary(report), "## Verdict", report["verdict"]]
+    parts = [
+        f"# Alignment of {_languages(report)} at {place_name(aligned_layer(report))}",
+        _summary(report),
+        "## Verdict",
+        report["verdict"],
+    ]
     rows = ("gap", *RETRIEVAL, "cosine", "mismatched", "sink_share")
     for layer in compared_layers(report, report["measurements"]):
         parts += [f"## {place_name(layer).capitalize()}", _markdown_table(_value_rows(report, layer, rows, " "))]
@@ -133,18 +139,22 @@ def markdown(report: dict) -> str:
 
 def model_card(report: dict) -> str:
     """README.md of the adapter: front matter for the hub, the numbers with their controls, how to load it, what it is not for."""
-    config, layer = report["config"], report["config"]["layer"]
+    config, layer = report["config"], aligned_layer(report)
     base = _hub_name(report["model"]["name"])
     codes = [code for code in map(_language_code, (config["source"], config["target"])) if code]
     front = [f"base_model: {json.dumps(base)}", "library_name: peft", "pipeline_tag: feature-extraction"]
     front += ["language:", *(f"- {code}" for code in codes)] if codes else []
     front += ["tags:", *(f"- {tag}" for tag in ("lora", "peft", "tli", "cross-lingual-alignment", "lexical-alignment"))]
-    parts = ["---\n" + "\n".join(front) + "\n---", f"# {base}: {_languages(report)} words aligned at layer {layer}", _summary(report)]
+    parts = ["---\n" + "\n".join(front) + "\n---", f"# {base}: {_languages(report)} words aligned at {place_name(layer)}", _summary(report)]
     parts += ["## What the numbers show", report["verdict"]]
     for place in compared_layers(report, report["measurements"]):
         parts += [f"### {place_name(place).capitalize()}", _markdown_table(_value_rows(report, place, tuple(LABELS), " "))]
-    parts += [_READING, "## How to load it", _LOADING.format(base=base, layer=layer, prefix=_prefix(config), pool=_pool(config))]
-    return "\n\n".join([*parts, _CAVEATS.format(layer=layer)]) + "\n"
+    parts += [
+        _READING,
+        "## How to load it",
+        _LOADING.format(base=base, state=-1 if layer == "output" else layer, prefix=_prefix(config), pool=_pool(config, layer)),
+    ]
+    return "\n\n".join([*parts, _CAVEATS.format(place=place_name(layer))]) + "\n"
 
 
 def _write_figure(path: pathlib.Path, figure: matplotlib.figure.Figure) -> None:
@@ -158,8 +168,8 @@ nearest candidate, *MRR* the mean of 1/rank; both are means of the two direction
 drawn by lot from as many candidates; trained and held-out lists differ in length, so in chance, too. The *sink share* is the part of a
 word's states, by norm, that the first position would make up if it were pooled. A mean cosine that rises for mismatched pairs as well is
 a shift of all words. Brackets are 95 % bootstrap intervals over pairs (BCa, 2,000 resamples); one without width means that all pairs
-agree, not that the value is certain. The p-values are not corrected for their number: the held-out gap at layer L was the question, the
-rest is context. The control for all of it is the same run with `--shuffle-pairs`."""
+agree, not that the value is certain. The p-values are not corrected for their number: the held-out gap where the loss was is the question,
+the rest is context. The control for all of it is the same run with `--shuffle-pairs`."""
 
 _LOADING = """\
 ```python
@@ -170,13 +180,13 @@ base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
-A word's vector is made from `output_hidden_states=True`, `hidden_states[{layer}]` of the word alone behind the beginning-of-sequence
+A word's vector is made from `output_hidden_states=True`, `hidden_states[{state}]` of the word alone behind the beginning-of-sequence
 token{prefix}: {pool}."""
 
 _CAVEATS = """\
 ## What it is not
 
-It aligns single words of one list at layer {layer}. It was not tested on sentences, translation or text generation; blocks above the
+It aligns single words of one list at {place}. It was not tested on sentences, translation or text generation; blocks above the
 adapters see changed states, and the model's other abilities may have suffered. Held-out words come from the same list as the trained ones.
 `report.md` and `report.json` hold all numbers, tests, versions and hashes."""
 
@@ -186,14 +196,16 @@ def _prefix(config: dict) -> str:
     return written.get(config.get("prefix", ""), f" and the text {config.get('prefix')!r}")
 
 
-def _pool(config: dict) -> str:
+def _pool(config: dict, layer: Layer) -> str:
     norms = {
         "final": "each token state through the model's final norm",
         "rms": "each token state over its root mean square",
         "none": "the token states",
     }
     first = "the first position included" if config["eval_pool_bos"] else "the first position left out"
-    return f"{norms[config['token_norm']]}, their mean over the word's tokens, {first}, then unit length"
+    # the output is normalised already
+    token_states = norms["none" if layer == "output" else config["token_norm"]]
+    return f"{token_states}, their mean over the word's tokens, {first}, then unit length"
 
 
 def _summary(report: dict) -> str:

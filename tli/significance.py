@@ -2,20 +2,23 @@
 
 Every function takes plain arrays with one number per word pair. Words are the unit: a pair before training is compared with
 the same pair after it, so the tests are paired; trained and held-out pairs are different words, so that test is Welch's.
-No p-value here is corrected for the number of tests, and none says how large an effect is: that is ``effect_size``.
+Pairs that share a word are not independent: given their ``clusters``, the bootstrap and the sign-flip test take such pairs
+together. The t tests and Wilcoxon's know of no clusters. A p-value is corrected for the number of tests by ``holm`` alone,
+and none says how large an effect is: that is ``effect_size``.
 Values without spread have definite answers (no change: p = 1; the same change everywhere: p = 0, and t and d_z, which would be
-infinite, are None), so that no NaN ever reaches a report.
+infinite, are None), so that no NaN ever reaches a report. ``compare_rows`` and ``compare_groups``, which gather all that is asked
+of a change, say None for whatever so few or so equal values cannot tell, that p of 0 included.
 """
 
-import functools
+from collections.abc import Sequence
 
 import numpy as np
 
 from tli.errors import TliError
+from tli.resampling import ROUNDING, bootstrap_interval, finite, sign_flip, spread_of
 
-_RESAMPLES = 2000
-# a standard deviation below this share of the values' size is their rounding, not their spread
-_ROUNDING = 1e-13
+# of a record of ``compare_rows``
+P_VALUES = ("p_t", "p_wilcoxon", "p_sign_flip")
 
 
 def paired_t(before: np.ndarray, after: np.ndarray) -> tuple[float | None, float]:
@@ -23,8 +26,8 @@ def paired_t(before: np.ndarray, after: np.ndarray) -> tuple[float | None, float
 
     before, after   [n], n >= 2
     """
-    gains = _gains(before, after)
-    return _t_test(float(gains.mean()), _spread(gains) / np.sqrt(len(gains)), len(gains) - 1)
+    gains = gains_of(before, after)
+    return _t_test(float(gains.mean()), spread_of(gains) / np.sqrt(len(gains)), len(gains) - 1)
 
 
 def wilcoxon(before: np.ndarray, after: np.ndarray) -> float:
@@ -32,7 +35,7 @@ def wilcoxon(before: np.ndarray, after: np.ndarray) -> float:
 
     before, after   [n], n >= 2
     """
-    gains = _gains(before, after)
+    gains = gains_of(before, after)
     if not gains.any():
         return 1.0
     import scipy.stats
@@ -45,40 +48,10 @@ def effect_size(before: np.ndarray, after: np.ndarray) -> float | None:
 
     before, after   [n], n >= 2
     """
-    gains = _gains(before, after)
-    if _spread(gains) == 0:
+    gains = gains_of(before, after)
+    if spread_of(gains) == 0:
         return None if gains.any() else 0.0
-    return float(gains.mean() / _spread(gains))
-
-
-def bootstrap_interval(values: np.ndarray, seed: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Where the mean would lie if other words had been drawn: the bias-corrected and accelerated (BCa) bootstrap interval.
-
-    values      [..., n], n >= 2
-    low, high   [...]
-
-    The 2,000 resamples depend on n and seed alone: all metrics of one list are resampled alike, in one matrix product.
-    Without spread the interval is the mean itself. That is what resampling can say, not that the mean is certain: a list
-    without one hit does not prove that hits are impossible. Source: Efron 1987, "Better bootstrap confidence intervals".
-    """
-    from scipy.special import ndtr, ndtri
-
-    values = _finite(values)
-    mean, n = values.mean(-1, keepdims=True), values.shape[-1]
-    spread = _spread(values)[..., None] * np.sqrt((n - 1) / n)
-    standard = np.divide(values - mean, spread, out=np.zeros_like(values), where=spread > 0)
-    # standardised values lose nothing in fp32; resampled means within 1e-6 of the mean are equal to it up to rounding
-    means = np.asarray(standard.astype(np.float32) @ _resample_weights(n, seed).T, np.float64)
-    below = ((means < -1e-6).mean(-1) + (means <= 1e-6).mean(-1)) / 2
-    bias = ndtri(np.clip(below, 1 / _RESAMPLES, 1 - 1 / _RESAMPLES))
-    # the jackknife's acceleration has a closed form for a mean: sum(z^3) / (6 sum(z^2)^1.5)
-    acceleration = (standard**3).sum(-1) / (6 * n**1.5)
-    ends = []
-    for z in ndtri([(1 - level) / 2, (1 + level) / 2]):
-        share = ndtr(bias + (bias + z) / (1 - acceleration * (bias + z)))
-        quantile = [np.quantile(row, q) for row, q in zip(means.reshape(-1, _RESAMPLES), share.reshape(-1))]
-        ends.append(mean[..., 0] + spread[..., 0] * np.reshape(quantile, share.shape))
-    return ends[0], ends[1]
+    return float(gains.mean() / spread_of(gains))
 
 
 def welch(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> dict:
@@ -91,17 +64,107 @@ def welch(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> dict:
     """
     from scipy.special import stdtrit
 
-    first, second = _finite(first), _finite(second)
-    largest = max(np.abs(first).max(), np.abs(second).max())
-    difference = _without_rounding(float(first.mean() - second.mean()), largest)
-    part, other = (_spread(group) ** 2 / len(group) for group in (first, second))
-    error, freedom = float(np.sqrt(part + other)), float(len(first) + len(second) - 2)
-    if error > 0:
-        freedom = float((part + other) ** 2 / (part**2 / (len(first) - 1) + other**2 / (len(second) - 1)))
+    difference, error, freedom = _welch_parts(first, second)
     reach = float(stdtrit(freedom, (1 + level) / 2)) * error
     t, p = _t_test(difference, error, freedom)
     low, high = difference - reach, difference + reach
     return {"n": len(first) + len(second), "difference": difference, "low": low, "high": high, "t": t, "df": freedom, "p": p}
+
+
+def equivalence(first: np.ndarray, second: np.ndarray, margin: float) -> dict:
+    """Whether two groups' means differ by *less* than ``margin``: two one-sided Welch tests (TOST), p the larger of theirs.
+
+    first    [n], n >= 2
+    second   [m], m >= 2
+
+    A difference that is not significant may be large; p < .05 here says that it is small, and then the 90 % interval, low to
+    high, lies within the margin. Without spread in either group p is None. Source: Schuirmann 1987.
+    """
+    from scipy.special import stdtr, stdtrit
+
+    if not margin > 0:
+        raise TliError("--margin", "the margin of equivalence must be above 0", margin, "name the largest difference that counts as none")
+    difference, error, freedom = _welch_parts(first, second)
+    reach, p = float(stdtrit(freedom, 0.95)) * error, None
+    if error > 0:
+        p = float(max(stdtr(freedom, -(difference + margin) / error), stdtr(freedom, (difference - margin) / error)))
+    low, high = difference - reach, difference + reach
+    return {"n": len(first) + len(second), "difference": difference, "low": low, "high": high, "margin": margin, "p": p}
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's correction: the p-values at which one may reject so that *any* false rejection among them has at most that chance.
+
+    A None, a test that could not be made, stays None and does not count.
+    """
+    made = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    corrected, largest = [None] * len(p_values), 0.0
+    for rank, (p, i) in enumerate(made):
+        largest = max(largest, min(1.0, (len(made) - rank) * p))
+        corrected[i] = largest
+    return corrected
+
+
+def correct(records: Sequence[dict], names: Sequence[str]) -> None:
+    """Put beside each named p-value, as ``<name>_holm``, what Holm's correction over all the records makes of it."""
+    for name in names:
+        for record, corrected in zip(records, holm([record[name] for record in records])):
+            record[f"{name}_holm"] = corrected
+
+
+def compare_rows(before: np.ndarray, after: np.ndarray, seed: int, clusters: np.ndarray | None = None) -> list[dict]:
+    """All that is asked of each row's change, clusters heeded where a test can; None for what the values cannot tell.
+
+    before, after   [m, n], n >= 1
+    clusters        int64 [n] or None, as for ``bootstrap_interval``
+
+    A change that is the same everywhere has no scatter to hold it against, so its t, its p and its d_z are None; its
+    sign-flip test still counts the pairs.
+    """
+    n = before.shape[1]
+    number = n if clusters is None else len(np.unique(clusters))
+    empty = dict.fromkeys(("low", "high", "t", "p_t", "p_wilcoxon", "p_sign_flip", "d_z"))
+    if n < 2:
+        return [{"n": n, "clusters": number, "mean_gain": float(gain), **empty} for gain in (after - before).mean(1)]
+    gains = np.stack([gains_of(*values) for values in zip(before, after)])
+    lows, highs = bootstrap_interval(gains, seed, clusters=clusters) if number > 1 else (np.full(len(gains), None),) * 2
+    records = []
+    for row, low, high, p in zip(gains, lows, highs, sign_flip(gains, seed, clusters)):
+        t, p_t = paired_t(np.zeros(n), row)
+        records.append(
+            {
+                "n": n,
+                "clusters": number,
+                "mean_gain": float(row.mean()),
+                "low": None if low is None else float(low),
+                "high": None if high is None else float(high),
+                "t": t,
+                "p_t": None if t is None else p_t,
+                "p_wilcoxon": wilcoxon(np.zeros(n), row),
+                "p_sign_flip": float(p),
+                "d_z": effect_size(np.zeros(n), row),
+            }
+        )
+    return records
+
+
+def compare_groups(first: np.ndarray, second: np.ndarray, margin: float | None) -> dict:
+    """``welch`` of two groups, and with a margin their ``equivalence``; None for what the values cannot tell.
+
+    first    [n], n >= 1
+    second   [m], m >= 1
+    """
+    record = {"n": len(first) + len(second), "difference": float(first.mean() - second.mean())}
+    record |= dict.fromkeys(("low", "high", "t", "df", "p"))
+    if min(len(first), len(second)) >= 2:
+        record = welch(first, second)
+        if record["t"] is None:
+            record["p"] = None
+    if margin is not None:
+        testable = min(len(first), len(second)) >= 2
+        found = equivalence(first, second, margin) if testable else {"margin": margin, "low": None, "high": None, "p": None}
+        record["equivalence"] = {key: found[key] for key in ("margin", "low", "high", "p")}
+    return record
 
 
 def compare_paired(before: np.ndarray, after: np.ndarray, seed: int) -> dict:
@@ -109,7 +172,7 @@ def compare_paired(before: np.ndarray, after: np.ndarray, seed: int) -> dict:
 
     before, after   [n], n >= 2
     """
-    gains = _gains(before, after)
+    gains = gains_of(before, after)
     low, high = bootstrap_interval(gains, seed)
     t, p_t = paired_t(before, after)
     return {
@@ -124,6 +187,18 @@ def compare_paired(before: np.ndarray, after: np.ndarray, seed: int) -> dict:
     }
 
 
+def _welch_parts(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
+    """Difference of two groups' means, its standard error, and the degrees of freedom."""
+    first, second = finite(first), finite(second)
+    largest = max(np.abs(first).max(), np.abs(second).max())
+    difference = _without_rounding(float(first.mean() - second.mean()), largest)
+    part, other = (spread_of(group) ** 2 / len(group) for group in (first, second))
+    error, freedom = float(np.sqrt(part + other)), float(len(first) + len(second) - 2)
+    if error > 0:
+        freedom = float((part + other) ** 2 / (part**2 / (len(first) - 1) + other**2 / (len(second) - 1)))
+    return difference, error, freedom
+
+
 def _t_test(mean: float, error: float, freedom: float) -> tuple[float | None, float]:
     from scipy.special import stdtr
 
@@ -132,42 +207,17 @@ def _t_test(mean: float, error: float, freedom: float) -> tuple[float | None, fl
     return float(mean / error), float(2 * stdtr(freedom, -abs(mean / error)))
 
 
-@functools.lru_cache(maxsize=2)
-def _resample_weights(n: int, seed: int) -> np.ndarray:
-    """How often each of n values is drawn in each resample, over n: fp32 [resamples, n]. Two are kept: trained and held out."""
-    generator = np.random.default_rng([seed, n])
-    weights = np.empty((_RESAMPLES, n), np.float32)
-    for row in weights:
-        row[:] = np.bincount(generator.integers(0, n, n), minlength=n)
-    return weights / n
-
-
-def _gains(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def gains_of(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """after - before, where a change that is the same for all pairs up to rounding is made exactly so."""
-    before, after = _finite(before), _finite(after)
+    before, after = finite(before), finite(after)
     if before.shape != after.shape:
         must = "the values before and after must belong to the same pairs"
         raise TliError("significance", must, f"{before.shape} and {after.shape}", "measure the same pairs twice")
     gains, largest = after - before, max(np.abs(before).max(), np.abs(after).max())
-    if np.ptp(gains) <= _ROUNDING * largest:
+    if np.ptp(gains) <= ROUNDING * largest:
         return np.full_like(gains, _without_rounding(gains[0], largest))
     return gains
 
 
-def _spread(values: np.ndarray) -> np.ndarray:
-    """Standard deviation (n - 1) along the last axis; exactly zero where the values differ by no more than their rounding."""
-    differ = np.ptp(values, axis=-1) > _ROUNDING * np.abs(values).max(-1)
-    return np.where(differ, values.std(-1, ddof=1), 0.0)
-
-
 def _without_rounding(difference: float, largest: float) -> float:
-    return difference if abs(difference) > _ROUNDING * largest else 0.0
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
-    if values.shape[-1] < 2:
-        raise TliError("significance", "a test needs at least two values", values.shape[-1], "measure more pairs")
-    if not np.isfinite(values).all():
-        raise TliError("significance", "the values must be finite", "NaN or infinity", "look for the step that made them")
-    return values
+    return difference if abs(difference) > ROUNDING * largest else 0.0

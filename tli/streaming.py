@@ -5,6 +5,8 @@ turn comes, sends every stream of states through it, and drops it. Streams diffe
 base), so a comparison before and after training reads the weights once.
 """
 
+import ctypes
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -38,6 +40,7 @@ class _StreamedBlock(nn.Module):
         block = self.block.pop()
         if self.index == 0:
             self.visit(0, states.chunk(len(self.streams)))
+        _return_freed_memory()
         load_block(self.checkpoint, block, self.index, self.placement)
         results = []
         for part, (adapter, stream) in enumerate(zip(self.streams, states.chunk(len(self.streams)), strict=True)):
@@ -58,6 +61,13 @@ class _StreamedBlock(nn.Module):
             mine_named = {name: _rows(value, rows, total) for name, value in named.items()}
             chunks.append(block(stream[start : start + bins], *mine, **mine_named))
         return torch.cat(chunks)
+
+
+def _return_freed_memory() -> None:
+    """Give the last block's memory back to the system: glibc finds the next block no room in the holes that it leaves."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _rows(value, rows: slice, total: int):
@@ -152,7 +162,8 @@ def align_layers(
         pool = Pooling(None, pooling.norm_eps) if layer == "output" else pooling
         for stream, nodes in zip(streams, states, strict=True):
             source, target = pool(nodes, batch).chunk(2)
-            share = _sink_share(nodes, batch).view(2, number).mean(dim=0)
+            sink, own, _ = token_lengths(nodes, batch)
+            share = (sink / (sink + own)).view(2, number).mean(dim=0)
             for split, (pairs, same) in splits.items():
                 alignments[split, stream, layer] = measure(source[pairs], target[pairs], same, share[pairs].cpu().numpy())
         done()
@@ -160,14 +171,18 @@ def align_layers(
     return alignments, stream_layers(checkpoint, batch, words.rows, placement, list(streams.values()), visit)
 
 
-def _sink_share(states: Tensor, batch: Batch) -> Tensor:
-    """The sink's share of the summed lengths of a word's states, were the sink pooled: fp32 [words]."""
+def token_lengths(states: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each word: the length of the sink's state, its own tokens' summed lengths, and their summed squares; fp32 [words] each.
+
+    The sink's share of a word, were it pooled, is sink / (sink + own).
+    """
     lengths = states.float().norm(dim=1)
     sink = lengths[batch.sinks]
     owner = torch.arange(len(sink), device=sink.device).repeat_interleave(batch.indptr.diff())
     words_own = batch.indices != batch.sinks[owner]
-    own = torch.zeros_like(sink).index_add_(0, owner[words_own], lengths[batch.indices[words_own]])
-    return sink / (sink + own)
+    owner, tokens = owner[words_own], lengths[batch.indices[words_own]]
+    own, squares = (torch.zeros_like(sink).index_add_(0, owner, values) for values in (tokens, tokens.square()))
+    return sink, own, squares
 
 
 def _available(checkpoint: Checkpoint, whole: nn.Module) -> tuple[int, str | None]:

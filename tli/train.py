@@ -1,6 +1,7 @@
 """``python -m tli.train``: align word pairs at layer L with LoRA adapters, and measure what came of it.
 
-Reads top to bottom: pairs -> tokens -> the truncated model with adapters -> steps -> the adapter's files -> the report.
+Reads top to bottom: pairs -> tokens -> the model with adapters -> steps -> the adapter's files -> the report. By default the model
+ends at layer L; the arms that it is compared with run the whole model (``tli/hooked.py``).
 
 Everything random is a function of the seed and of a position (epoch, step, module), never of what came before it. So a run
 that was killed and resumed passes through the same numbers as one that was not, to the last bit.
@@ -13,11 +14,10 @@ if __name__ == "__main__":
     COMMAND_LINE = parse(TrainConfig, "tli.train")
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
-import platform
-import resource
 import sys
 import time
 import types
@@ -25,16 +25,16 @@ import types
 import numpy as np
 import torch
 
-import tli
-from tli import lexicon, lora, ops, report, starter
+from tli import layers, lexicon, lora, ops, provenance, report, starter
 from tli.checkpoint import Checkpoint, open_checkpoint
 from tli.errors import TliError, run_command
 from tli.files import claim_output, sha256
+from tli.hooked import recompute_blocks, run_hooked, whole
 from tli.objective import Objective, Pooling, pooling, token_norm_at_hand
 from tli.packing import TokenisedWords, tokenise
 from tli.progress import Progress, TrainingState, layer_bar, stop_signals, training_bar
 from tli.streaming import align_layers
-from tli.truncated import Batch, Placement, place, run, to_batch, truncate
+from tli.truncated import Batch, Placement, place, require_layer, run, to_batch, truncate
 
 _SAVE_EVERY_S = 20.0
 
@@ -68,16 +68,20 @@ def train(config: TrainConfig) -> dict:
     adapter = lora.LoRAConfig(
         rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout, rslora=config.rslora, init=config.init
     )
-    decoder = truncate(checkpoint, config.layer, words.rows, placement)
-    lora.inject(decoder, adapter, seed=config.seed)
     token_norm = token_norm_at_hand(config.token_norm, checkpoint)
     if token_norm != config.token_norm and token_norm == "rms":
         console.print("token states are normalised by plain RMS: the model's final norm lies in a shard that is not needed otherwise")
     pool = pooling(token_norm, checkpoint, placement.device)
+    if config.layer == "auto":
+        config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, placement, console))
+    decoder = _model(config, checkpoint, words.rows, placement)
+    lora.inject(decoder, adapter, None if config.arm == "full" else range(config.layer), seed=config.seed)
     batches = EpochBatches(config, words, partners, lexicon.same_meaning(taught), placement)
     base_model = config.model or starter.NAME
 
-    progress = _fit(config, decoder, batches, pool, state, console)
+    # the output is normalised already
+    at_loss = dataclasses.replace(pool, norm_weight=None) if config.arm == "full" else pool
+    progress = _fit(config, decoder, batches, at_loss, state, console)
     lora.save(decoder, adapter, output, base_model)
     report.clear(output)
     if progress.step < batches.total:
@@ -129,6 +133,37 @@ def _tokenise(config: TrainConfig, checkpoint: Checkpoint, pairs: list[lexicon.P
     return words.with_all_rows(checkpoint.config.vocab_size) if config.all_rows else words
 
 
+def _choose_layer(
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    words: TokenisedWords,
+    trained: list[lexicon.Pair],
+    pool: Pooling,
+    placement: Placement,
+    console,
+) -> int:
+    """The layer for ``auto``, by the trained pairs alone: held-out ones are to judge what comes of it."""
+    splits = {"trained": (np.arange(len(trained)), lexicon.same_meaning(trained))}
+    with layer_bar(console, checkpoint.blocks + 2) as done:
+        alignments, _ = align_layers(checkpoint, words, splits, pool, placement, {"before": None}, done=done)
+    gaps = {layer: alignment.per_pair("gap") for (_, _, layer), alignment in alignments.items()}
+    chosen = layers.choose_layer(gaps, splits["trained"][1], config.seed)
+    console.print(f"layer {chosen}: that is where the trained pairs' gap is surely the largest before training")
+    return chosen
+
+
+def _model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> torch.nn.Module:
+    """The arm's model: it ends at the layer, or is whole."""
+    if config.arm == "early":
+        decoder = truncate(checkpoint, config.layer, rows, placement)
+    else:
+        require_layer(checkpoint, config.layer)
+        decoder = whole(checkpoint, rows, placement)
+    if config.checkpointing:
+        recompute_blocks(decoder)
+    return decoder
+
+
 class EpochBatches:
     """Each epoch's batches, packed before the epoch begins: random pairs in parts of nearly equal size.
 
@@ -163,6 +198,7 @@ class EpochBatches:
 def _fit(config: TrainConfig, decoder, batches: EpochBatches, pool: Pooling, state: TrainingState, console) -> Progress:
     """Take the steps that are left; a signal to stop ends them early, after the step it comes in."""
     objective = Objective(config.loss, config.temperature, config.margin)
+    aligned = functools.partial(run_hooked, layer=config.layer) if config.arm == "full-hook" else run
     adapters, parameters = lora.adapters(decoder), lora.trainable(decoder)
     optimiser = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     progress = state.restore(adapters, optimiser) if config.resume else Progress()
@@ -175,7 +211,7 @@ def _fit(config: TrainConfig, decoder, batches: EpochBatches, pool: Pooling, sta
                 _seed_dropout(adapters, config, progress.step)
                 for group in optimiser.param_groups:
                     group["lr"] = config.lr * rate(progress.step, batches.total, config.warmup, config.schedule)
-                loss = objective(pool(run(decoder, batch), batch), same)
+                loss = objective(pool(aligned(decoder, batch), batch), same)
                 value = loss.item()
                 if not math.isfinite(value):
                     raise TliError(
@@ -235,8 +271,6 @@ def _facts(
     progress: Progress,
 ) -> dict:
     """What the run was: plain JSON values, for the report."""
-    import transformers
-
     file = output / lora.ADAPTER_FILE
     list_file = pathlib.Path(config.pairs or lexicon.SHIPPED)
     per_batch = len(trained) / -(-len(trained) // config.batch)
@@ -247,7 +281,7 @@ def _facts(
             "family": checkpoint.config.model_type,
             "blocks": checkpoint.blocks,
             "width": checkpoint.config.hidden_size,
-            "sha256": checkpoint.sha256(config.layer),
+            "sha256": checkpoint.sha256(config.layer if config.arm == "early" else checkpoint.blocks),
         },
         "pairs": {"trained": len(trained), "held_out": len(held_out), "name": list_file.name, "sha256": sha256(list_file)},
         "adapter": {"sha256": sha256(file), "parameters": sum(p.numel() for p in lora.trainable(decoder)), "bytes": file.stat().st_size},
@@ -260,42 +294,13 @@ def _facts(
             "loss_last": progress.losses[-1],
             # of a batch in which nothing is told apart
             "chance_loss": math.log(per_batch) if config.loss == "infonce" else None,
-            "peak_bytes": _peak_bytes(),
+            "peak_bytes": provenance.peak_bytes(),
         },
-        "versions": {
-            "tli": tli.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": {
-            "processor": _processor(),
-            "threads": torch.get_num_threads(),
-            "device": str(placement.device),
-            "dtype": str(placement.dtype)[6:],
-        },
+        "versions": provenance.versions(),
+        "machine": provenance.machine(placement),
         "shuffled": config.shuffle_pairs,
         "missing_output": None,
     }
-
-
-def _peak_bytes() -> int:
-    """The largest part of memory that this process ever held."""
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():
-        # what getrusage says would count the parent's peak, which a child inherits
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _processor() -> str:
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    models = (
-        [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
-    return models[0] if models else platform.processor() or platform.machine()
 
 
 class _CallableModule(types.ModuleType):

@@ -102,15 +102,20 @@ def truncate(checkpoint: Checkpoint, layer: int, rows: np.ndarray | None, placem
     Raises:
         TliError: a layer out of range, a missing or misshapen tensor, an unreadable shard.
     """
-    if not 1 <= layer <= checkpoint.blocks:
-        raise TliError(
-            "--layer", f"the layer must be from 1 to {checkpoint.blocks}, the model's number of blocks", layer, "choose one in this range"
-        )
+    require_layer(checkpoint, layer)
     decoder = shell(checkpoint, layer, rows, placement)
     for index in range(layer):
         load_block(checkpoint, decoder.layers[index], index, placement)
     decoder.norm = nn.Identity()
     return decoder
+
+
+def require_layer(checkpoint: Checkpoint, layer: int) -> None:
+    """Raise ``TliError`` for a layer that is not the end of one of the checkpoint's blocks."""
+    if not 1 <= layer <= checkpoint.blocks:
+        raise TliError(
+            "--layer", f"the layer must be from 1 to {checkpoint.blocks}, the model's number of blocks", layer, "choose one in this range"
+        )
 
 
 def shell(checkpoint: Checkpoint, blocks: int, rows: np.ndarray | None, placement: Placement) -> nn.Module:
@@ -159,6 +164,12 @@ def load_block(checkpoint: Checkpoint, block: nn.Module, index: int, placement: 
         # a registered parameter's place takes no packed weight
         delattr(module, leaf)
         setattr(module, leaf, _placed(tensors.pop(full), placement, local in linear))
+
+
+def load_norm(checkpoint: Checkpoint, decoder: nn.Module, placement: Placement) -> None:
+    """Read the final norm into ``decoder``, frozen."""
+    tensors = checkpoint.read({"norm.weight": tuple(decoder.norm.weight.shape)})
+    decoder.norm.weight = _placed(tensors["norm.weight"], placement, linear=False)
 
 
 def _placed(tensor: Tensor | ops.NF4Weight, placement: Placement, linear: bool) -> nn.Parameter | ops.NF4Weight:

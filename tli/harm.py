@@ -1,0 +1,240 @@
+"""What an adapter does to the language model it sits in: perplexity on a text, and how far its next-token distributions moved.
+
+    perplexity        exp( mean over tokens of -log p(token | what stands before it in its window) )
+    KL                mean over positions of  sum_v p(v) · log( p(v) / q(v) )      p: base, q: with the adapter; in nats
+    total variation   mean over positions of  1/2 sum_v |p(v) - q(v)|              the largest change of any event's probability
+
+Both streams, base and adapter, go through all blocks together, one block in memory at a time, then through the final norm and
+the language model's head a few positions at a time; logits and all that comes of them are fp32. Tokens of one window are not
+independent, so the intervals resample whole windows.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tli import ops
+from tli.checkpoint import Checkpoint
+from tli.errors import TliError
+from tli.files import sha256
+from tli.lora import Adapter
+from tli.resampling import bootstrap_interval
+from tli.significance import compare_rows
+from tli.streaming import stream_layers
+from tli.truncated import Batch, Placement
+
+DEFAULT_WIDTH = 256
+# positions whose logits are held at a time
+_CHUNK_POSITIONS = 128
+_HEAD_ROWS = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class TextWindows:
+    """A text in windows of equal width, each behind one sink; only the last may be shorter.
+
+    tokens   int64 [windows, width]  positions in ``rows``; 0 behind a window's end
+    lengths  int64 [windows]         tokens of each window, sink included; at least 2
+    rows     int64 [V]               the token ids that occur, ascending
+    facts    what the text was, for a report
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    rows: np.ndarray
+    facts: dict
+
+
+def sight(checkpoint: Checkpoint) -> int:
+    """How many tokens the model sees at once, in every block."""
+    return min(checkpoint.config.max_position_embeddings, getattr(checkpoint.config, "sliding_window", None) or math.inf)
+
+
+def read_windows(path: str | os.PathLike, checkpoint: Checkpoint, width: int | None = None, most_tokens: int | None = None) -> TextWindows:
+    """Read a UTF-8 text, tokenise it whole, and cut it into windows of ``width`` tokens, the sink included.
+
+    width         None: 256, or what the model can see where that is less
+    most_tokens   read no more of the text than this; None: all of it
+
+    Raises:
+        TliError: a file that cannot be read or holds less than two tokens, a width that the model cannot see whole.
+    """
+    path = pathlib.Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        got = f"byte {error.start}: no UTF-8" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error)).lower()
+        raise TliError(path, "the text must be a readable UTF-8 file", got, "name another with --text") from error
+    widest = sight(checkpoint)
+    width = min(DEFAULT_WIDTH, widest) if width is None else width
+    if not 2 <= width <= widest:
+        raise TliError("--window", f"a window must be 2 to {widest} tokens wide, the model's own", width, "choose one in this range")
+    tokenizer = checkpoint.tokenizer()
+    sink = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    # it would warn that the text is longer than the model's window
+    found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = np.array(found if most_tokens is None else found[: max(0, most_tokens)], np.int64)
+    if len(ids) < 2:
+        raise TliError(path, "the text must hold at least 2 tokens", len(ids), "name a longer text with --text, or raise --text-tokens")
+    windows = -(-len(ids) // (width - 1))
+    lengths = np.full(windows, width)
+    lengths[-1] = 1 + len(ids) - (windows - 1) * (width - 1)
+    width = int(lengths.max())
+    rows, numbers = np.unique(np.append(ids, sink), return_inverse=True)
+    tokens = np.zeros((windows, width), np.int64)
+    tokens[:, 0] = numbers[-1]
+    tokens[:, 1:][np.arange(1, width) < lengths[:, None]] = numbers[:-1]
+    facts = {
+        "name": path.name,
+        "sha256": sha256(path),
+        "tokens": len(ids),
+        "tokens_in_file": len(found),
+        "windows": windows,
+        "width": width,
+    }
+    return TextWindows(tokens, lengths, rows, facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class NextTokens:
+    """One stream's predictions at P positions, window after window: fp64 [P] each.
+
+    surprise          -log p(the token that follows), in nats
+    kl                KL(base || this stream)
+    total_variation   1/2 sum |base - this stream|
+    """
+
+    surprise: np.ndarray
+    kl: np.ndarray
+    total_variation: np.ndarray
+
+
+@torch.no_grad()
+def predict(
+    checkpoint: Checkpoint,
+    windows: TextWindows,
+    placement: Placement,
+    adapters: Sequence[Adapter],
+    done: Callable[[], None] = lambda: None,
+) -> tuple[list[NextTokens], str | None]:
+    """Predict every token of the windows from those before it, by the base and with each adapter.
+
+    Args:
+        checkpoint:  an open checkpoint
+        windows:     the text
+        placement:   dtype, device and rounding of the weights
+        adapters:    what the base is compared with
+        done:        called after each layer, and after each window at the head
+
+    Returns:
+        The base's predictions, then each adapter's; or, where shards are absent, none, and why.
+    """
+    outputs = []
+
+    def visit(layer: int | str, states: Sequence[Tensor]) -> None:
+        if layer == "output":
+            outputs.extend(states)
+        done()
+
+    reason = stream_layers(checkpoint, _batch(windows, placement), windows.rows, placement, [None, *adapters], visit)
+    if reason is not None:
+        return [], reason
+    head, cap = _head(checkpoint, placement), getattr(checkpoint.config, "final_logit_softcapping", None)
+    width, parts = windows.tokens.shape[1], [[] for _ in outputs]
+    for window, length in enumerate(windows.lengths):
+        following = torch.from_numpy(windows.rows[windows.tokens[window, 1:length]]).to(placement.device)
+        positions = torch.arange(window * width, window * width + length - 1, device=placement.device)
+        for at, truth in zip(positions.split(_CHUNK_POSITIONS), following.split(_CHUNK_POSITIONS)):
+            base = probabilities = None
+            for stream, states in zip(parts, outputs):
+                logs = _log_probabilities(states[at], head, cap)
+                if base is None:
+                    base, probabilities = logs, logs.exp()
+                moved = (probabilities * (base - logs)).sum(1), (probabilities - logs.exp()).abs().sum(1) / 2
+                stream.append(torch.stack([-logs.gather(1, truth[:, None])[:, 0], *moved]).double().cpu())
+        done()
+    return [NextTokens(*torch.cat(stream, dim=1).numpy()) for stream in parts], None
+
+
+def harm(predictions: Sequence[NextTokens], windows: TextWindows, seed: int) -> dict:
+    """The means of ``predict``'s numbers with 95 % intervals over windows: for the base, and for each adapter in turn.
+
+    With a single window no interval can be had: low and high are None.
+    """
+    owner = np.repeat(np.arange(len(windows.lengths)), windows.lengths - 1)
+    base, *adapted = predictions
+    records = []
+    for stream in adapted:
+        change = compare_rows(base.surprise[None], stream.surprise[None], seed, owner)[0]
+        records.append(
+            {
+                "perplexity": _perplexity(stream, owner, seed),
+                "perplexity_ratio": {
+                    **{end: _exp(change[key]) for end, key in (("value", "mean_gain"), ("low", "low"), ("high", "high"))},
+                    "p_sign_flip": change["p_sign_flip"],
+                },
+                "kl": _mean(stream.kl, owner, seed),
+                "total_variation": _mean(stream.total_variation, owner, seed),
+            }
+        )
+    return {"text": windows.facts, "before": {"perplexity": _perplexity(base, owner, seed)}, "after": records}
+
+
+def _mean(values: np.ndarray, owner: np.ndarray, seed: int) -> dict:
+    low, high = (None, None) if owner[-1] == 0 else map(float, bootstrap_interval(values, seed, clusters=owner))
+    return {"value": float(values.mean()), "low": low, "high": high}
+
+
+def _perplexity(stream: NextTokens, owner: np.ndarray, seed: int) -> dict:
+    return {end: _exp(value) for end, value in _mean(stream.surprise, owner, seed).items()}
+
+
+def _exp(value: float | None) -> float | None:
+    # a model that is broken enough would overflow
+    return None if value is None else math.exp(min(value, 700.0))
+
+
+def _batch(windows: TextWindows, placement: Placement) -> Batch:
+    """The windows as the blocks take them. What is behind a window's end lies behind all that could see it."""
+    bins, width = windows.tokens.shape
+    mask = torch.full((width, width), torch.finfo(placement.dtype).min, dtype=placement.dtype, device=placement.device).triu_(1)
+    nothing = torch.zeros(0, dtype=torch.int64, device=placement.device)
+    return Batch(
+        input_ids=torch.from_numpy(windows.tokens).to(placement.device),
+        position_ids=torch.arange(width, device=placement.device).repeat(bins, 1),
+        mask=mask.repeat(bins, 1, 1, 1),
+        indptr=nothing,
+        indices=nothing,
+        sinks=nothing,
+    )
+
+
+def _head(checkpoint: Checkpoint, placement: Placement) -> Tensor:
+    """The weight [V, D] that turns normed states into logits: the embedding table where the two are tied."""
+    if checkpoint.config.tie_word_embeddings:
+        weight = checkpoint.embedding_rows(None)
+    else:
+        names = [name for name in checkpoint.shard_of if name.endswith("lm_head.weight")]
+        if not names:
+            must = "a model whose head is not tied to its embedding must hold lm_head.weight"
+            raise TliError(checkpoint.name, must, f"{len(checkpoint.shard_of)} other tensors", "evaluate without --text")
+        shape = (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
+        # the head stands outside the decoder, whose prefix the names otherwise have
+        weight = dataclasses.replace(checkpoint, prefix="").read({names[0]: shape})[names[0]]
+    if isinstance(weight, ops.NF4Weight):
+        weight = ops.dequantise(weight, placement.dtype)
+    return weight.to(placement.device, placement.dtype)
+
+
+def _log_probabilities(states: Tensor, head: Tensor, cap: float | None) -> Tensor:
+    """log softmax of the logits, fp32 [positions, V]; ``cap`` is Gemma 2's soft-capping."""
+    logits = torch.cat([ops.linear(states.float(), rows.float()) for rows in head.split(_HEAD_ROWS)], dim=1)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.log_softmax(dim=1)

@@ -1,0 +1,51 @@
+"""What a number was made with: versions, the machine and its memory, as plain JSON values for a report."""
+
+import pathlib
+import platform
+import resource
+
+from tli.truncated import Placement
+
+
+def versions() -> dict[str, str]:
+    """Versions of tli, torch, transformers and Python."""
+    import torch
+    import transformers
+
+    import tli
+
+    return {
+        "tli": tli.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine(placement: Placement) -> dict:
+    """The processor and its threads, the device and the dtype that a run computed with."""
+    import torch
+
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "device": str(placement.device),
+        "dtype": str(placement.dtype)[6:],
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_bytes() -> int:
+    """The largest part of memory that this process ever held."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        # what getrusage says would count the parent's peak, which a child inherits
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

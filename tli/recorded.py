@@ -1,0 +1,156 @@
+"""What a trained adapter's folder says of its training, and whether the adapter fits a model.
+
+``tli.train`` leaves ``report.json`` beside the adapter: the options of the run, the hashes of model, list and adapter. An evaluation
+that should say something about that run uses the same split, rounding and pooling. A folder without one, another tool's for
+instance, is used as it is: then nobody knows which words it was trained on.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable
+
+import numpy as np
+from torch import nn
+
+from tli import lora, starter
+from tli.checkpoint import Checkpoint
+from tli.errors import TliError
+from tli.files import sha256
+from tli.truncated import Placement, shell
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """An adapter off the disk with what is known of it.
+
+    folder   where it lies
+    adapter  its factors
+    peft     ``adapter_config.json``
+    report   ``report.json``, or None where there is none
+    """
+
+    folder: pathlib.Path
+    adapter: lora.Adapter
+    peft: dict
+    report: dict | None
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    @property
+    def layer(self) -> int:
+        """The layer that was aligned, as far as is known: that of the report, or the one above the adapter's last block."""
+        return self.option("layer", max(int(path.split(".")[1]) for path in self.adapter.factors) + 1)
+
+    def option(self, name: str, default):
+        """An option of the training run, or ``default`` where none is recorded."""
+        return default if self.report is None else self.report["config"].get(name, default)
+
+    def model(self) -> str:
+        """The folder or hub name of the model that the adapter was trained on."""
+        name = self.peft.get("base_model_name_or_path") if self.report is None else self.report["config"].get("model")
+        if self.report is None and not name:
+            file = self.folder / lora.CONFIG_FILE
+            raise TliError(file, "the adapter must name its model", "no base_model_name_or_path", "name the model with --model")
+        return str(starter.starter_folder()) if name in (None, starter.NAME) else name
+
+    def facts(self) -> dict:
+        """Plain JSON values, for a report."""
+        file = self.folder / lora.ADAPTER_FILE
+        parameters = sum(factor.numel() for factors in self.adapter.factors.values() for factor in factors)
+        recorded = None if self.report is None else {key: self.report[key] for key in ("config", "model", "pairs")}
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "sha256": sha256(file),
+            "rank": self.peft["r"],
+            "parameters": parameters,
+            "bytes": file.stat().st_size,
+            "layer": self.layer,
+            "recorded": recorded,
+        }
+
+
+def read_recorded(folder: str | os.PathLike) -> Recorded:
+    """Read an adapter and what its folder says of it.
+
+    Raises:
+        TliError: what ``lora.load`` refuses; a report that cannot be read, or that speaks of another adapter.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    adapter = lora.load(folder)
+    if not adapter.factors:
+        raise TliError(folder / lora.ADAPTER_FILE, "the adapter must hold factors", "none", "save the adapter again")
+    peft = json.loads((folder / lora.CONFIG_FILE).read_text(encoding="utf-8"))
+    file, report = folder / "report.json", None
+    if file.is_file():
+        try:
+            report = json.loads(file.read_text(encoding="utf-8"))
+            told = report["adapter"]["sha256"]
+            report["config"]["layer"], report["model"]["sha256"], report["pairs"]["sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise TliError(file, "the file must be a report of tli.train", repr(error), "train again, or take the file away") from error
+        if told != sha256(folder / lora.ADAPTER_FILE):
+            raise TliError(file, "the report must speak of the adapter beside it", "another adapter's hash", "take the report away")
+    return Recorded(folder, adapter, peft, report)
+
+
+def require_fit(recorded: Recorded, checkpoint: Checkpoint, placement: Placement, hashed: Callable[[int], str]) -> None:
+    """Raise ``TliError`` unless the adapter was made for this model: recorded hash and family, every key, every shape.
+
+    hashed   ``checkpoint.sha256``, cached where several adapters ask
+    """
+    where = recorded.folder / lora.ADAPTER_FILE
+    if recorded.report is not None:
+        told, family = recorded.report["model"], checkpoint.config.model_type
+        if told.get("family") != family:
+            remedy = "name that model with --model"
+            raise TliError(
+                "--model", f"the model must be of the family that the adapter was trained on, {told.get('family')}", family, remedy
+            )
+        blocks = recorded.layer if recorded.option("arm", "early") == "early" else checkpoint.blocks
+        if recorded.layer > checkpoint.blocks or told["sha256"] != hashed(blocks):
+            must = f"the model must be the one that the adapter was trained on, {told.get('name')}"
+            raise TliError("--model", must, f"other weights in {checkpoint.name}", "name that model with --model")
+    decoder = shell(checkpoint, checkpoint.blocks, np.zeros(1, np.int64), placement)
+    shapes = {path: tuple(module.weight.shape) for path, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    factors, rank, remedy = recorded.adapter.factors, recorded.peft["r"], "name the adapter's own model with --model"
+    for path, (lora_a, lora_b) in factors.items():
+        if path not in shapes:
+            must = f"every key must be a linear layer's of the model, {checkpoint.config.model_type} with {checkpoint.blocks} blocks"
+            raise TliError(where, must, path, remedy)
+        out_features, in_features = shapes[path]
+        if (tuple(lora_a.shape), tuple(lora_b.shape)) != ((rank, in_features), (out_features, rank)):
+            must = f"the adapter must fit the model: A {rank}x{in_features} and B {out_features}x{rank} in {path}"
+            raise TliError(where, must, "A {}x{}, B {}x{}".format(*lora_a.shape, *lora_b.shape), remedy)
+    missing = [path for path in shapes if path not in factors and _is_target(path, recorded.peft)]
+    if missing:
+        must = f"the file must hold all that {lora.CONFIG_FILE} names"
+        raise TliError(where, must, f"no factors for {missing[0]}", "save the adapter again")
+
+
+def agreed(adapters: list[Recorded], name: str, default):
+    """The option that all adapters' runs had; several adapters are compared only where they agree."""
+    values = {json.dumps(recorded.option(name, default)): recorded.option(name, default) for recorded in adapters}
+    if len(values) > 1:
+        must = f"adapters that are evaluated together must have been trained with the same --{name.replace('_', '-')}"
+        raise TliError("ADAPTER", must, ", ".join(values), "evaluate them one by one")
+    return next(iter(values.values()))
+
+
+def _is_target(path: str, peft: dict) -> bool:
+    """Whether PEFT would put an adapter on the linear layer at this path of the decoder."""
+    blocks, targets = peft.get("layers_to_transform"), peft.get("target_modules")
+    if peft.get("exclude_modules") or not targets:
+        # nothing is known to be missing
+        return False
+    if blocks is not None and int(path.split(".")[1]) not in ([blocks] if isinstance(blocks, int) else blocks):
+        return False
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, f"model.{path}") is not None
+    return any(f"model.{path}" == target or path.endswith(f".{target}") or path == target for target in targets)

@@ -1,0 +1,144 @@
+"""``python -m tli.scan``: what every layer of a model shows about word pairs, in one pass, and where to train.
+
+Reads top to bottom: pairs -> tokens -> one pass over the blocks, one in memory at a time -> scan.json, scan.png, tables, a verdict.
+
+The main columns are of the vectors that training aligns: each token state through the token norm, their mean, BOS left out. Beside
+them stand the paper's, token states as they are with BOS pooled, so that a reader sees what the pooled sink does to a mean cosine.
+"""
+
+from tli.config import ScanConfig, as_dict, parse
+
+if __name__ == "__main__":
+    # first of all: --help and a wrong flag must not wait for torch
+    COMMAND_LINE = parse(ScanConfig, "tli.scan")
+
+import functools
+import json
+import math
+import pathlib
+import sys
+import time
+import types
+
+import numpy as np
+
+from tli import layers, lexicon, ops, provenance, starter
+from tli.checkpoint import Checkpoint, open_checkpoint
+from tli.errors import TliError, run_command
+from tli.figures import draw_scan
+from tli.files import claim_output, replacing, sha256, write_text
+from tli.objective import pooling, token_norm_at_hand
+from tli.packing import TokenisedWords, tokenise
+from tli.progress import layer_bar
+from tli.recorded import read_recorded, require_fit
+from tli.scan_report import show, verdict
+from tli.truncated import place
+
+FILES = ("scan.json", "scan.png")
+
+
+def scan(config: ScanConfig) -> dict:
+    """Measure all layers of ``config.model``, and of it with ``config.adapter``, and write what was found to ``config.output``.
+
+    Returns:
+        What ``scan.json`` holds.
+
+    Raises:
+        TliError: for whatever a user can cause; nothing that existed before is lost.
+    """
+    from rich.console import Console
+
+    began = time.monotonic()
+    console = Console(stderr=True, highlight=False)
+    output = pathlib.Path(config.output).expanduser()
+    pairs = _pairs(config)
+    same = lexicon.same_meaning(pairs)
+    adapted = None if config.adapter is None else read_recorded(config.adapter)
+    streams = {"base": None} if adapted is None else {"base": None, "adapter": adapted.adapter}
+    name = config.model or (starter.NAME if adapted is None else adapted.model())
+    checkpoint = open_checkpoint(str(starter.starter_folder()) if name == starter.NAME else name)
+    hashed = functools.cache(checkpoint.sha256)
+    words = _tokenise(config, checkpoint, pairs)
+    placement = place(config.device, config.dtype, config.weights)
+    if adapted is not None:
+        require_fit(adapted, checkpoint, placement, hashed)
+    claim_output(output, config.overwrite)
+    console.print(ops.choose(config.impl, placement.dtype, placement.device))
+
+    token_norm = token_norm_at_hand(config.token_norm, checkpoint)
+    pool = pooling(token_norm, checkpoint, placement.device)
+    # the embeddings, each block, and the output
+    with layer_bar(console, checkpoint.blocks + 2) as done:
+        scans, missing_output = layers.scan_layers(checkpoint, words, same, pool, placement, streams, done)
+
+    list_file = pathlib.Path(config.pairs or lexicon.SHIPPED)
+    report = {
+        "config": {**as_dict(config), "token_norm": token_norm},
+        "model": {
+            "name": name,
+            "family": checkpoint.config.model_type,
+            "blocks": checkpoint.blocks,
+            "width": checkpoint.config.hidden_size,
+            "sha256": hashed(max(layer for _, layer in scans if layer != "output")),
+        },
+        "adapter": None if adapted is None else adapted.facts(),
+        "pairs": {"name": list_file.name, "sha256": sha256(list_file), "scanned": len(pairs)},
+        "missing_output": missing_output,
+        "choice": {
+            "gap": layers.choose_layer(layers.of_stream(scans, "base", "word", "gap"), same, config.seed),
+            "paper": layers.choose_layer_by_cosine(layers.of_stream(scans, "base", "raw_bos", "cosine")),
+        },
+        "sink_layers": {stream: layers.sink_layers(scans, stream) for stream in streams},
+        "versions": provenance.versions(),
+        "machine": provenance.machine(placement),
+        "measurements": layers.records(scans, same, config.seed),
+        "strata": layers.stratum_records(scans, layers.strata(pairs, words), same, config.seed),
+    }
+    report["verdict"] = verdict(report)
+    with replacing(output / "scan.png") as temporary:
+        draw_scan(report).savefig(temporary, dpi=150, format="png")
+    report |= {"seconds": time.monotonic() - began, "peak_bytes": provenance.peak_bytes()}
+    write_text(output / "scan.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    show(report, console)
+    console.print(f"in {output}: {', '.join(FILES)}")
+    return report
+
+
+def _pairs(config: ScanConfig) -> list[lexicon.Pair]:
+    """The pairs of the chosen split, or a random sample of them, in the order of the list."""
+    if config.seed < 0:
+        raise TliError("--seed", "the seed must be at least 0", config.seed, "give another seed")
+    pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
+    if config.split != "all":
+        pairs = dict(zip(("trained", "held_out"), lexicon.split_pairs(pairs, config.held_out, config.seed), strict=True))[config.split]
+    if config.sample is None:
+        return pairs
+    if not 2 <= config.sample <= len(pairs):
+        raise TliError("--sample", f"a sample must have from 2 to {len(pairs)} pairs, as many as there are", config.sample, "change it")
+    return [pairs[i] for i in np.sort(np.random.default_rng([config.seed, 3]).permutation(len(pairs))[: config.sample])]
+
+
+def _tokenise(config: ScanConfig, checkpoint: Checkpoint, pairs: list[lexicon.Pair]) -> TokenisedWords:
+    window = min(checkpoint.config.max_position_embeddings, getattr(checkpoint.config, "sliding_window", None) or math.inf)
+    return tokenise(checkpoint.tokenizer(), [pair.source for pair in pairs] + [pair.target for pair in pairs], window, config.prefix)
+
+
+class _CallableModule(types.ModuleType):
+    """Lets ``from tli import scan`` be the function, although ``tli.scan`` is this module."""
+
+    def __call__(self, config: ScanConfig) -> dict:
+        return scan(config)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+
+def main() -> None:
+    """The command."""
+    report = scan(COMMAND_LINE)
+    if COMMAND_LINE.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    run_command(main)
