@@ -9,6 +9,7 @@ names, and its errors are boxes where section 5 of the design wants one line.) A
 import argparse
 import dataclasses
 import pathlib
+import re
 import sys
 import types
 import typing
@@ -203,6 +204,8 @@ class ScanConfig:
         for field in dataclasses.fields(self):
             if field.metadata["recipes"] and getattr(self, field.name) is None:
                 object.__setattr__(self, field.name, field.metadata["recipes"][self.recipe])
+        if self.seed < 0:
+            raise TliError("--seed", "the seed must be at least 0", self.seed, "give another seed")
         if self.output is None:
             # a path's last part, or that of a hub name
             name = pathlib.Path(self.adapter or self.model or "starter").expanduser().resolve().name
@@ -269,9 +272,122 @@ class EvaluateConfig:
         if bool(self.adapters) == (self.from_csv is not None):
             got = "both" if self.adapters else "neither"
             raise TliError("ADAPTER", "there must be adapters, or a table with --from-csv", got, "name one or the other")
+        if self.seed is not None and self.seed < 0:
+            raise TliError("--seed", "the seed must be at least 0", self.seed, "give another seed")
         if self.margin is not None and not self.margin > 0:
             remedy = "name the largest difference that counts as none"
             raise TliError("--margin", "the margin of equivalence must be above 0", self.margin, remedy)
+
+
+def _as_in_training(name: str, **changes):
+    """The field of ``TrainConfig`` with this name, for a command that trains; ``changes`` of its default or help."""
+    field = next(field for field in dataclasses.fields(TrainConfig) if field.name == name)
+    default = field.metadata["recipes"]["default"] if field.metadata["recipes"] else field.default
+    return option(changes.get("default", default), field.metadata["group"], changes.get("help", field.metadata["help"]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """How alignment depends on LoRA rank, for an early layer against the full model: a grid of equal runs. ``protocol`` behind the
+    command is another study: the paper's protocol with one switch changed at a time."""
+
+    ranks: str = option("1,2,4,8,16,32,64,128", "grid", "LoRA ranks, ascending, a comma between them; more can be added later")
+    arms: str = option("early,full", "grid", "early, full, or both with a comma between them")
+    seeds: int = option(5, "grid", "runs of each cell: seeds 0, 1, ... fix split, order, start and dropout; more can be added later")
+    alpha_rule: str = option(
+        "2R",
+        "grid",
+        "2R: alpha is twice the rank, so the scale is 2; rslora: the scale is 8/sqrt(R), 2 at rank 16",
+        choices=("2R", "rslora"),
+    )
+    rates: str = option("5e-4,1e-3,2e-3,4e-3", "grid", "learning rates tried once per arm; a single one is taken as it is")
+    search_rank: int = option(16, "grid", "rank at which the rate is searched and the control on shuffled pairs is run")
+    search_share: float = option(0.1, "grid", "share of --pairs that the search is judged by; no cell of the grid ever sees them")
+
+    model: str | None = _as_in_training("model")
+    layer: int = option(2, "model", "hidden state that the early arm aligns")
+    weights: str = option("full", "model", "frozen weights: full precision, or rounded to NF4", choices=("full", "nf4"))
+    dtype: str = option(
+        "auto", "model", "compute dtype; auto is float32 on a CPU and bfloat16 on a GPU", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    device: str = _as_in_training("device", help="cpu, cuda or cuda:N (auto: a GPU if there is one, under torchrun that of the process)")
+
+    pairs: str | None = _as_in_training("pairs")
+    source: str = _as_in_training("source")
+    target: str = _as_in_training("target")
+    prefix: str = _as_in_training("prefix")
+    held_out: float = _as_in_training("held_out", help="share of the pairs that each seed keeps out of training")
+    targets: str = _as_in_training("targets")
+    dropout: float = _as_in_training("dropout")
+    temperature: float = _as_in_training("temperature")
+    batch: int = _as_in_training("batch")
+    epochs: int = _as_in_training("epochs", default=10)
+    warmup: int = _as_in_training("warmup")
+    checkpointing: bool = _as_in_training("checkpointing", help="in the full arm, compute each block's inside again for the gradients")
+
+    jobs: int = option(1, "running", "cells that run at the same time, each in a process of its own with its share of the processors")
+    cells: str | None = option(
+        None,
+        "running",
+        "i/n: run the i-th of n parts of the grid, as one job of a batch queue; no coordinator is needed (under torchrun by itself)",
+    )
+    output: str | None = option(None, "output", "folder of the study; a study that was stopped goes on there (default: runs/study-<model>)")
+    json: bool = option(False, "output", "print one JSON object on standard output when done")
+
+    def __post_init__(self):
+        check_choices(self)
+        ranks = [int(part) if part.strip().isdecimal() else 0 for part in self.ranks.split(",")]
+        if min(ranks) < 1 or ranks != sorted(set(ranks)):
+            raise TliError("--ranks", "the ranks must be whole numbers from 1 on, ascending, each once", repr(self.ranks), "correct them")
+        arms = self.arms.split(",")
+        if not set(arms) <= {"early", "full"} or len(set(arms)) < len(arms):
+            raise TliError("--arms", "the arms must be early, full, or early,full", repr(self.arms), "choose among these")
+        if not all(_is_rate(rate) for rate in self.rates.split(",")):
+            raise TliError("--rates", "the rates must be numbers above 0, a comma between them", repr(self.rates), "correct them")
+        part = re.fullmatch(r"([1-9][0-9]*)/([1-9][0-9]*)", self.cells or "1/1")
+        if part is None or int(part[1]) > int(part[2]):
+            raise TliError("--cells", "the part must be i/n with i from 1 to n", repr(self.cells), "write 1/4 for the first of four")
+        for name in ("seeds", "jobs", "search_rank"):
+            if getattr(self, name) < 1:
+                raise TliError(f"--{name.replace('_', '-')}", "the number must be at least 1", getattr(self, name), "raise it")
+        if self.output is None:
+            name = pathlib.Path(self.model or "starter").expanduser().resolve().name
+            object.__setattr__(self, "output", f"runs/study-{name}")
+
+
+def _is_rate(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProtocolConfig:
+    """The paper's protocol with one switch changed at a time, and the number that each choice makes."""
+
+    model: str | None = _as_in_training("model")
+    pairs: str | None = _as_in_training("pairs")
+    source: str = _as_in_training("source")
+    target: str = _as_in_training("target")
+    seed: int = _as_in_training("seed")
+    epochs: int | None = option(None, "training", "passes over the trained pairs, for a quick look (default: the paper's 5)")
+
+    jobs: int = option(1, "running", "trainings at the same time, each in a process of its own with its share of the processors")
+    output: str | None = option(
+        None, "output", "folder of the protocol; one that was stopped goes on there (default: runs/protocol-<model>)"
+    )
+    overwrite: bool = option(False, "output", "begin anew in an output folder that is not empty")
+    json: bool = option(False, "output", "print one JSON object on standard output when done")
+
+    def __post_init__(self):
+        for name, least in (("epochs", 1), ("jobs", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise TliError(f"--{name}", f"the number must be at least {least}", value, "raise it")
+        if self.output is None:
+            name = pathlib.Path(self.model or "starter").expanduser().resolve().name
+            object.__setattr__(self, "output", f"runs/protocol-{name}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

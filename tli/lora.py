@@ -106,21 +106,28 @@ def inject(decoder: nn.Module, config: LoRAConfig, blocks: range | list[int] | N
             "choose other values",
         )
     indices = range(len(decoder.layers)) if blocks is None else blocks
-    chosen = [path for index in indices for path in _targets(decoder, index, config.targets)]
+    chosen = target_paths(decoder, indices, config.targets)
+    check_rank(decoder, chosen, config.rank)
     decoder.requires_grad_(False)
     for path in chosen:
         linear = decoder.get_submodule(path)
-        if config.rank > min(linear.weight.shape):
-            raise TliError(
-                "--rank",
-                f"the rank must be at most {min(linear.weight.shape)}, the smaller side of {path}",
-                config.rank,
-                "choose a smaller rank",
-            )
         adapter = LoRALinear(linear, config.rank, config.scale, config.dropout)
         _start(adapter.lora_A, config.init, seed, path)
         _replace(decoder, path, adapter)
     return chosen
+
+
+def target_paths(decoder: nn.Module, blocks: range | list[int], targets: str) -> list[str]:
+    """Paths of the linear layers of these blocks that ``targets`` means; raises ``TliError`` for what no layer matches."""
+    return [path for index in blocks for path in _targets(decoder, index, targets)]
+
+
+def check_rank(decoder: nn.Module, paths: list[str], rank: int, where: str = "--rank") -> None:
+    """Raise ``TliError`` for a rank above the smaller side of one of these linear layers' weights."""
+    for path in paths:
+        largest = min(decoder.get_submodule(path).weight.shape)
+        if rank > largest:
+            raise TliError(where, f"the rank must be at most {largest}, the smaller side of {path}", rank, "choose a smaller rank")
 
 
 def adapters(module: nn.Module) -> dict[str, LoRALinear]:

@@ -15,13 +15,12 @@ import typing
 
 from tli import significance
 from tli.alignment import RETRIEVAL, Alignment, measurements
-from tli.figures import draw_distributions, draw_layers
-from tli.files import replacing, write_text
+from tli.figures import draw_distributions, draw_layers, save_figure
+from tli.files import write_text
 from tli.records import DIFFERENCE, SPLITS, Layer, aligned_layer, compared_layers, find_value, interval, number, p_value, place_name
 from tli.verdict import verdict
 
 if typing.TYPE_CHECKING:
-    import matplotlib.figure
     import rich.console
 
 FILES = ("report.json", "report.md", "distributions.png", "layers.png", "README.md")
@@ -57,8 +56,8 @@ def write_report(
     """
     folder = pathlib.Path(folder)
     report = assemble(run, alignments)
-    _write_figure(folder / "distributions.png", draw_distributions(report, alignments))
-    _write_figure(folder / "layers.png", draw_layers(report))
+    save_figure(folder / "distributions.png", draw_distributions(report, alignments))
+    save_figure(folder / "layers.png", draw_layers(report))
     write_text(folder / "report.md", markdown(report))
     write_text(folder / "README.md", model_card(report))
     write_text(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
@@ -155,11 +154,6 @@ def model_card(report: dict) -> str:
         _LOADING.format(base=base, state=-1 if layer == "output" else layer, prefix=_prefix(config), pool=_pool(config, layer)),
     ]
     return "\n\n".join([*parts, _CAVEATS.format(place=place_name(layer))]) + "\n"
-
-
-def _write_figure(path: pathlib.Path, figure: matplotlib.figure.Figure) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
 
 
 _READING = """\

@@ -1,0 +1,68 @@
+"""Intervals over seeds, trends over ranks and arms compared, against scipy and by going through every case."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from tli.trends import compare_arms, rank_trend, seed_interval
+
+RANKS = [1, 4, 16]
+
+
+def test_the_interval_over_seeds_is_students():
+    values = [0.1, 0.4, 0.2, 0.25]
+    found = seed_interval(values)
+    low, high = scipy.stats.t.interval(0.95, 3, np.mean(values), scipy.stats.sem(values))
+    assert (found["value"], found["low"], found["high"], found["n"]) == pytest.approx((np.mean(values), low, high, 4))
+    assert seed_interval([0.5]) == {"value": 0.5, "low": None, "high": None, "n": 1}
+
+
+def test_pages_p_is_that_of_all_orders():
+    values = np.array([[0.1, 0.2, 0.4], [0.3, 0.2, 0.5], [0.1, 0.4, 0.3]])
+    weights = np.arange(1, 4)
+    observed = sum(weights @ scipy.stats.rankdata(row) for row in values)
+    orders = list(itertools.permutations((1, 2, 3)))
+    all_of_them = np.array([sum(weights @ np.array(order) for order in chosen) for chosen in itertools.product(orders, repeat=3)])
+    rise, fall = (all_of_them >= observed).mean(), (all_of_them <= observed).mean()
+    found = rank_trend(values, RANKS)
+    assert found["page"] == observed
+    assert found["p_page"] == pytest.approx(min(1, 2 * min(rise, fall)))
+    # the other way round: as likely, and the correlation's sign turns
+    turned = rank_trend(values[:, ::-1], RANKS)
+    assert turned["p_page"] == pytest.approx(found["p_page"])
+    assert turned["rho"] == pytest.approx(-found["rho"])
+
+
+def test_the_correlation_is_of_all_runs_with_the_ranks():
+    values = np.random.default_rng(0).normal(size=(4, 3))
+    expected = scipy.stats.spearmanr([0, 2, 4] * 4, values.ravel())
+    found = rank_trend(values, RANKS)
+    assert (found["rho"], found["p_rho"]) == pytest.approx((expected.statistic, expected.pvalue))
+
+
+@pytest.mark.parametrize("values", [np.zeros((3, 3)), np.ones((3, 2)) * [1, 2]], ids=["equal", "two ranks"])
+def test_too_little_says_nothing(values):
+    assert set(rank_trend(values, RANKS[: values.shape[1]]).values()) == {None}
+
+
+def test_one_seed_has_a_correlation_and_no_blocks():
+    found = rank_trend(np.array([[0.1, 0.3, 0.2]]), RANKS)
+    assert found["rho"] == pytest.approx(0.5)
+    assert found["p_page"] is None
+
+
+def test_arms_are_compared_seed_by_seed():
+    early, full = [0.30, 0.42, 0.35], [0.21, 0.29, 0.27]
+    expected = scipy.stats.ttest_rel(early, full)
+    low, high = expected.confidence_interval(0.95)
+    found = compare_arms(early, full)
+    assert (found["t"], found["p"], found["low"], found["high"]) == pytest.approx((expected.statistic, expected.pvalue, low, high))
+    assert found["difference"] == pytest.approx(np.mean(early) - np.mean(full))
+
+
+def test_runs_without_spread_cannot_tell():
+    assert compare_arms([0.5, 0.5], [0.25, 0.25])["p"] is None
+    assert compare_arms([0.5, 0.5], [0.5, 0.5])["p"] == 1
+    assert compare_arms([0.5], [0.25]) == {"difference": 0.25, "low": None, "high": None, "n": 1, "t": None, "p": None}

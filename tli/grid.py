@@ -1,0 +1,192 @@
+"""Many runs of ``tli.train``, each a cell: a process of its own, and a folder that is complete or absent.
+
+A cell that was stopped goes on where it was, since ``tli.train --resume`` does; one that is complete is never run again. Whoever
+runs a cell holds a lock on it, so processes that share a folder, on one machine or on several, need no coordinator.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from tli.errors import TliError, disk_errors
+from tli.progress import STATE_FILE, stop_signals
+
+REPORT = "report.json"
+_LOOK_EVERY_S = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    name      of its folder
+    options   of ``tli.train`` by their fields' names, those that are not as by default
+    paths     options that say where its words lie, not what they are
+    weight    about how long it takes, in the unit of the other cells
+    """
+
+    name: str
+    options: dict
+    paths: dict = dataclasses.field(default_factory=dict)
+    weight: float = 1.0
+
+    def flags(self) -> list[str]:
+        """The options as ``tli.train``'s command line."""
+        flags = []
+        for name, value in (self.options | self.paths).items():
+            flag = f"--{name.replace('_', '-')}"
+            flags += [flag] if value is True else [] if value in (False, None) else [f"{flag}={value}"]
+        return flags
+
+    def report(self, folder: pathlib.Path) -> dict | None:
+        """What the complete cell in ``folder`` reports, None if it is not complete.
+
+        Raises:
+            TliError: the cell was run with other options.
+        """
+        file = folder / self.name / REPORT
+        if not file.is_file():
+            return None
+        report = json.loads(file.read_text(encoding="utf-8"))
+        done = report["config"]
+        differing = [name for name, value in self.options.items() if done.get(name) != value]
+        if differing:
+            must = f"the cell must have been run with {differing[0]} {self.options[differing[0]]}"
+            raise TliError(file, must, done.get(differing[0]), "name another folder with --output, or delete this cell")
+        return report
+
+
+def run_cells(cells: Iterable[Cell], folder: pathlib.Path, jobs: int, done: Callable[[Cell], None] = lambda cell: None) -> None:
+    """Run the cells that are not complete in ``folder``, ``jobs`` at a time; those that another process is at work on are waited for.
+
+    Args:
+        cells:   in the order in which they are begun
+        folder:  holds a folder per cell
+        jobs:    processes at a time; each gets its share of the processors
+        done:    called when a cell is complete, at once for one that was already
+
+    Raises:
+        TliError: a run that failed, with its own last line. The others are stopped and can go on later.
+        KeyboardInterrupt: after a stop by Ctrl-C or a request to terminate, which the runs are told of and wait for.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    waiting, running = list(cells), {}
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    with stop_signals() as stop, contextlib.ExitStack() as locks:
+        try:
+            while waiting or running:
+                for cell in list(waiting):
+                    if cell.report(folder) is not None:
+                        waiting.remove(cell)
+                        done(cell)
+                    elif len(running) < jobs and (lock := _lock(folder / f".{cell.name}.lock")) is not None:
+                        # it may have been completed between the look and the lock
+                        if cell.report(folder) is None:
+                            running[cell.name] = (cell, _start(cell, folder, lock, environment), locks.enter_context(lock))
+                            waiting.remove(cell)
+                        else:
+                            lock.close()
+                for cell, process, lock in list(running.values()):
+                    if process.poll() is not None:
+                        del running[cell.name]
+                        _finish(cell, folder, process.returncode)
+                        lock.close()
+                        done(cell)
+                if stop.wait(_LOOK_EVERY_S if running else 10 * _LOOK_EVERY_S if waiting else 0):
+                    raise KeyboardInterrupt
+        finally:
+            for _, process, _ in running.values():
+                process.terminate()
+            for _, process, _ in running.values():
+                process.wait()
+
+
+def _partial(cell: Cell, folder: pathlib.Path) -> pathlib.Path:
+    return folder / f".{cell.name}.partial"
+
+
+def _lock(path: pathlib.Path):
+    """The file, locked for this process and those that inherit it; None where another process holds it."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def _start(cell: Cell, folder: pathlib.Path, lock, environment: dict) -> subprocess.Popen:
+    partial = _partial(cell, folder)
+    # what is there goes on; without a state to go on from, it is begun anew
+    command = [sys.executable, "-m", "tli.train", *cell.flags(), f"--output={partial}", "--resume", "--overwrite"]
+    if (partial / REPORT).is_file():
+        # all was done but the renaming
+        command = [sys.executable, "-c", ""]
+    with (folder / f".{cell.name}.log").open("w") as log:
+        # the run inherits the lock: should this process be killed, no other begins the cell while the run is still at it. Ctrl-C
+        # goes to this process alone, which tells its runs
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()], start_new_session=True
+        )
+
+
+def _finish(cell: Cell, folder: pathlib.Path, code: int) -> None:
+    """Give a complete cell its name, or raise with the last line that its run wrote."""
+    partial, log = _partial(cell, folder), folder / f".{cell.name}.log"
+    if code != 0:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
+        why = f"signal {-code}, as when memory runs out" if code < 0 else said
+        raise TliError(f"cell {cell.name}", "its run must end well", why, f"mend that and run again; all it said is in {log}")
+    # the run's last act, which a kill may have come before
+    (partial / STATE_FILE).unlink(missing_ok=True)
+    partial.rename(folder / cell.name)
+    log.unlink()
+    (folder / f".{cell.name}.lock").unlink()
+
+
+@contextlib.contextmanager
+def cells_bar(console, cells: Iterable[Cell]) -> Iterator[Callable[[Cell], None]]:
+    """A bar of cells with the time left, each counted by its weight; yields what to call with a cell that is complete."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    cells = list(cells)
+    began, was_there = time.monotonic(), 0.0
+    columns = (
+        BarColumn(),
+        TextColumn("{task.fields[complete]}/{task.fields[cells]} cells"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=sum(cell.weight for cell in cells), complete=0, cells=len(cells), left="")
+        complete = 0
+
+        def done(cell: Cell) -> None:
+            nonlocal complete, was_there
+            complete += 1
+            if time.monotonic() - began < 1:
+                # what an earlier run did says nothing of this one's speed
+                was_there += cell.weight
+            bar.advance(task, cell.weight)
+            state = bar.tasks[task]
+            new, left = state.completed - was_there, state.total - state.completed
+            estimate = "" if new <= 0 else f"about {_duration(left * (time.monotonic() - began) / new)} left"
+            bar.update(task, complete=complete, left=estimate)
+
+        yield done
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{seconds:.0f} s"

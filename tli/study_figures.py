@@ -1,0 +1,128 @@
+"""A study's two figures, readable in grey: scores against rank, and scores against what they cost."""
+
+from __future__ import annotations
+
+import typing
+
+from tli.records import Layer, place_name
+
+if typing.TYPE_CHECKING:
+    import matplotlib.figure
+
+# dark blue and orange: apart for colour-blind readers, and dark against light in grey
+_STYLES = {
+    "early": {"color": "#08519c", "marker": "o", "linestyle": "-"},
+    "full": {"color": "#e6861a", "marker": "s", "linestyle": (0, (5, 2))},
+}
+_SCORES = {"mrr": "held-out MRR", "gap": "held-out gap (cosine, true - mismatched)", "clipscore": "held-out CLIPScore"}
+_COSTS = {"parameters": ("adapter parameters", 1), "training_seconds": ("training, seconds", 1), "peak_bytes": ("peak memory, GiB", 2**30)}
+
+
+def draw_ranks(results: dict) -> matplotlib.figure.Figure:
+    """MRR, gap and CLIPScore of held-out pairs against the rank, one column per layer."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    layers, ranks = results["layers"], results["ranks"]
+    figure = Figure(figsize=(3.9 * len(layers) + 0.6, 9.6), layout="constrained")
+    panels = figure.subplots(len(_SCORES), len(layers), squeeze=False, sharex=True, sharey="row")
+    for row, (metric, name) in zip(panels, _SCORES.items()):
+        for panel, layer in zip(row, layers):
+            for arm in results["search"]:
+                _curve(panel, results, arm, layer, metric, f"{arm} arm")
+                _shuffled(panel, results, arm, layer, metric)
+                if metric == "clipscore":
+                    # mismatched pairs, without which a score says nothing
+                    _curve(panel, results, arm, layer, "clipscore_mismatched", f"{arm} arm, mismatched pairs", faint=True)
+            before = next(v for v in results["values"] if _key(v) == ("before", layer, metric, "held_out"))
+            panel.axhline(before["value"], color="0.35", linewidth=1.2, linestyle=(0, (8, 3, 1, 3)), label="before training")
+            if before["chance"] is not None:
+                panel.axhline(before["chance"], color="black", linewidth=1.4, linestyle=(0, (1, 1)), label="chance")
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(ranks, [str(rank) for rank in ranks])
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.spines[["top", "right"]].set_visible(False)
+            if metric == "mrr":
+                arms = [arm for arm in results["search"] if layer == ("output" if arm == "full" else results["config"]["layer"])]
+                losses = f"\n(the {' and '.join(arms)} arm's loss is here)" if arms else "\n"
+                panel.set_title(f"{place_name(layer)}{losses}", fontsize=10)
+        row[0].set_ylabel(name)
+        row[0].set_ylim(bottom=min(0.0, row[0].get_ylim()[0]))
+    for panel in panels[-1]:
+        panel.set_xlabel("LoRA rank R")
+    handles = {label: handle for row in panels for handle, label in zip(*row[0].get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    figure.supxlabel(_about(results), fontsize=8)
+    return figure
+
+
+def draw_costs(results: dict) -> matplotlib.figure.Figure:
+    """Held-out MRR against adapter size, time and memory: at the output, and where each arm's loss was."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    rows = [("each arm where its loss was", None)] + ([("at the output", "output")] if "output" in results["layers"] else [])
+    figure = Figure(figsize=(11.4, 3.6 * len(rows) + 0.8), layout="constrained")
+    panels = figure.subplots(len(rows), len(_COSTS), squeeze=False, sharex="col", sharey="row")
+    for row, (where, place) in zip(panels, rows):
+        for panel, (cost, (name, unit)) in zip(row, _COSTS.items()):
+            for arm in results["search"]:
+                layer = place or ("output" if arm == "full" else results["config"]["layer"])
+                values = _values(results, arm, layer, "mrr")
+                paid = {c["rank"]: c[cost] / unit for c in results["costs"] if c["arm"] == arm}
+                xs = [paid[v["rank"]] for v in values]
+                style = _STYLES[arm] | ({} if cost == "parameters" else {"linestyle": "none"})
+                panel.errorbar(xs, [v["value"] for v in values], _reach(values), label=f"{arm} arm", capsize=2.5, markersize=5, **style)
+                for x, value in zip(xs, values):
+                    text = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": "0.25"}
+                    panel.annotate(str(value["rank"]), (x, value["value"]), **text)
+            panel.set_xscale("log")
+            panel.xaxis.set_minor_formatter(NullFormatter() if cost == "parameters" else panel.xaxis.get_minor_formatter())
+            panel.spines[["top", "right"]].set_visible(False)
+            if row is panels[-1]:
+                panel.set_xlabel(name)
+        row[0].set_ylabel(f"held-out MRR,\n{where}")
+        row[0].set_ylim(bottom=0)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    figure.supxlabel(f"numbers beside the points: rank; costs are medians over seeds. {_about(results)}", fontsize=8)
+    return figure
+
+
+def _curve(panel, results: dict, arm: str, layer: Layer, metric: str, label: str, faint: bool = False) -> None:
+    values = _values(results, arm, layer, metric)
+    style = _STYLES[arm] | {"markersize": 5, "capsize": 2.5, "linewidth": 1.6}
+    if faint:
+        style |= {"markerfacecolor": "white", "markersize": 4, "linewidth": 0.9}
+    # points of two arms at one rank must not hide each other's bars
+    shift = {"early": 0.96, "full": 1.04}[arm]
+    panel.errorbar([v["rank"] * shift for v in values], [v["value"] for v in values], _reach(values), label=label, **style)
+
+
+def _shuffled(panel, results: dict, arm: str, layer: Layer, metric: str) -> None:
+    values = _values(results, arm, layer, metric, shuffled=True)
+    style = {"color": _STYLES[arm]["color"], "marker": {"early": "v", "full": "^"}[arm], "linestyle": "none", "markersize": 7}
+    shift = {"early": 0.88, "full": 1.14}[arm]
+    label = f"{arm} arm, trained on shuffled pairs"
+    where = [v["rank"] * shift for v in values]
+    panel.errorbar(where, [v["value"] for v in values], _reach(values), label=label, capsize=2.5, markerfacecolor="white", **style)
+
+
+def _values(results: dict, arm: str, layer: Layer, metric: str, shuffled: bool = False) -> list[dict]:
+    found = [v for v in results["values"] if _key(v) == ("after", layer, metric, "held_out")]
+    return sorted((v for v in found if (v["arm"], v["shuffled"]) == (arm, shuffled)), key=lambda v: v["rank"])
+
+
+def _key(value: dict) -> tuple:
+    return value["when"], value["layer"], value["metric"], value["split"]
+
+
+def _reach(values: list[dict]) -> list[list[float]] | None:
+    if any(v["low"] is None for v in values):
+        return None
+    return [[v["value"] - v["low"] for v in values], [v["high"] - v["value"] for v in values]]
+
+
+def _about(results: dict) -> str:
+    seeds, pairs = results["values"][0]["n"], results["pairs"]["held_out"]
+    bars = "; bars: 95 % Student interval over seeds" if seeds > 1 else ""
+    return f"n = {seeds} seed{'s' * (seeds > 1)} of {pairs:,} held-out pairs each, {results['steps']} steps{bars}"

@@ -1,0 +1,410 @@
+"""What a study found: every value over seeds with its interval, trends over ranks, the arms against each other, in tables and words.
+
+The unit is a run. A score is never shown without its control: CLIPScore beside that of mismatched pairs, all beside the same
+measured before training, by chance, and after training on shuffled pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import typing
+
+import numpy as np
+
+from tli import provenance
+from tli.figures import save_figure
+from tli.files import write_text
+from tli.records import Layer, aligned_layer, find_value, interval, number, p_value, place_name
+from tli.significance import correct
+from tli.study_figures import draw_costs, draw_ranks
+from tli.tables import Table, as_markdown
+from tli.tables import show as show_tables
+from tli.trends import compare_arms, rank_trend, seed_interval
+
+if typing.TYPE_CHECKING:
+    import rich.console
+
+    from tli.grid import Cell
+
+FILES = ("results.json", "report.md", "rank.png", "cost.png")
+# where an arm's loss was: layer L or the output
+ALIGNED = "aligned"
+METRICS = ("clipscore", "clipscore_mismatched", "clipscore_gap", "gap", "p_at_1", "mrr", "cosine", "mismatched")
+# what arms and ranks are judged by
+_JUDGED = ("mrr", "gap", "p_at_1", "clipscore_gap")
+_LABELS = {"clipscore_gap": "CLIPScore's gap", "gap": "gap", "p_at_1": "P@1", "mrr": "MRR"}
+_ARMS = {"early": "early arm", "full": "full arm"}
+_CLEAR = 0.05
+
+_READING = """\
+How to read this. Each value is a mean over seeds, its bracket the 95 % Student interval over them: a seed draws the split, the order, the
+adapters' start and the dropout, so the interval is about all of these. *CLIP-S*, CLIPScore, is 2.5 times the cosine, none below 0; beside
+it stands its value for mismatched pairs. *Gap* is the mean cosine of true pairs minus that of mismatched ones. *P@1* is how often the true
+partner is the nearest candidate, *MRR* the mean of 1/rank, both directions averaged. *Page* asks whether a value rises or falls with the
+rank, seeds being blocks; *Spearman* correlates it with log2 R and takes all runs for independent. The arms are compared seed by seed
+(paired t); Holm's correction runs over the ranks. *Shuffled* is the same training on mismatched pairs: what still rises there is not
+alignment."""
+
+
+def search_record(rate: float, report: dict) -> dict:
+    """How well a learning rate did: the MRR of the pairs that the grid never sees, at the layer of the loss."""
+    found = find_value(report, "held_out", "after", aligned_layer(report), "mrr")
+    return {"rate": rate, **{key: found[key] for key in ("value", "low", "high", "n")}}
+
+
+def assemble(config: dict, search: dict[str, dict], reports: list[tuple[Cell, dict]]) -> dict:
+    """``results.json``: plain JSON values.
+
+    config    the study's options
+    search    by arm: the ``chosen`` rate and what was ``tried``
+    reports   every cell of the grid with its report
+    """
+    first = reports[0][1]
+    blocks = first["model"]["blocks"]
+    wanted = dict.fromkeys([config["layer"], blocks // 2, "output"])
+    places = [place for place in wanted if all(find_value(report, "held_out", "after", place, "mrr") for _, report in reports)]
+    runs = {(c.options["arm"], c.options["rank"], c.options["shuffle_pairs"], c.options["seed"]): report for c, report in reports}
+    cells = list(dict.fromkeys(key[:3] for key in runs))
+    seeds = sorted({key[3] for key in runs})
+
+    def over_seeds(cell: tuple, split: str, when: str, place: Layer, metric: str) -> list[float]:
+        of_seed = [runs[*cell, seed] for seed in seeds]
+        return [find_value(r, split, when, aligned_layer(r) if place == ALIGNED else place, metric)["value"] for r in of_seed]
+
+    values = [
+        {
+            "arm": arm,
+            "rank": rank,
+            "shuffled": shuffled,
+            "split": split,
+            "when": when,
+            "layer": place,
+            "metric": metric,
+            **seed_interval(by_seed),
+            "by_seed": by_seed,
+            "chance": find_value(runs[arm, rank, shuffled, seeds[0]], split, when, place, metric)["chance"],
+        }
+        for arm, rank, shuffled in cells
+        for split in ("trained", "held_out")
+        # all cells of a seed begin with the same model and words
+        for when in ("before", "after")
+        if when == "after" or (arm, rank, shuffled) == cells[0]
+        for place in places
+        for metric in METRICS
+        for by_seed in [over_seeds((arm, rank, shuffled), split, when, place, metric)]
+    ]
+    arms, ranks = list(search), sorted({rank for _, rank, shuffled in cells if not shuffled})
+    held_out = {
+        (arm, place, metric): np.array([over_seeds((arm, rank, False), "held_out", "after", place, metric) for rank in ranks]).T
+        for arm in arms
+        for place in (*places, ALIGNED)
+        for metric in _JUDGED
+    }
+    trends = [
+        {"arm": arm, "layer": place, "metric": metric, **rank_trend(of_runs, ranks)} for (arm, place, metric), of_runs in held_out.items()
+    ]
+    return {
+        "config": config,
+        "model": first["model"],
+        "pairs": {key: first["pairs"][key] for key in ("trained", "held_out")},
+        "steps": first["training"]["steps"],
+        "layers": places,
+        "ranks": ranks,
+        "search": search,
+        "values": values,
+        "trends": trends,
+        "comparisons": _compare(held_out, arms, ranks, (*places, ALIGNED)),
+        "controls": _control(runs, arms, seeds, config["search_rank"], over_seeds, (*places, ALIGNED)),
+        "costs": [_cost(arm, rank, [runs[arm, rank, shuffled, seed] for seed in seeds]) for arm, rank, shuffled in cells if not shuffled],
+        "versions": first["versions"],
+        "machine": first["machine"] | {"processor": provenance.processor()},
+    }
+
+
+def _compare(held_out: dict, arms: list[str], ranks: list[int], places: tuple) -> list[dict]:
+    """The early arm minus the full one, rank by rank; Holm's correction over the ranks."""
+    if len(arms) < 2:
+        return []
+    found = []
+    for place in places:
+        for metric in _JUDGED:
+            columns = zip(held_out["early", place, metric].T, held_out["full", place, metric].T)
+            family = [
+                {"rank": rank, "layer": place, "metric": metric, **compare_arms(early, full)} for rank, (early, full) in zip(ranks, columns)
+            ]
+            correct(family, ("p",))
+            found += family
+    return found
+
+
+def _control(runs: dict, arms: list[str], seeds: list[int], rank: int, over_seeds, places: tuple) -> list[dict]:
+    """Training on true pairs minus training on shuffled ones, at the rank at which both were run."""
+    return [
+        {
+            "arm": arm,
+            "rank": rank,
+            "layer": place,
+            "metric": metric,
+            **compare_arms(*(over_seeds((arm, rank, shuffled), "held_out", "after", place, metric) for shuffled in (False, True))),
+        }
+        for arm in arms
+        if (arm, rank, False, seeds[0]) in runs
+        for place in places
+        for metric in _JUDGED
+    ]
+
+
+def _cost(arm: str, rank: int, reports: list[dict]) -> dict:
+    """What a run of the arm at this rank took: medians over seeds."""
+    return {
+        "arm": arm,
+        "rank": rank,
+        "parameters": reports[0]["adapter"]["parameters"],
+        "adapter_bytes": reports[0]["adapter"]["bytes"],
+        "training_seconds": float(np.median([report["training"]["seconds"] for report in reports])),
+        "peak_bytes": int(np.median([report["training"]["peak_bytes"] for report in reports])),
+    }
+
+
+def find(results: dict, arm: str, rank: int, layer: Layer, metric: str, split: str = "held_out", shuffled: bool = False) -> dict:
+    """The value after training with these keys; ``ALIGNED`` is where the arm's loss was."""
+    layer = _place(results, arm, layer)
+    wanted = {"arm": arm, "rank": rank, "shuffled": shuffled, "split": split, "when": "after", "layer": layer, "metric": metric}
+    return next(value for value in results["values"] if wanted.items() <= value.items())
+
+
+def find_before(results: dict, layer: Layer, metric: str, split: str = "held_out") -> dict:
+    """The value before training."""
+    wanted = {"split": split, "when": "before", "layer": layer, "metric": metric}
+    return next(value for value in results["values"] if wanted.items() <= value.items())
+
+
+def _place(results: dict, arm: str, layer: Layer) -> Layer:
+    if layer != ALIGNED:
+        return layer
+    return "output" if arm == "full" else results["config"]["layer"]
+
+
+def in_words(results: dict) -> str:
+    """One paragraph, every sentence a rule about numbers in the tables."""
+    search = results["search"]
+    sentences = [_trend_sentence(results, arm) for arm in search]
+    if len(search) > 1:
+        sentences += [_arms_sentence(results, place) for place in (ALIGNED, "output") if place == ALIGNED or place in results["layers"]]
+    sentences += [_control_sentence(results, arm) for arm in search]
+    sentences += [_cost_sentence(results), _power_sentence(results)]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _trend_sentence(results: dict, arm: str) -> str:
+    ranks, layer = results["ranks"], _place(results, arm, ALIGNED)
+    if layer not in results["layers"]:
+        return ""
+    lowest, highest = (_with_interval(find(results, arm, rank, layer, "mrr")) for rank in (ranks[0], ranks[-1]))
+    before = number(find_before(results, layer, "mrr")["value"])
+    said = f"The {_ARMS[arm]}, at {place_name(layer)}, where its loss was: held-out MRR {before} before training, "
+    said += f"{lowest} after it at rank {ranks[0]}"
+    if len(ranks) == 1:
+        return f"{said}."
+    said += f", {highest} at rank {ranks[-1]}: "
+    trend = next(t for t in results["trends"] if (t["arm"], t["layer"], t["metric"]) == (arm, ALIGNED, "mrr"))
+    p, name = (trend["p_page"], "Page's") if trend["p_page"] is not None else (trend["p_rho"], "Spearman's")
+    if p is None:
+        return f"{said}too few runs to speak of a trend."
+    found = f"it {'rises' if trend['rho'] > 0 else 'falls'} with the rank" if p < _CLEAR else "no trend over the ranks was found"
+    return f"{said}{found} ({name} p {p_value(p)}, rho {number(trend['rho'], '+', 2)})."
+
+
+def _arms_sentence(results: dict, place: Layer) -> str:
+    family = [c for c in results["comparisons"] if (c["layer"], c["metric"]) == (place, "mrr") and c["p_holm"] is not None]
+    where = "each where its loss was" if place == ALIGNED else f"both at {place_name(place)}"
+    if not family:
+        return f"The arms, {where}, cannot be compared with so few seeds."
+    clear = [c for c in family if c["p_holm"] < _CLEAR]
+    if not clear:
+        smallest = p_value(min(c["p_holm"] for c in family))
+        return f"Between the arms, {where}, no difference of held-out MRR was found at any rank (smallest p after Holm {smallest})."
+    sides = []
+    for arm, won in (("early", [c for c in clear if c["difference"] > 0]), ("full", [c for c in clear if c["difference"] < 0])):
+        if won:
+            names = ", ".join(f"{c['rank']} ({number(abs(c['difference']), '+')})" for c in won)
+            sides.append(f"higher in the {_ARMS[arm]} at rank{'s' * (len(won) > 1)} {names}")
+    rest = len(family) - len(clear)
+    open_ones = f"; at the other {rest} no difference was found" if rest else ""
+    return f"Between the arms, {where}, held-out MRR is {' and '.join(sides)}, p after Holm below .05{open_ones}."
+
+
+def _control_sentence(results: dict, arm: str) -> str:
+    layer = _place(results, arm, ALIGNED)
+    control = [c for c in results["controls"] if (c["arm"], c["layer"], c["metric"]) == (arm, ALIGNED, "mrr")]
+    if not control or layer not in results["layers"]:
+        return ""
+    found, rank = control[0], control[0]["rank"]
+    value = find(results, arm, rank, layer, "mrr", shuffled=True)
+    said = f"Trained on shuffled pairs, the {_ARMS[arm]}'s at rank {rank} is {_with_interval(value)}"
+    if found["p"] is None:
+        return f"{said}."
+    if found["p"] < _CLEAR and found["difference"] > 0:
+        return f"{said}: {number(found['difference'])} less than on true pairs (p {p_value(found['p'])}), and that part is alignment."
+    return f"{said}: not shown to be less than on true pairs (p {p_value(found['p'])})."
+
+
+def _cost_sentence(results: dict) -> str:
+    rank = results["ranks"][-1]
+    costs = {cost["arm"]: cost for cost in results["costs"] if cost["rank"] == rank}
+    if len(costs) < 2:
+        return ""
+    ratio = {key: costs["full"][key] / costs["early"][key] for key in ("training_seconds", "peak_bytes", "parameters")}
+    return (
+        f"At rank {rank} the full arm's training takes {ratio['training_seconds']:.1f} times the early one's time for as many steps, "
+        f"{ratio['peak_bytes']:.1f} times the memory of its process, and its adapter is {ratio['parameters']:.1f} times as large."
+    )
+
+
+def _power_sentence(results: dict) -> str:
+    seeds = results["values"][0]["n"]
+    reach = [(c["high"] - c["low"]) / 2 for c in results["comparisons"] if c["metric"] == "mrr" and c["low"] is not None]
+    if seeds == 1:
+        return "With one seed nothing is known of what another would give."
+    if not reach:
+        return ""
+    median = number(float(np.median(reach)))
+    return f"With {seeds} seeds the intervals of the arms' differences reach {median} to each side (median): less could have been missed."
+
+
+def tables(results: dict, full: bool = False) -> list[Table]:
+    """Values at each layer, trends, comparisons, costs, and how the rates were chosen; ``full`` has every interval."""
+    found = [_value_table(results, layer, full) for layer in results["layers"]]
+    found += [_trend_table(results)] if len(results["ranks"]) > 2 else []
+    found += [_comparison_table(results)] if results["comparisons"] else []
+    return [*found, _cost_table(results), *([_search_table(results)] if any(s["tried"] for s in results["search"].values()) else [])]
+
+
+def _value_table(results: dict, layer: Layer, full: bool) -> Table:
+    columns = ("clipscore", "clipscore_mismatched", "gap", "p_at_1", "mrr")
+    chance = {metric: find_before(results, layer, metric)["chance"] for metric in ("p_at_1", "mrr")}
+
+    def cells(found: list[dict]) -> list[str]:
+        return [_value_cell(value, full or not value["metric"].startswith("clipscore")) for value in found]
+
+    rows = [["before", *cells([find_before(results, layer, metric) for metric in columns])]]
+    rows[0].append(number(find_before(results, layer, "p_at_1", "trained")["value"]))
+    for arm in results["search"]:
+        rows.append([_ARMS[arm]])
+        shuffled = [results["config"]["search_rank"]]
+        for rank, control in [*((rank, False) for rank in results["ranks"]), *((rank, True) for rank in shuffled)]:
+            own = cells([find(results, arm, rank, layer, metric, shuffled=control) for metric in columns])
+            trained = find(results, arm, rank, layer, "p_at_1", "trained", control)
+            rows.append([f"{rank}" + "\nshuffled" * control, *own, number(trained["value"])])
+    losses = [_ARMS[arm] for arm in results["search"] if _place(results, arm, ALIGNED) == layer]
+    title = f"{place_name(layer).capitalize()}{''.join(f', where the loss of the {arm} is' for arm in losses)}: held-out pairs; "
+    title += f"chance: P@1 {chance['p_at_1']:.2g}, MRR {chance['mrr']:.2g}"
+    return Table(title, ["rank", "CLIP-S,\ntrue", "CLIP-S,\nmism.", "gap", "P@1", "MRR", "trained\nP@1"], rows)
+
+
+def _trend_table(results: dict) -> Table:
+    rows = []
+    for arm in results["search"]:
+        rows.append([_ARMS[arm]])
+        for trend in results["trends"]:
+            if trend["arm"] == arm and trend["layer"] != ALIGNED:
+                rho = "-" if trend["rho"] is None else number(trend["rho"], "+", 2)
+                rows.append([str(trend["layer"]), _LABELS[trend["metric"]], rho, _p(trend["p_rho"]), _p(trend["p_page"])])
+    head = ["layer", "held-out", "Spearman's rho", "p", "Page's p"]
+    return Table("Trend over the ranks", head, _once(rows))
+
+
+def _comparison_table(results: dict) -> Table:
+    rows, above = [], None
+    for c in results["comparisons"]:
+        if c["metric"] in ("mrr", "gap"):
+            key = (c["layer"], c["metric"])
+            if key != above:
+                rows.append([f"{c['layer']}, {_LABELS[c['metric']]}"])
+            above = key
+            bracket = "-" if c["low"] is None else interval(c)
+            t = "-" if c["t"] is None else number(c["t"], digits=1)
+            rows.append([str(c["rank"]), number(c["difference"], "+"), bracket, t, _p(c["p"]), _p(c["p_holm"])])
+    title = "Early arm minus full arm, held-out pairs, by layer; aligned: each arm where its loss was"
+    return Table(title, ["rank", "difference", "95 % interval", "t", "p", "Holm"], rows)
+
+
+def _cost_table(results: dict) -> Table:
+    rows = [
+        [
+            f"{cost['arm']} {cost['rank']}",
+            f"{cost['parameters']:,}",
+            f"{cost['adapter_bytes'] / 1e6:.2f} MB",
+            f"{cost['training_seconds']:.0f} s",
+            f"{cost['peak_bytes'] / 2**30:.2f} GiB",
+        ]
+        for cost in sorted(results["costs"], key=lambda cost: (list(results["search"]).index(cost["arm"]), cost["rank"]))
+    ]
+    jobs = results["config"]["jobs"]
+    title = f"Cost of a run of {results['steps']} steps (median over seeds; {jobs} at a time)" if jobs > 1 else "Cost of a run"
+    return Table(title, ["arm, rank", "parameters", "adapter", "training", "peak memory"], rows)
+
+
+def _search_table(results: dict) -> Table:
+    rows = []
+    for arm, found in results["search"].items():
+        for one in found["tried"]:
+            chosen = "taken" if one["rate"] == found["chosen"] else ""
+            rows.append([f"{_ARMS[arm]}", f"{one['rate']:g}", f"{number(one['value'])} {interval(one)}", chosen])
+    title = f"Learning rates tried at rank {results['config']['search_rank']}: MRR of pairs that the grid never sees"
+    return Table(title, ["", "rate", "MRR", ""], _once(rows))
+
+
+def _once(rows: list[list[str]]) -> list[list[str]]:
+    """The rows with their first cell empty where it repeats the one above."""
+    return [row if i == 0 or len(row) == 1 or row[0] != rows[i - 1][0] else ["", *row[1:]] for i, row in enumerate(rows)]
+
+
+def show(results: dict, console: rich.console.Console) -> None:
+    """Print the tables and the paragraph."""
+    from rich.text import Text
+
+    show_tables(tables(results), console)
+    console.print(Text(in_words(results)))
+
+
+def write(folder: pathlib.Path, results: dict) -> None:
+    """Write ``FILES`` into ``folder``, each complete or absent, results.json last."""
+    save_figure(folder / "rank.png", draw_ranks(results))
+    save_figure(folder / "cost.png", draw_costs(results))
+    write_text(folder / "report.md", markdown(results))
+    write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+def markdown(results: dict) -> str:
+    """report.md: the paragraph, the tables, the figures, and all that a repetition needs."""
+    config, pairs = results["config"], results["pairs"]
+    about = (
+        f"{_model_name(results)}, {results['model']['blocks']} blocks; {pairs['trained']:,} pairs trained and {pairs['held_out']:,} "
+        f"held out by each seed, {results['values'][0]['n']} seeds, {results['steps']} steps of {config['batch']} pairs in every cell, "
+        f"alpha rule {config['alpha_rule']}."
+    )
+    parts = ["# LoRA rank and alignment: an early layer against the full model", about, "## In words", in_words(results)]
+    for table in tables(results, full=True):
+        parts += [f"## {table.title}", as_markdown(table)]
+    parts += [_READING, "## Figures", "![Scores against rank](rank.png)", "![Scores against cost](cost.png)"]
+    rest = {key: results[key] for key in ("config", "model", "pairs", "steps", "versions", "machine")}
+    return "\n\n".join([*parts, "## To repeat it", "```json\n" + json.dumps(rest, indent=1, allow_nan=False) + "\n```"]) + "\n"
+
+
+def _model_name(results: dict) -> str:
+    name = results["model"]["name"]
+    return name if name.count("/") <= 1 and not name.startswith((".", "/", "~")) else pathlib.Path(name).name
+
+
+def _with_interval(record: dict) -> str:
+    return number(record["value"]) + ("" if record["low"] is None else f" {interval(record)}")
+
+
+def _value_cell(record: dict, with_interval: bool) -> str:
+    return number(record["value"]) + (f"\n{interval(record)}" if with_interval and record["low"] is not None else "")
+
+
+def _p(p: float | None) -> str:
+    return "-" if p is None else p_value(p)

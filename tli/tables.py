@@ -1,0 +1,41 @@
+"""Tables of text, on the console and as Markdown."""
+
+from __future__ import annotations
+
+import typing
+
+if typing.TYPE_CHECKING:
+    import rich.console
+
+
+class Table(typing.NamedTuple):
+    """A title, a head and rows of text; a row of one cell is a heading within the table."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def show(tables: list[Table], console: rich.console.Console) -> None:
+    """Print the tables, each below its title."""
+    from rich import box
+    from rich.table import Table as Shown
+    from rich.text import Text
+
+    for table in tables:
+        shown = Shown(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+        for i, head in enumerate(table.head):
+            shown.add_column(Text(head), justify="right" if i else "left", no_wrap=True)
+        for row in table.rows:
+            shown.add_row(*map(Text, row), style="bold" if len(row) == 1 else "")
+        # a table's own title would be as narrow as the table
+        console.print(Text(table.title, style="italic"))
+        console.print(shown)
+        console.print()
+
+
+def as_markdown(table: Table) -> str:
+    """The table without its title; a line break in a cell becomes a space."""
+    rows = [row + [""] * (len(table.head) - len(row)) for row in [table.head, *table.rows]]
+    lines = ["| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|").strip() for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(table.head) - 1) + "|", *lines[1:]])
