@@ -1,6 +1,8 @@
-"""Adapters for small models, with values in them as if they had been trained."""
+"""Adapters for small models, with values in them as if they had been trained; and models that cannot be read."""
 
+import json
 import pathlib
+import shutil
 
 import numpy as np
 import torch
@@ -21,4 +23,31 @@ def save_adapter(
     for adapter in lora.adapters(decoder).values():
         adapter.lora_B.data.normal_(std=size, generator=generator)
     lora.save(decoder, config, folder, str(model))
+    return folder
+
+
+# what ``unreadable`` can spoil -> what is said of it
+UNREADABLE = {
+    "unknown family": "the model's family must be one that is known to truncate exactly",
+    "no first shard": "is absent",
+    "half a shard": "the file must be whole safetensors",
+    "no tensor": "the checkpoint must hold the tensor",
+}
+
+
+def unreadable(make_model, folder: pathlib.Path, how: str) -> pathlib.Path:
+    """A copy of a model whose layers cannot be streamed."""
+    shutil.copytree(make_model("llama", shards=True), folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = folder / index["weight_map"]["model.layers.0.mlp.up_proj.weight"]
+    if how == "unknown family":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
+    elif how == "no first shard":
+        shard.unlink()
+    elif how == "half a shard":
+        shard.write_bytes(shard.read_bytes()[:-200])
+    else:
+        del index["weight_map"]["model.layers.0.mlp.up_proj.weight"]
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder

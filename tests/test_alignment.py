@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tli import alignment
-from tli.alignment import HISTOGRAM_EDGES, RETRIEVAL, cosines, csls, measure, measurements
+from tli.alignment import CLIPSCORE, HISTOGRAM_EDGES, RETRIEVAL, cosines, csls, measure, measurements
 from tli.errors import TliError
 
 NONE_ALIKE = np.zeros((0, 2), np.int64)
@@ -33,7 +33,7 @@ def cosine(x: list[float], y: list[float]) -> float:
 
 def by_loops(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> dict[str, list[float]]:
     source, target, alike = source.tolist(), target.tolist(), {tuple(e) for e in same.tolist()}
-    names = ("cosine", "mismatched", "rank_forward", "rank_backward", "chance", "mexa", "strangers", "hit_5_chance")
+    names = ("cosine", "mismatched", "clipscore_mismatched", "rank_forward", "rank_backward", "chance", "mexa", "strangers", "hit_5_chance")
     result = {name: [] for name in names}
     for i in range(len(source)):
         others = [j for j in range(len(source)) if j != i and (i, j) not in alike]
@@ -42,6 +42,8 @@ def by_loops(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> di
         backward = [cosine(source[j], target[i]) for j in others]
         result["cosine"].append(own)
         result["mismatched"].append((math.fsum(forward) / len(others) + math.fsum(backward) / len(others)) / 2)
+        clipped = [math.fsum(max(c, 0) for c in way) / len(others) for way in (forward, backward)]
+        result["clipscore_mismatched"].append(2.5 * math.fsum(clipped) / 2)
         result["rank_forward"].append(1 + sum(c > own for c in forward))
         result["rank_backward"].append(1 + sum(c > own for c in backward))
         result["mexa"].append(all(own > c for c in forward + backward))
@@ -65,6 +67,7 @@ def test_every_number_agrees_with_loops_over_pairs(pairs, width, seed, chunk, da
     np.testing.assert_allclose(measured.cosine, truth["cosine"], atol=1e-12)
     np.testing.assert_allclose(measured.mismatched, truth["mismatched"], atol=1e-12)
     np.testing.assert_allclose(measured.gap, np.subtract(truth["cosine"], truth["mismatched"]), atol=1e-12)
+    np.testing.assert_allclose(measured.per_pair("clipscore_mismatched"), truth["clipscore_mismatched"], atol=1e-12)
     for way, ranks in ((measured.forward, truth["rank_forward"]), (measured.backward, truth["rank_backward"])):
         np.testing.assert_array_equal(way.rank, ranks)
         np.testing.assert_array_equal(way.within(1), np.equal(ranks, 1))
@@ -249,7 +252,7 @@ def test_records_carry_the_means_of_the_arrays_with_intervals_around_them():
     share = np.linspace(0.2, 0.9, 60)
     measured = measure(*word_vectors(60, 16, 19), both_ways([(0, 1)]), share)
     records = measurements(measured, "held_out", "after", "output", seed=0)
-    assert {r["metric"] for r in records} == {"cosine", "mismatched", "gap", "sink_share", *RETRIEVAL}
+    assert {r["metric"] for r in records} == {"cosine", "mismatched", "gap", "sink_share", *RETRIEVAL, *CLIPSCORE}
     for record in records:
         assert (record["split"], record["when"], record["layer"], record["n"]) == ("held_out", "after", "output", 60)
         assert record["value"] == pytest.approx(measured.per_pair(record["metric"]).mean(), rel=1e-12)

@@ -1,4 +1,4 @@
-"""CLIPScore and RefCLIPScore against loops over their definition."""
+"""CLIPScore, which ``alignment`` measures, and RefCLIPScore against loops over their definition."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tli import clipscore
 from tli.alignment import measure
-from tli.clipscore import clip_scores, ref_clip_scores
+from tli.clipscore import ref_clip_scores
 
 
 def drawn(seed: int, pairs: int, width: int = 6, references: int = 0):
@@ -42,13 +42,13 @@ def test_scores_are_their_definition_for_true_and_for_mismatched_pairs(seed, pai
     apart = [[j for j in range(pairs) if j != i and (i, j) not in alike] for i in range(pairs)]
     if not all(apart):
         return
-    found = clip_scores(source, target, same)
+    found = measure(source, target, same)
     for i in range(pairs):
-        assert found.score[i] == pytest.approx(clip(source[i], target[i]))
+        assert found.per_pair("clipscore")[i] == pytest.approx(clip(source[i], target[i]))
         forward = np.mean([clip(source[i], target[j]) for j in apart[i]])
         backward = np.mean([clip(source[j], target[i]) for j in apart[i]])
-        assert found.mismatched[i] == pytest.approx((forward + backward) / 2)
-    np.testing.assert_allclose(found.gap, found.score - found.mismatched)
+        assert found.per_pair("clipscore_mismatched")[i] == pytest.approx((forward + backward) / 2)
+    np.testing.assert_allclose(found.per_pair("clipscore_gap"), found.per_pair("clipscore") - found.per_pair("clipscore_mismatched"))
     referenced = ref_clip_scores(source, target, further, owners, same)
     assert referenced.pairs.tolist() == sorted(set(owners.tolist()))
     for i, score, mismatched in zip(referenced.pairs, referenced.score, referenced.mismatched):
@@ -59,35 +59,33 @@ def test_scores_are_their_definition_for_true_and_for_mismatched_pairs(seed, pai
 
 def test_no_number_depends_on_how_many_rows_are_held_at_once(monkeypatch):
     arguments = drawn(1, 40, references=60)
-    source, target, further, owners, same = arguments
-    usual = clip_scores(source, target, same), ref_clip_scores(*arguments)
+    usual = ref_clip_scores(*arguments)
     monkeypatch.setattr(clipscore, "_CHUNK_NUMBERS", 100)
-    for one, other in zip(usual, (clip_scores(source, target, same), ref_clip_scores(*arguments))):
-        np.testing.assert_allclose(other.score, one.score, rtol=1e-12)
-        np.testing.assert_allclose(other.mismatched, one.mismatched, rtol=1e-12)
+    chunked = ref_clip_scores(*arguments)
+    np.testing.assert_allclose(chunked.score, usual.score, rtol=1e-12)
+    np.testing.assert_allclose(chunked.mismatched, usual.mismatched, rtol=1e-12)
 
 
 def test_where_no_cosine_is_below_zero_clipscore_is_the_cosine_rescaled():
     source, target, *_, same = drawn(2, 30)
     source, target = source.abs(), target.abs()
-    alignment, scores = measure(source, target, same), clip_scores(source, target, same)
-    np.testing.assert_allclose(scores.score, 2.5 * alignment.cosine)
-    np.testing.assert_allclose(scores.mismatched, 2.5 * alignment.mismatched)
-    np.testing.assert_allclose(scores.gap, 2.5 * alignment.gap)
+    found = measure(source, target, same)
+    for clipped, plain in (("clipscore", "cosine"), ("clipscore_mismatched", "mismatched"), ("clipscore_gap", "gap")):
+        np.testing.assert_allclose(found.per_pair(clipped), 2.5 * found.per_pair(plain))
 
 
 def test_words_that_share_a_vector_score_high_and_have_no_gap():
     source, target, *_, same = drawn(3, 60)
     shared = 300 * torch.ones(6)
-    scores = clip_scores(source + shared, target + shared, same)
-    assert scores.score.mean() > 2.49
-    assert abs(scores.gap.mean()) < 1e-3
+    found = measure(source + shared, target + shared, same)
+    assert found.value("clipscore") > 2.49
+    assert abs(found.value("clipscore_gap")) < 1e-3
 
 
 def test_vectors_of_zeros_and_opposite_vectors_score_nothing():
     source, target, further, owners, same = drawn(4, 12, references=12)
     source[0], source[1] = 0, -target[1]
-    assert clip_scores(source, target, same).score[:2].tolist() == [0, 0]
+    assert measure(source, target, same).per_pair("clipscore")[:2].tolist() == [0, 0]
     found = ref_clip_scores(source, target, further, np.arange(12), same)
     assert found.score[:2].tolist() == [0, 0]
     assert np.isfinite(found.mismatched).all()

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from small_adapters import save_adapter
+from small_adapters import UNREADABLE, save_adapter, unreadable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tli import TliError, TrainConfig, evaluation, lexicon, lora, streaming, train
@@ -24,6 +24,7 @@ from tli.errors import run_command
 from tli.evaluate import evaluate
 from tli.files import sha256
 from tli.packing import TokenisedWords
+from tli.tables import show
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = {"evaluation.json", "evaluation.md"}
@@ -191,7 +192,7 @@ def test_layers_are_chosen_and_blocks_above_them_are_not_read(trained, tmp_path,
     assert usual["layers"] == [2, "output"]
 
 
-def test_results_do_not_depend_on_batch_bin_width_or_word_order(trained, facts, tmp_path, monkeypatch, word_list, make_model):
+def test_results_do_not_depend_on_batch_bin_width_padding_side_or_word_order(trained, facts, tmp_path, monkeypatch, word_list, make_model):
     monkeypatch.setattr("tli.streaming._CHUNK_NODES", 64)
     pack = TokenisedWords.pack
     monkeypatch.setattr(TokenisedWords, "pack", lambda words, numbers, pool_bos=False: pack(words, numbers, pool_bos, width=12))
@@ -202,7 +203,11 @@ def test_results_do_not_depend_on_batch_bin_width_or_word_order(trained, facts, 
     turned = tmp_path / "turned.tsv"
     turned.write_text("\n".join([header, *reversed(rows)]) + "\n", encoding="utf-8")
     plain = save_adapter(make_model("llama", **SIZES), tmp_path / "plain")
-    straight, around = (run(plain, pairs=str(path), layers="2,output", output=str(tmp_path / path.stem)) for path in (word_list, turned))
+    left = shutil.copytree(make_model("llama", **SIZES), tmp_path / "left")
+    AutoTokenizer.from_pretrained(left, padding_side="left", pad_token="</s>").save_pretrained(left)
+    assert AutoTokenizer.from_pretrained(left).padding_side == "left"
+    straight = run(plain, pairs=str(word_list), layers="2,output", output=str(tmp_path / "straight"))
+    around = run(plain, pairs=str(turned), model=str(left), layers="2,output", output=str(tmp_path / "around"))
     usual = {**facts, "measurements": [r for r in facts["measurements"] if r["layer"] in (2, "output")]}
     for one, other in ((usual, narrow), (straight, around)):
         assert len(one["measurements"]) == len(other["measurements"])
@@ -338,10 +343,17 @@ def test_files_are_complete_and_never_overwritten_silently(adapter, capsys):
 
 
 def test_the_tables_fit_their_width_and_say_what_the_json_says(facts):
+    wide = {"value": 12345.678, "low": 10000.0, "high": 99999.0}
+    of_text = dict.fromkeys(("perplexity", "perplexity_ratio", "kl", "total_variation"), wide)
+    text = {"name": "some-longer-name-of-a-text.txt", "tokens": 8192, "tokens_in_file": 999_999, "windows": 33, "width": 256}
+    facts = {**facts, "harm": {"text": text, "before": {"perplexity": wide}, "after": [of_text]}}
+    # names of runs are long
+    named = json.dumps(facts).replace(': "adapter"', ': "default-full-hook-layer12-rank128-seed10-shuffled"')
+    facts = json.loads(named)
     few = {**facts, "layers": [2, "output"], "tests": [test for test in facts["tests"] if test["layer"] in (2, "output")]}
     for shown, width in ((few, 80), (facts, 80), (few, 120)):
         out = io.StringIO()
-        evaluation.show(evaluation.tables_of_adapters(shown), Console(file=out, width=width))
+        show(evaluation.tables_of_adapters(shown), Console(file=out, width=width))
         lines = out.getvalue().splitlines()
         assert max(map(len, lines)) <= width
         # rich cuts what does not fit
@@ -445,6 +457,7 @@ def test_reports_that_speak_of_something_else_are_refused(adapter, word_list, tm
         ({"layers": "5"}, "^--layers: .*, got '5'"),
         ({"layers": ""}, "^--layers: "),
         ({"layers": "-1"}, "^--layers: "),
+        ({"seed": -1, "layers": "2"}, "^--seed: the seed must be at least 0, got -1"),
         ({"margin": -1.0, "layers": "2"}, "^--margin: the margin of equivalence must be above 0"),
         ({"text": "no-such-file.txt"}, "readable UTF-8 file"),
         ({"weights": "int8"}, "^--weights: the value must be one of full, nf4"),
@@ -476,6 +489,16 @@ def test_missing_shards_end_the_default_layers_and_refuse_those_asked_for(make_m
     with pytest.raises(TliError, match="^--layers: the blocks must be there, got .* is absent"):
         run(adapter, model=str(copy), pairs=str(word_list), token_norm="rms", layers="2,output", output=str(tmp_path / "out2"))
     assert not list((tmp_path / "out2").iterdir())
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_a_model_whose_layers_cannot_be_streamed_is_refused(make_model, tmp_path, word_list, how):
+    adapter = save_adapter(make_model("llama", shards=True), tmp_path / "adapter")
+    model = unreadable(make_model, tmp_path / "model", how)
+    with pytest.raises(TliError, match=UNREADABLE[how]) as error:
+        run(adapter, model=str(model), pairs=str(word_list), token_norm="rms", layers="2", output=str(tmp_path / "out"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 def test_adapters_stand_without_a_flag_and_help_needs_no_torch():

@@ -1,5 +1,6 @@
 """The scan against transformers' whole model and peft, word by word; the sink-only model; the command as a user meets it."""
 
+import copy
 import dataclasses
 import io
 import json
@@ -13,16 +14,19 @@ import pytest
 import torch
 from conftest import FAMILIES
 from peft import PeftModel
+from small_adapters import UNREADABLE, unreadable
 from transformers import AutoModelForCausalLM
 
 from tli import layers, lexicon, lora, streaming
-from tli import scan as scan_command
 from tli.checkpoint import open_checkpoint
 from tli.config import ScanConfig, parse
 from tli.errors import TliError, run_command
 from tli.figures import draw_scan
+from tli.files import sha256
 from tli.objective import Pooling, pooling
 from tli.packing import TokenisedWords, tokenise
+from tli.scan import _pairs
+from tli.scan import scan as scan_command
 from tli.scan_report import show, verdict
 from tli.truncated import place, to_batch, truncate
 
@@ -141,13 +145,15 @@ def test_a_scan_with_an_adapter_is_pefts_model_and_leaves_the_base_alone(make_mo
     assert np.abs(truth[1, "word", "cosine"] - scans["base", 1].per_pair["word", "cosine"]).max() > 0.05
 
 
-def test_bins_chunks_and_the_order_of_pairs_change_nothing(make_model, tokenizer, pairs, monkeypatch):
+def test_bins_chunks_padding_side_and_the_order_of_pairs_change_nothing(make_model, tokenizer, pairs, monkeypatch):
     folder = make_model("qwen3")
     whole = scanned(folder, spell(tokenizer, pairs), lexicon.same_meaning(pairs))
     order = np.random.default_rng(3).permutation(len(pairs))
     moved = [pairs[i] for i in order]
     monkeypatch.setattr(streaming, "_CHUNK_NODES", 30)
-    parts = scanned(folder, spell(tokenizer, moved), lexicon.same_meaning(moved), width=13)
+    left = copy.deepcopy(tokenizer)
+    left.padding_side, left.pad_token = "left", "</s>"
+    parts = scanned(folder, spell(left, moved), lexicon.same_meaning(moved), width=13)
     for key, scan in whole.items():
         for name, values in scan.per_pair.items():
             # a cosine may fall on the other side of the next one's rounding, no further
@@ -321,7 +327,7 @@ def test_a_scan_of_one_side_of_the_split_is_of_these_pairs(settings, tmp_path, w
     trained, held_out = lexicon.split_pairs(lexicon.read_pairs(word_list, "swahili", "english"), 0.2, 5)
     for split, expected_pairs in (("trained", trained), ("held_out", held_out)):
         config = ScanConfig(**{**settings, "output": str(tmp_path / split)}, split=split, held_out=0.2, seed=5)
-        assert scan_command._pairs(config) == expected_pairs
+        assert _pairs(config) == expected_pairs
         assert scan_command(config)["pairs"]["scanned"] == len(expected_pairs)
 
 
@@ -368,11 +374,13 @@ def test_the_tables_fit_80_columns_with_32_layers_and_an_adapter(settings, tmp_p
                 wide = {"value": 343.2} if record["metric"] == "norm_ratio" else wide
                 records.append(record | wide | {"layer": layer})
     report["measurements"], report["choice"] = records, {"gap": 126, "paper": 126}
-    report["strata"] = [record | {"layer": 126} for record in report["strata"] if record["layer"] == 2]
+    # the adapter's layers are now all alike: the first is where its gap is surest
+    report["strata"] = [record | {"layer": 1} for record in report["strata"] if record["layer"] == 2]
     lines = printed(report).splitlines()
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
     assert sum(line.startswith("126*p ") for line in lines) == 3
+    assert any(line.startswith("loan words ") for line in lines)
 
 
 def test_the_figure_draws_the_records_of_base_and_adapter(settings, tmp_path):
@@ -438,16 +446,51 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(settings, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("other", [{"hidden_size": 64}, {"blocks": 1}], ids=str)
-def test_an_adapter_of_another_model_is_refused(settings, make_model, tmp_path, capsys, other):
+def assert_refused(settings: dict, output: pathlib.Path, capsys, message: str) -> None:
+    capsys.readouterr()
+    code, shown = command(as_flags(settings), capsys)
+    assert code == 2
+    assert message in shown
+    # which ops were chosen may stand before it
+    assert shown.count("error: ") == 1
+    assert shown.splitlines()[-1].startswith("error: ")
+    assert not output.exists() or not list(output.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"hidden_size": 64}, "the adapter must fit the model: A 2x64 and B"),
+        ({"blocks": 1}, "every key must be a linear layer's of the model, llama with 1 blocks"),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_another_model_is_refused(settings, make_model, tmp_path, capsys, other, message):
     folder = adapter_folder(settings, tmp_path / "adapter")
     flags = {**settings, "model": str(make_model("llama", **other)), "adapter": str(folder)}
-    capsys.readouterr()
-    code, shown = command(as_flags(flags), capsys)
-    assert code == 2
-    assert str(folder) in shown
-    assert shown.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert_refused(flags, tmp_path / "out", capsys, f"{folder / lora.ADAPTER_FILE}: {message}")
+
+
+def test_an_adapter_that_was_trained_on_another_family_is_refused(settings, make_model, tmp_path, capsys):
+    folder = adapter_folder(settings, tmp_path / "adapter")
+    facts = {
+        "config": {"layer": 2, "model": settings["model"]},
+        "model": {"name": "a model", "family": "llama", "sha256": "0"},
+        "pairs": {"sha256": "0"},
+        "adapter": {"sha256": sha256(folder / lora.ADAPTER_FILE)},
+    }
+    (folder / "report.json").write_text(json.dumps(facts))
+    for model, message in (
+        (make_model("mistral"), "the family that the adapter was trained on, llama, got mistral"),
+        (settings["model"], "the model must be the one that the adapter was trained on, a model, got other weights"),
+    ):
+        assert_refused({**settings, "model": str(model), "adapter": str(folder)}, tmp_path / "out", capsys, message)
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_a_model_whose_layers_cannot_be_streamed_is_refused(settings, make_model, tmp_path, capsys, how):
+    flags = {**settings, "model": str(unreadable(make_model, tmp_path / "model", how)), "token_norm": "rms"}
+    assert_refused(flags, tmp_path / "out", capsys, UNREADABLE[how])
 
 
 def test_an_output_folder_is_not_lost(settings, tmp_path, capsys):
@@ -482,7 +525,7 @@ def test_the_process_prints_one_object_and_ends_with_2_on_an_error(settings):
     done = subprocess.run(flags, cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["choice"].keys() == {"gap", "paper"}
     assert " ".join(done.stderr.split()).endswith(f"in {settings['output']}: scan.json, scan.png")
-    again = subprocess.run(flags, cwd=ROOT, capture_output=True, text=True)
+    again = subprocess.run([*flags, "--sample", "0"], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2
     assert again.stdout == ""
     assert "Traceback" not in again.stderr

@@ -61,7 +61,9 @@ def command(flags: list[str], capsys) -> tuple[int, str]:
 
 def process(flags: list[str], cwd: pathlib.Path, **more) -> subprocess.Popen:
     environment = {"PYTHONPATH": str(ROOT), **os.environ, **more.pop("environment", {})}
-    return subprocess.Popen([sys.executable, "-m", "tli.study", *flags], cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, **more)
+    return subprocess.Popen(
+        [sys.executable, "-m", "tli.study", *flags], cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, **more
+    )
 
 
 def contents(folder: pathlib.Path) -> dict[str, tuple]:
@@ -318,6 +320,15 @@ def test_the_paragraph_says_where_the_control_is_as_good():
     said = study_report.in_words(made_up(RISING, SAME, shuffled=0.25))
     assert "not shown to be less than on true pairs" in said
     assert "that part is alignment" not in said
+
+
+def test_a_rate_at_the_edge_of_the_search_is_said():
+    results = made_up(RISING, SAME)
+    tried = [{"rate": rate, "value": 0.1, "low": 0.1, "high": 0.1, "n": 3} for rate in (1e-4, 1e-3, 1e-2)]
+    results["search"] = {"early": {"chosen": 1e-3, "tried": tried}, "full": {"chosen": 1e-4, "tried": tried}}
+    said = study_report.in_words(results)
+    assert "The best learning rate of the full arm, 0.0001, is the lowest that was tried: a lower one may do better." in said
+    assert "learning rate of the early arm" not in said
 
 
 def test_one_seed_claims_nothing_of_another():

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import re
 
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tli import ops
+from tli import hub, ops
 from tli.errors import TliError
 from tli.files import sha256
 
@@ -99,8 +100,16 @@ class Checkpoint:
             return table.clone() if rows is None else table[rows]
 
     def final_norm(self) -> tuple[Tensor, float]:
-        """The final norm's effective weight, fp32 [width], and its epsilon. Sharded checkpoints keep it in their last shard."""
-        weight = self.read({"norm.weight": (self.config.hidden_size,)})["norm.weight"].float()
+        """The final norm's effective weight, fp32 [width], and its epsilon.
+
+        Sharded checkpoints keep it in their last shard, of which a hub sends its few bytes alone.
+        """
+        if self.folder is None and not self.at_hand("norm.weight"):
+            # the folder of a downloaded file is named after its commit
+            revision = self.path("config.json").parent.name
+            weight = hub.fetch_tensor(self.name, revision, self._shard("norm.weight"), f"{self.prefix}norm.weight").float()
+        else:
+            weight = self.read({"norm.weight": (self.config.hidden_size,)})["norm.weight"].float()
         # Gemma stores its norms' weights less one
         gemma = self.config.model_type.startswith("gemma")
         return (weight + 1 if gemma else weight.clone()), self.config.rms_norm_eps
@@ -121,7 +130,7 @@ class Checkpoint:
     def at_hand(self, name: str) -> bool:
         """Whether reading this tensor downloads nothing: its shard is on disk, or is one that the embedding needs anyway."""
         if self.folder is None:
-            return self._shard(name) == self._shard("embed_tokens.weight")
+            return self._shard(name) == self._shard("embed_tokens.weight") or _is_cached(self.name, self._shard(name))
         return not self.absent([name])
 
     def tokenizer(self):
@@ -166,6 +175,11 @@ class Checkpoint:
                 "x".join(map(str, got)),
                 "use the config.json that belongs to these weights",
             )
+
+
+def sight(checkpoint: Checkpoint) -> int:
+    """How many tokens the model sees at once, in every block."""
+    return min(checkpoint.config.max_position_embeddings, getattr(checkpoint.config, "sliding_window", None) or math.inf)
 
 
 def open_checkpoint(name: str) -> Checkpoint:
@@ -232,6 +246,12 @@ def _fetch(name: str, folder: pathlib.Path | None, file: str, optional: bool = F
             return None
         raise TliError(folder, f"the folder must hold {file}", "none", "download the missing file or name another folder")
     return _download(name, file, optional)
+
+
+def _is_cached(name: str, file: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, file), str)
 
 
 @functools.cache

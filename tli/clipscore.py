@@ -1,11 +1,11 @@
-"""CLIPScore and RefCLIPScore of word pairs, each with its value for mismatched pairs.
+"""RefCLIPScore of word pairs, with its value for mismatched pairs.
 
     CLIPScore(i, j)    = 2.5 · max(cos(source_i, target_j), 0)
     RefCLIPScore(i, j) = H( CLIPScore(i, j), max(max_r cos(target_j, reference_r), 0) ),    H(a, b) = 2ab / (a + b), H(0, 0) = 0
 
-The source word stands for the image, the target word for the caption, a pair's further accepted glosses for the references. On
-word pairs CLIPScore is a rescaled cosine and says no more than one: of words that all share a vector, strangers score as
-high as translations. So each pair's score comes with the mean score of mismatched pairs; ``gap`` is what is left.
+The source word stands for the image, the target word for the caption, a pair's further accepted glosses for the references. Of
+words that all share a vector, strangers score as high as translations. So each pair's score comes with the mean score of
+mismatched pairs; ``gap`` is what is left. CLIPScore itself is among ``alignment``'s measures.
 Source: Hessel et al. 2021 (arXiv 2104.08718); the references' cosines are not rescaled there, either.
 """
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-WEIGHT = 2.5
+from tli.alignment import CLIP_WEIGHT
+
 _CHUNK_NUMBERS = 1 << 19
 
 
@@ -26,8 +27,7 @@ class Scores:
 
     pairs        int64 [M]     which of the list's pairs they are
     score        float64 [M]   of each true pair
-    mismatched   float64 [M]   mean score of mismatched pairs: for CLIPScore of pair i's words with words of other meaning, both
-                               directions averaged; for RefCLIPScore of other pairs' targets beside pair i's source and references
+    mismatched   float64 [M]   mean score of other pairs' targets beside pair i's source and references
     """
 
     pairs: np.ndarray
@@ -40,35 +40,15 @@ class Scores:
 
 
 @torch.inference_mode()
-def clip_scores(source: Tensor, target: Tensor, same: np.ndarray) -> Scores:
-    """CLIPScore of every pair.
-
-    source, target   [B, D]         word vectors of any length; row i of one translates row i of the other
-    same             int64 [E, 2]   (i, j), i != j: source i and target j mean the same, and are not mismatched
-
-    Computed in fp64, in chunks of rows. A pair that no other can be compared with has NaN for its mismatched value;
-    ``alignment.measure`` refuses such lists.
-    """
-    source, target = _directions(source), _directions(target)
-    pairs = len(source)
-    total = source.new_zeros(2, pairs)
-    for rows, left_out in _chunks(np.arange(pairs), pairs, same, source.device):
-        scores = _clip(source[rows] @ target.T).masked_fill_(left_out, 0)
-        total[0, rows] = scores.sum(1)
-        total[1] += scores.sum(0)
-    others = pairs - 1 - np.stack([np.bincount(side, minlength=pairs) for side in np.reshape(same, (-1, 2)).T])
-    mismatched = np.divide(total.cpu().numpy(), others, out=np.full((2, pairs), np.nan), where=others > 0).mean(0)
-    return Scores(np.arange(pairs), _clip((source * target).sum(1)).cpu().numpy(), mismatched)
-
-
-@torch.inference_mode()
 def ref_clip_scores(source: Tensor, target: Tensor, references: Tensor, owners: np.ndarray, same: np.ndarray) -> Scores:
     """RefCLIPScore of every pair that has references.
 
-    source, target   [B, D]         as for ``clip_scores``
+    source, target   [B, D]         word vectors of any length; row i of one translates row i of the other
     references       [R, D]         word vectors of all pairs' further accepted glosses
     owners           int64 [R]      the pair that each belongs to, ascending
-    same             int64 [E, 2]   as for ``clip_scores``
+    same             int64 [E, 2]   (i, j), i != j: source i and target j mean the same, and are not mismatched
+
+    Computed in fp64, in chunks of rows. Every pair must have one to be compared with: ``alignment.measure`` refuses other lists.
     """
     source, target, references = _directions(source), _directions(target), _directions(references)
     pairs, first = np.unique(owners, return_index=True)
@@ -79,7 +59,7 @@ def ref_clip_scores(source: Tensor, target: Tensor, references: Tensor, owners: 
         own = slice(bounds[places[0]], bounds[places[-1] + 1])
         lengths = torch.from_numpy(np.diff(bounds)[places]).to(source.device)
         nearest = torch.segment_reduce(references[own] @ target.T, "max", lengths=lengths, axis=0).clamp_(min=0)
-        scores = _harmonic_mean(_clip(source[rows] @ target.T), nearest)
+        scores = _harmonic_mean(CLIP_WEIGHT * (source[rows] @ target.T).clamp_(min=0), nearest)
         score[places] = scores[torch.arange(len(rows)), torch.from_numpy(rows)].cpu().numpy()
         scores.masked_fill_(left_out, 0)
         mismatched[places] = (scores.sum(1) / (~left_out).sum(1)).cpu().numpy()
@@ -96,10 +76,6 @@ def _chunks(chosen: np.ndarray, pairs: int, same: np.ndarray, device: torch.devi
         for place, row in enumerate(rows.tolist()):
             left_out[place, [row, *partners.get(row, ())]] = True
         yield rows, left_out.to(device)
-
-
-def _clip(cosine: Tensor) -> Tensor:
-    return WEIGHT * cosine.clamp(min=0)
 
 
 def _harmonic_mean(a: Tensor, b: Tensor) -> Tensor:

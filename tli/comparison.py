@@ -1,7 +1,7 @@
 """Adapters against the base: what each pair's numbers are at some layers, with and without each adapter, and what the tests say.
 
-One pass over the model's blocks measures the base and all adapters at once. Of a pair it keeps cosine, mismatched cosine, gap and
-ranks (``alignment``) and CLIPScores (``clipscore``). ``assess`` turns these into means with intervals and into tests: paired ones of
+One pass over the model's blocks measures the base and all adapters at once. Of a pair it keeps cosine, mismatched cosine, gap, ranks
+and CLIPScores (``alignment``, ``clipscore``). ``assess`` turns these into means with intervals and into tests: paired ones of
 each adapter against the base, Welch's and an equivalence test of trained against held-out gain; Holm's correction runs over layers.
 """
 
@@ -13,22 +13,20 @@ import numpy as np
 from torch import Tensor
 
 from tli import lexicon
-from tli.alignment import RETRIEVAL, Alignment, measure
-from tli.checkpoint import Checkpoint
-from tli.clipscore import Scores, clip_scores, ref_clip_scores
-from tli.harm import sight
+from tli.alignment import CLIPSCORE, RETRIEVAL, Alignment, measure
+from tli.checkpoint import Checkpoint, sight
+from tli.clipscore import Scores, ref_clip_scores
 from tli.lora import Adapter
 from tli.objective import Pooling
 from tli.packing import tokenise
 from tli.records import DIFFERENCE, Layer
 from tli.resampling import bootstrap_interval, word_clusters
 from tli.significance import P_VALUES, compare_groups, compare_rows, correct
-from tli.streaming import stream_layers, token_lengths
+from tli.streaming import sink_share, stream_layers
 from tli.truncated import Placement, to_batch
 
-CLIP = ("clipscore", "clipscore_mismatched", "clipscore_gap")
-REF_CLIP = tuple(f"ref_{name}" for name in CLIP)
-TESTED = ("gap", "p_at_1", "mrr", "cosine", "mismatched", *CLIP, *REF_CLIP)
+REF_CLIPSCORE = tuple(f"ref_{name}" for name in CLIPSCORE)
+TESTED = ("gap", "p_at_1", "mrr", "cosine", "mismatched", *CLIPSCORE, *REF_CLIPSCORE)
 # trained and held-out retrieval have different numbers of candidates; their gains are not comparable
 TESTED_BETWEEN = ("gap", "cosine")
 
@@ -38,17 +36,15 @@ class Measured:
     """One stream's pairs in one layer; ``referenced`` is None where no pair has a further accepted gloss."""
 
     alignment: Alignment
-    scores: Scores
     referenced: Scores | None
 
     def per_pair(self) -> dict[str, np.ndarray]:
         """float64 [B] by metric, of all pairs."""
-        of_words = {metric: self.alignment.per_pair(metric) for metric in self.alignment.metrics}
-        return of_words | dict(zip(CLIP, (self.scores.score, self.scores.mismatched, self.scores.gap)))
+        return {metric: self.alignment.per_pair(metric) for metric in self.alignment.metrics}
 
     def per_referenced_pair(self) -> dict[str, np.ndarray]:
         """float64 [M] by metric, of the pairs that have references."""
-        return dict(zip(REF_CLIP, (self.referenced.score, self.referenced.mismatched, self.referenced.gap)))
+        return dict(zip(REF_CLIPSCORE, (self.referenced.score, self.referenced.mismatched, self.referenced.gap)))
 
 
 class _Enough(Exception):
@@ -93,19 +89,16 @@ def measure_layers(
 
     def visit(layer: Layer, states: Sequence[Tensor]) -> None:
         if layer in layers:
-            pool = Pooling(None, pooling.norm_eps) if layer == "output" else pooling
             for stream, nodes in zip(streams, states, strict=True):
-                source, target, references = pool(nodes, batch).tensor_split([len(pairs), 2 * len(pairs)])
-                sink, tokens, _ = (lengths[: 2 * len(pairs)] for lengths in token_lengths(nodes, batch))
-                share = (sink / (sink + tokens)).view(2, -1).mean(0).cpu().numpy()
+                source, target, references = pooling.at(layer)(nodes, batch).tensor_split([len(pairs), 2 * len(pairs)])
+                share = sink_share(nodes, batch)[: 2 * len(pairs)].view(2, -1).mean(0).cpu().numpy()
                 for split, (own, same) in parts.items():
                     of_split = (owners >= own.start) & (owners < own.stop)
                     words_of = source[own], target[own]
                     referenced = None
                     if of_split.any():
                         referenced = ref_clip_scores(*words_of, references[of_split], owners[of_split] - own.start, same)
-                    alignment = measure(*words_of, same, share[own])
-                    found[split, stream, layer] = Measured(alignment, clip_scores(*words_of, same), referenced)
+                    found[split, stream, layer] = Measured(measure(*words_of, same, share[own]), referenced)
         done()
         if layer == layers[-1]:
             raise _Enough

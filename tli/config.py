@@ -300,7 +300,7 @@ class StudyConfig:
         "2R: alpha is twice the rank, so the scale is 2; rslora: the scale is 8/sqrt(R), 2 at rank 16",
         choices=("2R", "rslora"),
     )
-    rates: str = option("5e-4,1e-3,2e-3,4e-3", "grid", "learning rates tried once per arm; a single one is taken as it is")
+    rates: str = option("1e-4,3e-4,1e-3,3e-3", "grid", "learning rates tried once per arm; a single one is taken as it is")
     search_rank: int = option(16, "grid", "rank at which the rate is searched and the control on shuffled pairs is run")
     search_share: float = option(0.1, "grid", "share of --pairs that the search is judged by; no cell of the grid ever sees them")
 

@@ -24,6 +24,7 @@ from tli import evaluation, lexicon, paired_table
 from tli.errors import TliError, run_command
 from tli.files import claim_output, sha256, write_text
 from tli.records import Layer
+from tli.tables import Table, show
 
 if typing.TYPE_CHECKING:
     from tli.recorded import Recorded
@@ -57,7 +58,7 @@ def _evaluate_table(config: EvaluateConfig, console) -> dict:
         output = pathlib.Path(config.output).expanduser()
         claim_output(output, config.overwrite)
         _write(output, facts, tables, f"# Statistics of {facts['table']['name']}")
-    evaluation.show(tables, console)
+    show(tables, console)
     console.print(evaluation.last_line_of_values(facts, config.output))
     return facts
 
@@ -84,7 +85,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     pool_bos = agreed(known, "eval_pool_bos", False) if config.sink is None else config.sink == "in"
     seed = known[0].option("seed", 0) if config.seed is None else config.seed
     splits, lists = _read_lists(config, known)
-    models = dict.fromkeys([config.model] if config.model else [recorded.model() for recorded in known])
+    models = dict.fromkeys([config.model] if config.model else [recorded.model_name() for recorded in known])
     if len(models) > 1:
         raise TliError(
             "ADAPTER", "the adapters must be of one model", ", ".join(models), "evaluate them one by one, or name it with --model"
@@ -93,7 +94,8 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
         raise TliError("--output", "several adapters need a folder for their evaluation", "none", "name one")
     output = known[0].folder / "evaluation" if config.output is None else pathlib.Path(config.output).expanduser()
 
-    checkpoint = open_checkpoint(next(iter(models)))
+    name = next(iter(models))
+    checkpoint = open_checkpoint(starter.locate(name))
     placement = place(config.device, config.dtype, weights)
     console.print(ops.choose(config.impl, placement.dtype, placement.device))
     layers = _layers(config, known, checkpoint.blocks)
@@ -128,13 +130,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     facts = {
         "config": as_dict(config),
         "adapters": [recorded.facts() for recorded in known],
-        "model": {
-            "name": starter.NAME if checkpoint.name == str(starter.starter_folder()) else checkpoint.name,
-            "family": checkpoint.config.model_type,
-            "blocks": checkpoint.blocks,
-            "width": checkpoint.config.hidden_size,
-            "sha256": hashed(checkpoint.blocks if measured[-1] == "output" else measured[-1]),
-        },
+        "model": provenance.model_facts(name, checkpoint, hashed(checkpoint.blocks if measured[-1] == "output" else measured[-1])),
         "pairs": lists,
         "settings": {**used, "seed": seed, "source": lists["source"], "target": lists["target"]},
         "differences": differences,
@@ -148,7 +144,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     }
     tables = evaluation.tables_of_adapters(facts)
     _write(output, facts, evaluation.tables_of_adapters(facts, full=True), "# Evaluation")
-    evaluation.show(tables, console)
+    show(tables, console)
     console.print(evaluation.last_line_of_adapters(facts, output))
     return facts
 
@@ -227,7 +223,7 @@ def _versions() -> dict:
     return {"tli": tli.__version__, "python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__}
 
 
-def _write(output: pathlib.Path, facts: dict, tables: list[evaluation.Table], title: str) -> None:
+def _write(output: pathlib.Path, facts: dict, tables: list[Table], title: str) -> None:
     text = evaluation.markdown(title, tables, facts)
     write_text(output / "evaluation.md", text)
     write_text(output / "evaluation.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")

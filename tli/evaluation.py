@@ -10,11 +10,10 @@ import json
 import typing
 
 from tli.records import DIFFERENCE, Layer, interval, number, p_value
+from tli.tables import Table, as_markdown
 
 if typing.TYPE_CHECKING:
     import pathlib
-
-    import rich.console
 
 # with more layers than this the console's tables keep to one line a layer
 _FEW_LAYERS = 6
@@ -40,14 +39,6 @@ says so. *CLIP-S* is 2.5 times the cosine, none below 0; *RefCLIP-S* is its harm
 its own synonyms, which is high without any alignment of languages, so not even its gap is zero then."""
 
 
-class Table(typing.NamedTuple):
-    """A title, a head and rows of text; a row of one cell is a heading within the table."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-
-
 def tables_of_adapters(facts: dict, full: bool = False) -> list[Table]:
     """Values and tests by list, what trained and held-out gains have in common, and harm; ``full`` holds every metric and interval."""
     tables = []
@@ -58,7 +49,9 @@ def tables_of_adapters(facts: dict, full: bool = False) -> list[Table]:
         tables.append(_gains(facts, name, splits, of, full))
         if "held_out" in splits:
             tables.append(_between(facts, name, of, full))
-    return tables + ([_harm(facts)] if facts["harm"] else [])
+        if facts["harm"]:
+            tables.append(_harm(facts, name, of))
+    return tables
 
 
 def tables_of_values(facts: dict) -> list[Table]:
@@ -94,32 +87,11 @@ def tables_of_values(facts: dict) -> list[Table]:
     return tables + ([_groups_compared(facts)] if facts["between"] else [])
 
 
-def show(tables: list[Table], console: rich.console.Console) -> None:
-    """Print the tables."""
-    from rich import box
-    from rich.table import Table as Shown
-    from rich.text import Text
-
-    for table in tables:
-        shown = Shown(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
-        for i, head in enumerate(table.head):
-            shown.add_column(Text(head), justify="right" if i else "left", no_wrap=True)
-        for row in table.rows:
-            shown.add_row(*map(Text, row), style="bold" if len(row) == 1 else "")
-        # a table's own title would be as narrow as the table
-        console.print(Text(table.title, style="italic"))
-        console.print(shown)
-        console.print()
-
-
 def markdown(title: str, tables: list[Table], facts: dict) -> str:
     """evaluation.md: the tables, how to read them, and all that a repetition needs."""
     parts = [title]
     for table in tables:
-        lines = [
-            "| " + " | ".join(_cell(cell) for cell in row + [""] * (len(table.head) - len(row))) + " |" for row in [table.head, *table.rows]
-        ]
-        parts += [f"## {table.title}", "\n".join([lines[0], "|---" + "|---:" * (len(table.head) - 1) + "|", *lines[1:]])]
+        parts += [f"## {table.title}", as_markdown(table)]
     parts += [_READING] if "adapters" in facts else []
     rest = {key: facts[key] for key in facts if key not in ("measurements", "tests", "harm", "groups", "between")}
     parts += ["## To repeat it", "```json\n" + json.dumps(rest, indent=1, allow_nan=False) + "\n```"]
@@ -251,26 +223,25 @@ def _between(facts: dict, adapter: str, of: str, full: bool) -> Table:
     return Table(title, ["layer", "", "difference", "95 % interval", "Welch p", "TOST p", "gains"], _once(rows))
 
 
-def _harm(facts: dict) -> Table:
+def _harm(facts: dict, adapter: str, of: str) -> Table:
     harm, text = facts["harm"], facts["harm"]["text"]
+    after = harm["after"][[recorded["name"] for recorded in facts["adapters"]].index(adapter)]
     part = (
         f"the first {text['tokens']:,} of {text['tokens_in_file']:,}" if text["tokens"] < text["tokens_in_file"] else f"{text['tokens']:,}"
     )
     windows = f"{text['windows']} window{'s' * (text['windows'] > 1)} of {text['width']}"
-    title = f"language model on {text['name']}: {part} tokens in {windows}"
-    rows = [["base", _with_interval(harm["before"]["perplexity"], 2), "", "", ""]]
-    for adapter, after in zip(facts["adapters"], harm["after"]):
-        cells = [
-            _with_interval(after[key], digits)
-            for key, digits in (("perplexity", 2), ("perplexity_ratio", 3), ("kl", 4), ("total_variation", 4))
-        ]
-        rows.append([adapter["name"], *cells])
-    return Table(title, ["", "perplexity", "times the base's", "KL, nats", "total variation"], rows)
-
-
-def _with_interval(record: dict, digits: int) -> str:
-    ends = f"[{record['low']:.{digits}f}, {record['high']:.{digits}f}]" if record["low"] is not None else _UNDEFINED
-    return f"{record['value']:.{digits}f}\n{ends}"
+    shown = (
+        ("perplexity of the base", harm["before"]["perplexity"], 2),
+        ("perplexity with the adapter", after["perplexity"], 2),
+        ("times the base's", after["perplexity_ratio"], 3),
+        ("KL from the base, nats", after["kl"], 4),
+        ("total variation", after["total_variation"], 4),
+    )
+    rows = []
+    for name, record, digits in shown:
+        value, *ends = (None if record[key] is None else f"{record[key]:.{digits}f}" for key in ("value", "low", "high"))
+        rows.append([name, value, _UNDEFINED if None in ends else f"[{', '.join(ends)}]"])
+    return Table(f"{of}language model on {text['name']}: {part} tokens in {windows}", ["", "mean", "95 % interval"], rows)
 
 
 def _metric(metric: str) -> str:
@@ -300,7 +271,3 @@ def _small(value: float) -> str:
 
 def _p(p: float | None) -> str:
     return _UNDEFINED if p is None else p_value(p)
-
-
-def _cell(cell: str) -> str:
-    return cell.replace("\n", " ").replace("|", "\\|").strip()

@@ -157,7 +157,8 @@ def draw_scan(report: dict) -> matplotlib.figure.Figure:
         by_chance = found[streams[0], layers[0], "word", metric]["chance"]
         ranks.axhline(by_chance, color="black", linestyle=dots, linewidth=1.6, label=f"{'MRR' if metric == 'mrr' else 'P@1'} by chance")
     ranks.set_ylabel("MRR and P@1 (mean of both directions)")
-    ranks.set_ylim(bottom=0)
+    # the legend needs room above the bands
+    ranks.set_ylim(0, 1.3 * ranks.get_ylim()[1])
     for panel in (pooled, words, gaps, ranks):
         panel.axvline(place[report["choice"]["gap"]], color="0.6", linewidth=7, alpha=0.3, zorder=0)
         panel.axvline(place[report["choice"]["paper"]], color="black", linewidth=0.8, linestyle=(0, (6, 3)), zorder=0)

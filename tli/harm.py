@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tli import ops
-from tli.checkpoint import Checkpoint
+from tli.checkpoint import Checkpoint, sight
 from tli.errors import TliError
 from tli.files import sha256
 from tli.lora import Adapter
@@ -49,11 +49,6 @@ class TextWindows:
     lengths: np.ndarray
     rows: np.ndarray
     facts: dict
-
-
-def sight(checkpoint: Checkpoint) -> int:
-    """How many tokens the model sees at once, in every block."""
-    return min(checkpoint.config.max_position_embeddings, getattr(checkpoint.config, "sliding_window", None) or math.inf)
 
 
 def read_windows(path: str | os.PathLike, checkpoint: Checkpoint, width: int | None = None, most_tokens: int | None = None) -> TextWindows:

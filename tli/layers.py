@@ -92,10 +92,8 @@ def scan_layers(
     scans: dict[tuple[str, Layer], LayerScan] = {}
 
     def visit(layer: Layer, states: Sequence[Tensor]) -> None:
-        # the output is normalised already
-        norm = dataclasses.replace(pooling, norm_weight=None) if layer == "output" else pooling
         for stream, nodes in zip(streams, states, strict=True):
-            scans[stream, layer] = scan_layer(nodes, batch, with_bos, norm, same)
+            scans[stream, layer] = scan_layer(nodes, batch, with_bos, pooling.at(layer), same)
         done()
 
     reason = stream_layers(checkpoint, batch, words.rows, placement, list(streams.values()), visit)
@@ -113,7 +111,6 @@ def scan_layer(states: Tensor, batch: Batch, with_bos: Batch, pooling: Pooling, 
     pooling    for ``word`` and ``word_bos``
     same       int64 [E, 2], ``same_meaning`` of the pairs
     """
-    plain = dataclasses.replace(pooling, norm_weight=None)
     per_pair: dict[tuple[str, str], np.ndarray] = {}
     chance: dict[tuple[str, str], float] = {}
 
@@ -127,6 +124,7 @@ def scan_layer(states: Tensor, batch: Batch, with_bos: Batch, pooling: Pooling, 
         for metric, values in zip(_COSINES, (cosine, mismatched, cosine - mismatched), strict=True):
             keep(vectors, before + metric, values)
 
+    plain = pooling.plain()
     kinds = ((pooling, batch), (pooling, with_bos), (plain, batch), (plain, with_bos))
     for vectors, (pool, pooled) in zip(VECTORS, kinds, strict=True):
         source, target = pool(states, pooled).chunk(2)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tli import ops
 from tli.checkpoint import Checkpoint
+from tli.records import Layer
 from tli.truncated import Batch
 
 
@@ -25,12 +26,20 @@ class Pooling:
         """Word states of packed words: token states [T, D] -> fp32 unit rows [words, D]."""
         return ops.pool_norm(states, batch.indptr, batch.indices, self.norm_weight, self.norm_eps, batch.transposed)
 
+    def at(self, layer: Layer) -> "Pooling":
+        """The pooling of a layer's states: those of ``output`` are normalised already."""
+        return self.plain() if layer == "output" else self
+
+    def plain(self) -> "Pooling":
+        """The same without a token norm."""
+        return dataclasses.replace(self, norm_weight=None)
+
 
 def token_norm_at_hand(token_norm: str, checkpoint: Checkpoint) -> str:
-    """What ``auto`` means for this checkpoint: ``final`` if reading the final norm takes no further shard, else ``rms``."""
+    """What ``auto`` means for this checkpoint: ``final``, or ``rms`` in a folder without the shard that holds the final norm."""
     if token_norm != "auto":
         return token_norm
-    return "final" if checkpoint.at_hand("norm.weight") else "rms"
+    return "final" if checkpoint.folder is None or checkpoint.at_hand("norm.weight") else "rms"
 
 
 def pooling(token_norm: str, checkpoint: Checkpoint, device: torch.device) -> Pooling:

@@ -4,7 +4,19 @@ import pathlib
 import platform
 import resource
 
+from tli.checkpoint import Checkpoint
 from tli.truncated import Placement
+
+
+def model_facts(name: str, checkpoint: Checkpoint, sha256: str) -> dict:
+    """What the model is called and is; ``sha256``: ``checkpoint.sha256`` of the blocks that were read."""
+    return {
+        "name": name,
+        "family": checkpoint.config.model_type,
+        "blocks": checkpoint.blocks,
+        "width": checkpoint.config.hidden_size,
+        "sha256": sha256,
+    }
 
 
 def versions() -> dict[str, str]:

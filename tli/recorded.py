@@ -51,13 +51,19 @@ class Recorded:
         """An option of the training run, or ``default`` where none is recorded."""
         return default if self.report is None else self.report["config"].get(name, default)
 
-    def model(self) -> str:
-        """The folder or hub name of the model that the adapter was trained on."""
-        name = self.peft.get("base_model_name_or_path") if self.report is None else self.report["config"].get("model")
-        if self.report is None and not name:
+    def model_name(self) -> str:
+        """What the model that the adapter was trained on was called: a folder or a hub name."""
+        if self.report is not None:
+            return self.report["config"].get("model") or starter.NAME
+        name = self.peft.get("base_model_name_or_path")
+        if not name:
             file = self.folder / lora.CONFIG_FILE
             raise TliError(file, "the adapter must name its model", "no base_model_name_or_path", "name the model with --model")
-        return str(starter.starter_folder()) if name in (None, starter.NAME) else name
+        return name
+
+    def model(self) -> str:
+        """Where that model is to be read: the folder or hub name."""
+        return starter.locate(self.model_name())
 
     def facts(self) -> dict:
         """Plain JSON values, for a report."""

@@ -14,21 +14,18 @@ if __name__ == "__main__":
 
 import functools
 import json
-import math
 import pathlib
-import sys
 import time
-import types
 
 import numpy as np
 
 from tli import layers, lexicon, ops, provenance, starter
-from tli.checkpoint import Checkpoint, open_checkpoint
+from tli.checkpoint import open_checkpoint, sight
 from tli.errors import TliError, run_command
 from tli.figures import draw_scan
 from tli.files import claim_output, replacing, sha256, write_text
 from tli.objective import pooling, token_norm_at_hand
-from tli.packing import TokenisedWords, tokenise
+from tli.packing import tokenise
 from tli.progress import layer_bar
 from tli.recorded import read_recorded, require_fit
 from tli.scan_report import show, verdict
@@ -55,10 +52,11 @@ def scan(config: ScanConfig) -> dict:
     same = lexicon.same_meaning(pairs)
     adapted = None if config.adapter is None else read_recorded(config.adapter)
     streams = {"base": None} if adapted is None else {"base": None, "adapter": adapted.adapter}
-    name = config.model or (starter.NAME if adapted is None else adapted.model())
-    checkpoint = open_checkpoint(str(starter.starter_folder()) if name == starter.NAME else name)
+    name = config.model or (starter.NAME if adapted is None else adapted.model_name())
+    checkpoint = open_checkpoint(starter.locate(name))
     hashed = functools.cache(checkpoint.sha256)
-    words = _tokenise(config, checkpoint, pairs)
+    texts = [pair.source for pair in pairs] + [pair.target for pair in pairs]
+    words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), config.prefix)
     placement = place(config.device, config.dtype, config.weights)
     if adapted is not None:
         require_fit(adapted, checkpoint, placement, hashed)
@@ -74,13 +72,7 @@ def scan(config: ScanConfig) -> dict:
     list_file = pathlib.Path(config.pairs or lexicon.SHIPPED)
     report = {
         "config": {**as_dict(config), "token_norm": token_norm},
-        "model": {
-            "name": name,
-            "family": checkpoint.config.model_type,
-            "blocks": checkpoint.blocks,
-            "width": checkpoint.config.hidden_size,
-            "sha256": hashed(max(layer for _, layer in scans if layer != "output")),
-        },
+        "model": provenance.model_facts(name, checkpoint, hashed(max(layer for _, layer in scans if layer != "output"))),
         "adapter": None if adapted is None else adapted.facts(),
         "pairs": {"name": list_file.name, "sha256": sha256(list_file), "scanned": len(pairs)},
         "missing_output": missing_output,
@@ -106,8 +98,6 @@ def scan(config: ScanConfig) -> dict:
 
 def _pairs(config: ScanConfig) -> list[lexicon.Pair]:
     """The pairs of the chosen split, or a random sample of them, in the order of the list."""
-    if config.seed < 0:
-        raise TliError("--seed", "the seed must be at least 0", config.seed, "give another seed")
     pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
     if config.split != "all":
         pairs = dict(zip(("trained", "held_out"), lexicon.split_pairs(pairs, config.held_out, config.seed), strict=True))[config.split]
@@ -116,21 +106,6 @@ def _pairs(config: ScanConfig) -> list[lexicon.Pair]:
     if not 2 <= config.sample <= len(pairs):
         raise TliError("--sample", f"a sample must have from 2 to {len(pairs)} pairs, as many as there are", config.sample, "change it")
     return [pairs[i] for i in np.sort(np.random.default_rng([config.seed, 3]).permutation(len(pairs))[: config.sample])]
-
-
-def _tokenise(config: ScanConfig, checkpoint: Checkpoint, pairs: list[lexicon.Pair]) -> TokenisedWords:
-    window = min(checkpoint.config.max_position_embeddings, getattr(checkpoint.config, "sliding_window", None) or math.inf)
-    return tokenise(checkpoint.tokenizer(), [pair.source for pair in pairs] + [pair.target for pair in pairs], window, config.prefix)
-
-
-class _CallableModule(types.ModuleType):
-    """Lets ``from tli import scan`` be the function, although ``tli.scan`` is this module."""
-
-    def __call__(self, config: ScanConfig) -> dict:
-        return scan(config)
-
-
-sys.modules[__name__].__class__ = _CallableModule
 
 
 def main() -> None:

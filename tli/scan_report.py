@@ -89,7 +89,7 @@ def _with_adapter(report: dict) -> str:
     if report["adapter"] is None:
         return ""
     base, adapter = (_index(report, stream) for stream in ("base", "adapter"))
-    best = max((layer for layer in _layers(report) if layer not in (0, "output")), key=lambda layer: adapter[layer, "word", "gap"]["low"])
+    best = _surest_layer(report, "adapter")
     after, before = (f"{number(r['value'], '+')} {interval(r)}" for r in (found[best, "word", "gap"] for found in (adapter, base)))
     text = f"With the adapter the gap is surest at layer {best}: {after}, where the base has {before}."
     rise = {layer: adapter[layer, "word", "mismatched"]["value"] - base[layer, "word", "mismatched"]["value"] for layer in _layers(report)}
@@ -121,9 +121,11 @@ def show(report: dict, console: rich.console.Console) -> None:
     console.print(Text(f"{report['model']['name']}{of}; {report['pairs']['name']}: {report['pairs']['scanned']:,} pairs\n"))
     norm = _NORMS[report["config"]["token_norm"]]
     about = f"Mean cosines. BOS in: token states as they are, BOS pooled (the paper's). BOS out: token states {norm}, BOS left out."
-    _print_table(console, f"{about} *: the gap's choice, p: the paper's", _cosine_rows(report, stream))
+    marks = f"*: the gap's choice, p: the paper's{', both of the base' * (stream == 'adapter')}"
+    _print_table(console, f"{about} {marks}", _cosine_rows(report, stream))
     _print_table(console, "Is there alignment? BOS left out", _alignment_rows(report, stream))
-    _print_table(console, f"Kinds of pairs at layer {report['choice']['gap']}, BOS left out", _stratum_rows(report, stream))
+    layer = _surest_layer(report, stream)
+    _print_table(console, f"Kinds of pairs at layer {layer}, where the gap is surest; BOS left out", _stratum_rows(report, stream, layer))
     if report["adapter"] is not None:
         _print_table(console, "The adapter beside the base, BOS left out", _beside_rows(report))
     if report["missing_output"]:
@@ -147,20 +149,8 @@ def _print_table(console: rich.console.Console, title: str, rows: list[list[str]
 
 def _cosine_rows(report: dict, stream: str) -> list[list[str]]:
     found = _index(report, stream)
-    rows = [
-        [
-            "layer",
-            "BOS in:\ntrue",
-            "\nmism.",
-            "\ngap",
-            "sink\nshare",
-            "sink /\nword",
-            "BOS out:\ntrue",
-            "\nmism.",
-            "\ngap",
-            "95 %\ninterval",
-        ]
-    ]
+    heads = ("\nmism.", "\ngap")
+    rows = [["layer", "BOS in:\ntrue", *heads, "sink\nshare", "sink /\nword", "BOS out:\ntrue", *heads, "95 %\ninterval"]]
     for layer in _layers(report):
         pooled, word = ({name: found[layer, of, name] for name in ("cosine", "mismatched", "gap")} for of in ("raw_bos", "word"))
         share, ratio = (found[layer, "raw_bos", name]["value"] for name in ("sink_share", "norm_ratio"))
@@ -184,9 +174,9 @@ def _alignment_rows(report: dict, stream: str) -> list[list[str]]:
     return rows
 
 
-def _stratum_rows(report: dict, stream: str) -> list[list[str]]:
+def _stratum_rows(report: dict, stream: str, layer: Layer) -> list[list[str]]:
     rows = [["", "pairs", "gap", "95 % interval", "P@1", "95 % interval", "chance"]]
-    mine = [r for r in report["strata"] if (r["stream"], r["layer"]) == (stream, report["choice"]["gap"])]
+    mine = [r for r in report["strata"] if (r["stream"], r["layer"]) == (stream, layer)]
     for gap, hit in zip(mine[::2], mine[1::2], strict=True):
         shown = [
             number(gap["value"], "+", 4),
@@ -207,6 +197,14 @@ def _beside_rows(report: dict) -> list[list[str]]:
         cells = [number(found[layer, "word", name]["value"], digits=4) for name in names for found in (base, adapter)]
         rows.append([_marked(report, layer), *cells])
     return rows
+
+
+def _surest_layer(report: dict, stream: str) -> int:
+    """The layer where the lower end of the gap's interval is the highest: for the base the one that the gap chooses."""
+    if stream == "base":
+        return report["choice"]["gap"]
+    found = _index(report, stream)
+    return max((layer for layer in _layers(report) if layer not in (0, "output")), key=lambda layer: found[layer, "word", "gap"]["low"])
 
 
 def _index(report: dict, stream: str) -> dict[tuple[Layer, str, str], dict]:

@@ -84,6 +84,11 @@ def starter_folder(progress: bool = True) -> pathlib.Path:
     return folder
 
 
+def locate(name: str) -> str:
+    """What to open a model by: the starter's folder for its name, any other name as it is."""
+    return str(starter_folder()) if name == NAME else name
+
+
 def _is_whole(folder: pathlib.Path) -> bool:
     try:
         sizes = json.loads((folder / _MARKER).read_text(encoding="utf-8"))

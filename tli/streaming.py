@@ -18,7 +18,7 @@ from tli.checkpoint import Checkpoint
 from tli.lora import Adapter, detach
 from tli.objective import Pooling
 from tli.packing import TokenisedWords
-from tli.truncated import Batch, Placement, block_tensors, load_block, run, shell, to_batch
+from tli.truncated import Batch, Placement, block_tensors, load_block, load_norm, run, shell, to_batch
 
 # a block's largest activations, the MLP's, stay small at this many nodes
 _CHUNK_NODES = 2048
@@ -110,8 +110,7 @@ def stream_layers(
     whole.layers = nn.ModuleList(stand_ins)
     whole.config.num_hidden_layers = available
     if reason is None:
-        norm = checkpoint.read({"norm.weight": tuple(whole.norm.weight.shape)})["norm.weight"]
-        whole.norm.weight = nn.Parameter(norm.to(placement.device, placement.dtype, copy=True), requires_grad=False)
+        load_norm(checkpoint, whole, placement)
     else:
         whole.norm = nn.Identity()
     copies = len(streams)
@@ -154,28 +153,28 @@ def align_layers(
     Returns:
         The alignment by (split, stream, layer), and why the pass ended before ``output``, or None.
     """
-    number = len(words.lengths) // 2
-    batch = to_batch(words.pack(np.arange(2 * number), pool_bos), placement.dtype, placement.device)
+    batch = to_batch(words.pack(np.arange(len(words.lengths)), pool_bos), placement.dtype, placement.device)
     alignments = {}
 
     def visit(layer: int | str, states: Sequence[Tensor]) -> None:
-        pool = Pooling(None, pooling.norm_eps) if layer == "output" else pooling
         for stream, nodes in zip(streams, states, strict=True):
-            source, target = pool(nodes, batch).chunk(2)
-            sink, own, _ = token_lengths(nodes, batch)
-            share = (sink / (sink + own)).view(2, number).mean(dim=0)
+            source, target = pooling.at(layer)(nodes, batch).chunk(2)
+            share = sink_share(nodes, batch).view(2, -1).mean(0).cpu().numpy()
             for split, (pairs, same) in splits.items():
-                alignments[split, stream, layer] = measure(source[pairs], target[pairs], same, share[pairs].cpu().numpy())
+                alignments[split, stream, layer] = measure(source[pairs], target[pairs], same, share[pairs])
         done()
 
     return alignments, stream_layers(checkpoint, batch, words.rows, placement, list(streams.values()), visit)
 
 
-def token_lengths(states: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each word: the length of the sink's state, its own tokens' summed lengths, and their summed squares; fp32 [words] each.
+def sink_share(states: Tensor, batch: Batch) -> Tensor:
+    """The sink's share of the summed lengths of a word's states, were the sink pooled: fp32 [words]."""
+    sink, own, _ = token_lengths(states, batch)
+    return sink / (sink + own)
 
-    The sink's share of a word, were it pooled, is sink / (sink + own).
-    """
+
+def token_lengths(states: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each word: the length of the sink's state, its own tokens' summed lengths, and their summed squares; fp32 [words] each."""
     lengths = states.float().norm(dim=1)
     sink = lengths[batch.sinks]
     owner = torch.arange(len(sink), device=sink.device).repeat_interleave(batch.indptr.diff())

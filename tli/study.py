@@ -27,8 +27,8 @@ from tli.files import sha256, write_text
 from tli.grid import Cell, cells_bar, run_cells
 
 SETTINGS_FILE = "study.json"
-# what may differ from one call to the next: the grid's size, and how it is run
-_FREE_OPTIONS = ("ranks", "arms", "seeds", "device", "jobs", "cells", "output", "json")
+# what may differ from one call to the next: how large the grid and the search are, and how they are run
+_FREE_OPTIONS = ("ranks", "arms", "seeds", "rates", "device", "jobs", "cells", "output", "json")
 # options of a cell that it has from the study
 _SHARED = ("model", "layer", "weights", "dtype", "source", "target", "prefix")
 _SHARED += ("targets", "dropout", "temperature", "batch", "epochs", "warmup")

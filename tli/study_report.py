@@ -193,6 +193,7 @@ def in_words(results: dict) -> str:
     if len(search) > 1:
         sentences += [_arms_sentence(results, place) for place in (ALIGNED, "output") if place == ALIGNED or place in results["layers"]]
     sentences += [_control_sentence(results, arm) for arm in search]
+    sentences += [_search_sentence(results, arm) for arm in search]
     sentences += [_cost_sentence(results), _power_sentence(results)]
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -248,6 +249,14 @@ def _control_sentence(results: dict, arm: str) -> str:
     if found["p"] < _CLEAR and found["difference"] > 0:
         return f"{said}: {number(found['difference'])} less than on true pairs (p {p_value(found['p'])}), and that part is alignment."
     return f"{said}: not shown to be less than on true pairs (p {p_value(found['p'])})."
+
+
+def _search_sentence(results: dict, arm: str) -> str:
+    tried, chosen = [one["rate"] for one in results["search"][arm]["tried"]], results["search"][arm]["chosen"]
+    if not tried or min(tried) < chosen < max(tried):
+        return ""
+    side, other = ("lowest", "lower") if chosen == min(tried) else ("highest", "higher")
+    return f"The best learning rate of the {_ARMS[arm]}, {chosen:g}, is the {side} that was tried: a {other} one may do better."
 
 
 def _cost_sentence(results: dict) -> str:

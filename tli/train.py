@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from tli import layers, lexicon, lora, ops, provenance, report, starter
-from tli.checkpoint import Checkpoint, open_checkpoint
+from tli.checkpoint import Checkpoint, open_checkpoint, sight
 from tli.errors import TliError, run_command
 from tli.files import claim_output, sha256
 from tli.hooked import recompute_blocks, run_hooked, whole
@@ -80,7 +80,7 @@ def train(config: TrainConfig) -> dict:
     base_model = config.model or starter.NAME
 
     # the output is normalised already
-    at_loss = dataclasses.replace(pool, norm_weight=None) if config.arm == "full" else pool
+    at_loss = pool.at("output") if config.arm == "full" else pool
     progress = _fit(config, decoder, batches, at_loss, state, console)
     lora.save(decoder, adapter, output, base_model)
     report.clear(output)
@@ -128,8 +128,8 @@ def _partners(pairs: int, config: TrainConfig) -> np.ndarray:
 
 
 def _tokenise(config: TrainConfig, checkpoint: Checkpoint, pairs: list[lexicon.Pair]) -> TokenisedWords:
-    window = min(checkpoint.config.max_position_embeddings, getattr(checkpoint.config, "sliding_window", None) or math.inf)
-    words = tokenise(checkpoint.tokenizer(), [pair.source for pair in pairs] + [pair.target for pair in pairs], window, config.prefix)
+    texts = [pair.source for pair in pairs] + [pair.target for pair in pairs]
+    words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), config.prefix)
     return words.with_all_rows(checkpoint.config.vocab_size) if config.all_rows else words
 
 
@@ -276,13 +276,9 @@ def _facts(
     per_batch = len(trained) / -(-len(trained) // config.batch)
     return {
         "config": as_dict(config),
-        "model": {
-            "name": config.model or starter.NAME,
-            "family": checkpoint.config.model_type,
-            "blocks": checkpoint.blocks,
-            "width": checkpoint.config.hidden_size,
-            "sha256": checkpoint.sha256(config.layer if config.arm == "early" else checkpoint.blocks),
-        },
+        "model": provenance.model_facts(
+            config.model or starter.NAME, checkpoint, checkpoint.sha256(config.layer if config.arm == "early" else checkpoint.blocks)
+        ),
         "pairs": {"trained": len(trained), "held_out": len(held_out), "name": list_file.name, "sha256": sha256(list_file)},
         "adapter": {"sha256": sha256(file), "parameters": sum(p.numel() for p in lora.trainable(decoder)), "bytes": file.stat().st_size},
         "training": {

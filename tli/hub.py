@@ -1,0 +1,63 @@
+"""One tensor out of a file on the hub, without downloading the file: an 8B model's final norm is 8 KB in a shard of gigabytes."""
+
+import json
+import pathlib
+import struct
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from tli.errors import TliError
+from tli.files import cache_folder, replacing
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TIMEOUT_S = 30.0
+
+
+def fetch_tensor(repository: str, revision: str, file: str, name: str) -> Tensor:
+    """The tensor ``name`` of a safetensors file on the hub, by three requests for ranges of its bytes; kept in the cache folder.
+
+    Args:
+        repository: ``owner/name``
+        revision:   the commit; what is cached is of that commit
+        file:       the file within the repository
+        name:       the tensor's name in the file
+
+    Raises:
+        TliError: no connection, a server that sends no ranges, or a file without this tensor.
+    """
+    kept = cache_folder() / "tensors" / repository.replace("/", "--") / revision / f"{name}.safetensors"
+    if kept.is_file():
+        return load(kept.read_bytes())[name]
+    length = struct.unpack("<Q", _fetch_range(repository, revision, file, 0, 8))[0]
+    header = json.loads(_fetch_range(repository, revision, file, 8, 8 + length))
+    entry = header.get(name)
+    if entry is None or entry["dtype"] not in _DTYPES:
+        got = "none" if entry is None else entry["dtype"]
+        raise TliError(f"{repository}/{file}", f"the file must hold {name} as floating-point numbers", got, "choose another model")
+    start, end = (8 + length + offset for offset in entry["data_offsets"])
+    data = bytearray(_fetch_range(repository, revision, file, start, end))
+    tensor = torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).view(entry["shape"])
+    with replacing(kept) as temporary:
+        pathlib.Path(temporary).write_bytes(save({name: tensor}))
+    return tensor
+
+
+def _fetch_range(repository: str, revision: str, file: str, start: int, end: int) -> bytes:
+    """Bytes start .. end - 1 of a file on the hub."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    remedy = "connect to the hub, or take another --token-norm"
+    headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
+    try:
+        url = hf_hub_url(repository, file, revision=revision)
+        reply = get_session().get(url, headers=headers, follow_redirects=True, timeout=_TIMEOUT_S)
+    except Exception as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise TliError(f"{repository}/{file}", "the final norm must be in reach", said, remedy) from error
+    if reply.status_code != 206 or len(reply.content) != end - start:
+        got = f"status {reply.status_code} and {len(reply.content)} bytes"
+        raise TliError(f"{repository}/{file}", f"the hub must send the {end - start} bytes that were asked for", got, remedy)
+    return reply.content
