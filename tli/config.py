@@ -288,8 +288,8 @@ def _as_in_training(name: str, **changes):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """How alignment depends on LoRA rank, for an early layer against the full model: a grid of equal runs. ``protocol`` behind the
-    command is another study: the paper's protocol with one switch changed at a time."""
+    """How alignment depends on LoRA rank, for an early layer against the full model: a grid of equal runs. (Another study, with its own
+    options: python -m tli.study protocol, the paper's protocol with one switch changed at a time.)"""
 
     ranks: str = option("1,2,4,8,16,32,64,128", "grid", "LoRA ranks, ascending, a comma between them; more can be added later")
     arms: str = option("early,full", "grid", "early, full, or both with a comma between them")
@@ -480,8 +480,13 @@ def _plain_type(kind):
 
 def _default_text(field: dataclasses.Field) -> str:
     if field.metadata["recipes"]:
-        return " (default: {default}; paper: {paper})".format(**field.metadata["recipes"])
-    return "" if field.default in (None, (), dataclasses.MISSING) else f" (default: {field.default})"
+        return " (default: {default}; paper: {paper})".format(**{name: _shown(value) for name, value in field.metadata["recipes"].items()})
+    return "" if field.default in (None, (), dataclasses.MISSING) else f" (default: {_shown(field.default)})"
+
+
+def _shown(value) -> str:
+    # a space would not be seen
+    return repr(value) if isinstance(value, str) and not value.strip() else str(value)
 
 
 def as_dict(config) -> dict:
