@@ -131,19 +131,31 @@ def test_more_ranks_and_seeds_leave_the_complete_cells_alone(complete, settings,
     assert [trend["p_page"] is not None for trend in results["trends"]].count(True) > 0
 
 
-def test_parts_without_a_coordinator_share_the_cells(settings, tmp_path):
+def test_torchruns_processes_share_the_cells(settings, tmp_path):
     folder = tmp_path / "parts"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tli.study"]
     flags = as_flags(settings | {"output": folder, "arms": "early"})
-    # as torchrun starts them: by their rank among so many
-    both = [process(flags, tmp_path, environment={"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)]
-    said = [one.communicate(timeout=240)[1] for one in both]
-    assert [one.returncode for one in both] == [0, 0], said
-    assert "in part 1 of 2" in said[0]
-    assert "in part 2 of 2" in said[1]
+    done = subprocess.run(
+        [*launch, *flags], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    assert "in part 1 of 2" in done.stderr
+    assert "in part 2 of 2" in done.stderr
     names = {path.name for path in (folder / "cells").iterdir()}
     assert names == {"early-rank1-seed0", "early-rank2-seed0", "early-rank2-seed0-shuffled"}
     # whoever completed the last cell reported
     assert (folder / "results.json").is_file()
+
+
+def test_a_part_alone_leaves_the_rest_to_others(settings, tmp_path):
+    flags = settings | {"output": str(tmp_path / "parts"), "arms": "early"}
+    assert study(StudyConfig(**flags, cells="2/3")) == {"complete": 1, "cells": 3}
+    assert [path.name for path in (tmp_path / "parts" / "cells").iterdir()] == ["early-rank2-seed0"]
+    assert not (tmp_path / "parts" / "results.json").exists()
+    # whatever is asked next, the complete cell stays
+    before = contents(tmp_path / "parts" / "cells")
+    assert "values" in study(StudyConfig(**flags))
+    assert before.items() <= contents(tmp_path / "parts" / "cells").items()
 
 
 def test_a_killed_study_goes_on_to_the_same_numbers(settings, tmp_path):
@@ -192,7 +204,7 @@ def test_a_cell_that_fails_says_why_and_the_rest_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more, said",
+    ("more", "said"),
     [
         ({"ranks": "4,1"}, "--ranks: the ranks must be whole numbers from 1 on, ascending, each once, got '4,1'"),
         ({"ranks": "4,4"}, "each once, got '4,4'"),
@@ -219,7 +231,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(settings, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    "more, said",
+    ("more", "said"),
     [
         ({"epochs": 2}, "epochs: a study must go on as it was begun, with 1, got 2"),
         ({"alpha_rule": "rslora"}, "alpha_rule: a study must go on as it was begun, with 2R, got rslora"),
