@@ -257,6 +257,19 @@ def test_a_study_of_another_version_is_refused(complete, settings, capsys, monke
     assert contents(folder) == before
 
 
+def test_the_other_study_is_behind_its_name(tmp_path):
+    # its options are its own, and so are its errors
+    command = [sys.executable, "-m", "tli.study", "protocol", "--model", "./absent"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --model: the model must be a folder or a hub name, got ./absent")
+    helped = subprocess.run(
+        [*command[:4], "--help"], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
+    )
+    assert "one switch changed at a time" in " ".join(helped.stdout.split())
+    assert "--ranks" not in helped.stdout
+
+
 def test_a_folder_that_is_no_studys_is_refused(settings, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     code, error = command([*as_flags(settings), f"--output={tmp_path}"], capsys)

@@ -7,12 +7,12 @@ Reads top to bottom: the folder and its settings -> the words -> a learning rate
 
 import sys
 
-from tli.config import StudyConfig, as_dict, parse
+from tli.config import ProtocolConfig, StudyConfig, as_dict, parse
 
 if __name__ == "__main__":
     # first of all: --help and a wrong flag must not wait for torch
     PROTOCOL = sys.argv[1:2] == ["protocol"]
-    COMMAND_LINE = parse(StudyConfig, "tli.study")
+    COMMAND_LINE = parse(ProtocolConfig, "tli.study protocol", sys.argv[2:]) if PROTOCOL else parse(StudyConfig, "tli.study")
 
 import json
 import os

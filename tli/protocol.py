@@ -1,0 +1,275 @@
+"""The paper's protocol with one switch changed at a time, and the number that each choice makes.
+
+Every row differs from the first, the paper's own protocol, in one thing. Rows that change the training are trained, each in a cell
+(``tli/grid.py``), and their numbers are those of the cell's own report. Rows that change the measurement alone measure such a cell's
+adapter anew. Two rows have no training of their own (``tli/protocol_controls.py``): adapters where no gradient comes, and words with
+nothing but a sink in common. Reads top to bottom: the rows -> the folder -> the cells -> the rows' numbers -> sentences, tables, a figure.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import numpy as np
+
+from tli import comparison, lexicon, ops, provenance, significance, starter
+from tli.alignment import Alignment, measure, measurements
+from tli.checkpoint import Checkpoint, open_checkpoint
+from tli.config import ProtocolConfig, TrainConfig, as_dict
+from tli.errors import TliError
+from tli.figures import draw_protocol, save_figure
+from tli.files import claim_output, sha256, write_text
+from tli.grid import REPORT, Cell, cells_bar, run_cells
+from tli.objective import pooling
+from tli.protocol_controls import adapters_everywhere, save_random_model, sink_only, tokenise_pairs
+from tli.protocol_report import PUBLISHED, markdown, sentence, show, verdict
+from tli.recorded import read_recorded
+from tli.truncated import place
+
+FILES = ("protocol.json", "protocol.md", "protocol.png")
+METRICS = ("cosine", "mismatched", "gap", "p_at_1", "mrr", "sink_share")
+TESTED = ("cosine", "gap")
+# what the option ``model`` says until there is a folder to name
+RANDOM = "random weights"
+# of the null model: how many times as long as a token's vector the shared one is
+SINK_LENGTH = 343.0
+_SETTINGS = "settings.json"
+# options of tli.train that are not a run's own, or are another option's doing
+_NOT_COMPARED = ("recipe", "output", "overwrite", "resume", "no_report", "json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """One row: what it changes against the paper's protocol.
+
+    name       of the row, and of the cell that it is trained in
+    title      what it is, in a table
+    shows      what a reader sees by it
+    trained    options of ``tli.train`` that differ from its ``--recipe paper``
+    measured   options that differ in the measurement of an adapter that was trained with ``trained``
+    way        how its numbers come to be: "report", a cell's; "measured" anew; "everywhere" and "null", the controls
+    """
+
+    name: str
+    title: str
+    shows: str
+    trained: dict = dataclasses.field(default_factory=dict)
+    measured: dict = dataclasses.field(default_factory=dict)
+    way: str = "report"
+
+
+SWITCHES = (
+    Switch(
+        "paper",
+        "the paper's protocol",
+        "Hidden state 2, NF4, bf16, BOS pooled in training and left out of the measurement, q_proj and v_proj, the hinge.",
+    ),
+    Switch(
+        "bos-measured",
+        "BOS pooled in the measurement, too",
+        "The same adapter, measured as the paper's pilot measured its layers: every vector now holds one and the same sink.",
+        measured={"eval_pool_bos": True},
+        way="measured",
+    ),
+    Switch("bos-not-trained", "BOS left out in training, too", "The loss sees words alone, as the measurement does.", {"pool_bos": False}),
+    Switch("layer-1", "hidden_states[1]", "'Layer 2' counted from the embeddings as the first: one block less.", {"layer": 1}),
+    Switch("layer-3", "hidden_states[3]", "'Layer 2' as what comes out of the block with the index 2: one block more.", {"layer": 3}),
+    Switch(
+        "final-norm",
+        "hidden_states[2] after the final norm",
+        "What a model built with num_hidden_layers=2 calls hidden_states[2]: each token state through the norm of the model's end.",
+        {"token_norm": "final"},
+    ),
+    Switch("rms-norm", "token states over their RMS", "Each token weighs as much as the others of its word.", {"token_norm": "rms"}),
+    Switch("full", "weights not rounded to NF4", "Trained and measured in the checkpoint's own weights.", {"weights": "full"}),
+    Switch(
+        "nf4-then-full",
+        "trained in NF4, measured without",
+        "The first row's adapter, measured on weights that it was not trained on.",
+        measured={"weights": "full"},
+        way="measured",
+    ),
+    Switch(
+        "full-then-nf4",
+        "trained without NF4, measured in it",
+        "The other way round.",
+        {"weights": "full"},
+        {"weights": "nf4"},
+        "measured",
+    ),
+    Switch("float32", "computed in float32", "NF4 weights, but activations and products in fp32 in place of bf16.", {"dtype": "float32"}),
+    Switch(
+        "adapters-everywhere",
+        "adapters in all blocks",
+        "Adapters above the hidden state that the loss reads are counted and saved, and never learn.",
+        way="everywhere",
+    ),
+    Switch("infonce", "InfoNCE in place of the hinge", "All negatives of a batch, both ways, not the hardest one.", {"loss": "infonce"}),
+    Switch("shuffled", "shuffled pairs", "The control: no true pair is ever taught.", {"shuffle_pairs": True}),
+    Switch("random-weights", "a model of random weights", "The same architecture and tokenizer, before any learning.", {"model": RANDOM}),
+    Switch(
+        "sink-only",
+        "no model: a shared sink only",
+        f"Tokens are random directions of length 1; one vector {SINK_LENGTH:g} times as long is pooled into every word.",
+        way="null",
+    ),
+)
+
+
+def protocol(config: ProtocolConfig) -> dict:
+    """Train and measure every row of ``SWITCHES``, and write protocol.json, protocol.md and protocol.png to ``config.output``.
+
+    What an earlier run with the same settings completed in that folder is kept: a protocol that was stopped goes on.
+
+    Returns:
+        What ``protocol.json`` holds.
+
+    Raises:
+        TliError: for whatever a user can cause; nothing that existed before is lost.
+        KeyboardInterrupt: after a stop by Ctrl-C; complete cells stay, the one at work can go on.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    output = pathlib.Path(config.output).expanduser()
+    pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
+    splits = dict(zip(("trained", "held_out"), lexicon.split_pairs(pairs, TrainConfig().held_out, config.seed)))
+    checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
+    runs = {switch.name: options_of(switch, config, output) for switch in SWITCHES}
+    deepest = max(options["layer"] for options in runs.values())
+    if checkpoint.blocks < deepest:
+        must = f"the model must have at least {deepest} blocks, as hidden states 1 to {deepest} are compared"
+        raise TliError("--model", must, checkpoint.blocks, "choose a deeper model")
+    facts = _facts(config, checkpoint, splits, deepest)
+    _claim(output, facts, config.overwrite)
+
+    folder, random_folder = output / "cells", _random_folder(output)
+    cells = [Cell(switch.name, runs[switch.name]) for switch in SWITCHES if switch.way == "report"]
+    for cell in cells:
+        if cell.options["model"] == str(random_folder) and cell.report(folder) is None and not random_folder.exists():
+            save_random_model(checkpoint, random_folder, config.seed)
+    with cells_bar(console, cells) as done:
+        run_cells(cells, folder, config.jobs, done)
+    shutil.rmtree(random_folder, ignore_errors=True)
+
+    rows = []
+    for switch in SWITCHES:
+        name = next(cell.name for cell in cells if cell.options == runs[switch.name])
+        report = json.loads((folder / name / REPORT).read_text(encoding="utf-8"))
+        row = {**dataclasses.asdict(switch), **_numbers(switch, report, folder / name, checkpoint, splits)}
+        rows.append({**row, "sentence": sentence(row, rows[0] if rows else row)})
+    result = {**facts, "machine": report["machine"], "published": PUBLISHED, "rows": rows, "verdict": verdict(rows)}
+    save_figure(output / "protocol.png", draw_protocol(result))
+    write_text(output / "protocol.md", markdown(result))
+    write_text(output / "protocol.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    show(result, console)
+    console.print(f"in {output}: {', '.join(FILES)}, and each training in cells/")
+    return result
+
+
+def options_of(switch: Switch, config: ProtocolConfig, output: pathlib.Path) -> dict:
+    """The options of the run that a row is trained by: the paper's recipe spelled out, with the row's own change."""
+    given = {name: getattr(config, name) for name in ("model", "pairs", "source", "target", "seed", "epochs")} | switch.trained
+    if given["model"] == RANDOM:
+        given["model"] = str(_random_folder(output))
+    options = as_dict(TrainConfig(recipe="paper", **given))
+    return {name: value for name, value in options.items() if name not in _NOT_COMPARED}
+
+
+def _random_folder(output: pathlib.Path) -> pathlib.Path:
+    return output / "random-weights"
+
+
+def _facts(config: ProtocolConfig, checkpoint: Checkpoint, splits: dict[str, list], deepest: int) -> dict:
+    """What must be the same for a stopped protocol to go on: plain JSON values."""
+    file = pathlib.Path(config.pairs or lexicon.SHIPPED)
+    local = None if checkpoint.folder is None else checkpoint.folder.resolve().name
+    name = starter.NAME if config.model is None else local or config.model
+    return {
+        "config": {name: getattr(config, name) for name in ("source", "target", "seed", "epochs")},
+        "model": {"name": name, "family": checkpoint.config.model_type, "blocks": checkpoint.blocks, "sha256": checkpoint.sha256(deepest)},
+        "pairs": {"name": file.name, "sha256": sha256(file), **{split: len(part) for split, part in splits.items()}},
+        "versions": provenance.versions(),
+    }
+
+
+def _claim(output: pathlib.Path, facts: dict, overwrite: bool) -> None:
+    """Make the folder, or go on in it if it is that of a protocol with the same facts."""
+    file = output / _SETTINGS
+    if file.is_file() and not overwrite:
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            differing = [
+                (part, key, told[part].get(key)) for part in facts for key in facts[part] if told[part].get(key) != facts[part][key]
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TliError(file, "the file must be that of a protocol", repr(error), "begin anew with --overwrite") from error
+        if differing:
+            part, key, value = differing[0]
+            must = f"a protocol must go on as it was begun, with {part} {key} {value}"
+            raise TliError(output, must, facts[part][key], "name another folder with --output, or begin anew with --overwrite")
+        return
+    claim_output(output, overwrite)
+    # nothing of another protocol's may be taken for this one's
+    for name in (*FILES, _SETTINGS):
+        (output / name).unlink(missing_ok=True)
+    for rest in (output / "cells", _random_folder(output)):
+        shutil.rmtree(rest, ignore_errors=True)
+    write_text(file, json.dumps(facts, indent=1) + "\n")
+
+
+def _numbers(switch: Switch, report: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: dict[str, list]) -> dict:
+    """A row's measurements and tests, from the report of the cell in ``folder`` or beyond it."""
+    options = report["config"]
+    row = {"cell": folder.name, "layer": options["layer"], "seconds": report["training"]["seconds"]}
+    row |= {"parameters": report["adapter"]["parameters"], **of_report(report)}
+    if switch.way == "measured":
+        return row | measure_anew(options | switch.measured, folder, checkpoint, splits)
+    if switch.way == "everywhere":
+        check = adapters_everywhere(options, checkpoint, splits["trained"])
+        return row | {"parameters": check["parameters"], "check": check}
+    if switch.way == "null":
+        words = tokenise_pairs(checkpoint, splits["trained"] + splits["held_out"], options["prefix"])
+        return measure_null(words, splits, checkpoint.config.hidden_size, options["seed"])
+    return row
+
+
+def of_report(report: dict) -> dict:
+    """The numbers that a cell's own report has for its layer."""
+    layer = report["config"]["layer"]
+    return {
+        "measurements": [r for r in report["measurements"] if r["layer"] == layer and r["metric"] in METRICS],
+        "tests": [t for t in report["tests"] if (t["layer"], t["test"]) == (layer, "paired") and t["metric"] in TESTED],
+    }
+
+
+def measure_anew(options: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: dict[str, list]) -> dict:
+    """The numbers of the adapter in ``folder``: base and adapter, measured with these options of ``tli.train``."""
+    placement = place(options["device"], options["dtype"], options["weights"])
+    ops.choose(options["impl"], placement.dtype, placement.device)
+    pool, layer, seed = pooling(options["token_norm"], checkpoint, placement.device), options["layer"], options["seed"]
+    streams = {"before": None, "after": read_recorded(folder).adapter}
+    how = pool, placement, streams, options["prefix"], options["eval_pool_bos"]
+    found = {key: measured.alignment for key, measured in comparison.measure_layers(checkpoint, splits, [layer], *how)[0].items()}
+    tests = []
+    for split in splits:
+        for metric in TESTED:
+            compared = significance.compare_paired(*(found[split, when, layer].per_pair(metric) for when in streams), seed)
+            tests.append({"test": "paired", "split": split, "layer": layer, "metric": metric, **compared})
+    return {"measurements": _records(found, seed), "tests": tests}
+
+
+def measure_null(words, splits: dict[str, list], width: int, seed: int) -> dict:
+    """The numbers of words that have nothing but a sink in common; ``expected`` is the formula's mean over the true pairs."""
+    source, target, cosine = sink_only(words, width, SINK_LENGTH, seed)
+    found, expected, first = {}, {}, 0
+    for split, pairs in splits.items():
+        part = np.arange(first, first + len(pairs))
+        found[split, "before", None] = measure(source[part], target[part], lexicon.same_meaning(pairs))
+        expected[split], first = float(cosine[part].mean()), first + len(pairs)
+    return {"cell": None, "layer": None, "parameters": 0, "expected": expected, "measurements": _records(found, seed), "tests": []}
+
+
+def _records(alignments: dict[tuple, Alignment], seed: int) -> list[dict]:
+    return [r for key, alignment in alignments.items() for r in measurements(alignment, *key, seed) if r["metric"] in METRICS]

@@ -1,0 +1,122 @@
+"""What a protocol's controls are made of: a model without training, a null model without a model, and adapters that cannot learn."""
+
+import pathlib
+import shutil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tli import lexicon, lora, ops
+from tli.checkpoint import Checkpoint, sight
+from tli.hooked import run_hooked, whole
+from tli.objective import Objective, pooling
+from tli.packing import TokenisedWords, tokenise
+from tli.truncated import place, run, to_batch, truncate
+
+_CHECKED_STEPS = 8
+
+
+def tokenise_pairs(checkpoint: Checkpoint, pairs: list[lexicon.Pair], prefix: str) -> TokenisedWords:
+    """All sources, then all targets."""
+    return tokenise(checkpoint.tokenizer(), [pair.source for pair in pairs] + [pair.target for pair in pairs], sight(checkpoint), prefix)
+
+
+def save_random_model(checkpoint: Checkpoint, folder: pathlib.Path, seed: int) -> None:
+    """Write to ``folder`` a checkpoint of the same architecture and tokenizer, with weights as if its training were yet to begin.
+
+    They are transformers' own start, drawn with the config's ``initializer_range``. The folder is complete or absent.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    settings = {name: value for name, value in checkpoint.config.to_dict().items() if name != "quantization_config"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(type(checkpoint.config)(**settings), dtype=torch.float32)
+    building = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(building, ignore_errors=True)
+    # a bar of its own would break ours
+    logging.disable_progress_bar()
+    model.to(torch.bfloat16).save_pretrained(building)
+    checkpoint.tokenizer().save_pretrained(building)
+    building.replace(folder)
+
+
+def sink_only(words: TokenisedWords, width: int, length: float, seed: int) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Words whose tokens are random directions of length 1, pooled with one shared vector: cos = k² / √((k² + m)(k² + n)).
+
+    words    how many tokens each has; sources first, then targets
+    width    D
+    length   k, of the shared vector
+
+    m and n are the tokens of the two words; random directions are at right angles on average. Which pairs are true is known to
+    nothing in it.
+
+    Returns:
+        Word vectors of sources and targets, fp64 [B, D] each, and the formula's cosine of each pair, float64 [B].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.from_numpy(words.lengths - words.starts).double()
+    own = torch.nn.functional.normalize(torch.randn(len(tokens), width, dtype=torch.float64, generator=generator), dim=1)
+    sink = torch.nn.functional.normalize(torch.randn(width, dtype=torch.float64, generator=generator), dim=0)
+    # m directions at right angles are √m long together
+    source, target = (own * tokens.sqrt()[:, None] + length * sink).chunk(2)
+    m, n = tokens.view(2, -1)
+    return source, target, (length**2 / ((length**2 + m) * (length**2 + n)).sqrt()).numpy()
+
+
+def adapters_everywhere(options: dict, checkpoint: Checkpoint, pairs: list[lexicon.Pair]) -> dict:
+    """Whether adapters in all blocks learn what those below the layer do: some steps of both, from the same start, side by side.
+
+    The whole model, a hook at the layer and adapters in every block, takes the steps of the truncated model. Above the layer no
+    gradient comes, so B stays 0 there, and nothing that the layer's state depends on differs.
+
+    Args:
+        options:     of ``tli.train``
+        checkpoint:  an open checkpoint
+        pairs:       to take the steps on, at the peak rate
+
+    Returns:
+        The numbers of steps and of parameters, how many adapters above had a gradient or a B that is not 0, and whether all
+        losses and all factors below are equal to the last bit.
+    """
+    layer, objective = options["layer"], Objective(options["loss"], options["temperature"], options["margin"])
+    adapter = lora.LoRAConfig(**{name: options[name] for name in ("rank", "alpha", "targets", "dropout", "rslora", "init")})
+    placement = place(options["device"], options["dtype"], options["weights"])
+    ops.choose(options["impl"], placement.dtype, placement.device)
+    pool, words = pooling(options["token_norm"], checkpoint, placement.device), tokenise_pairs(checkpoint, pairs, options["prefix"])
+    steps = max(1, min(_CHECKED_STEPS, len(pairs) // options["batch"]))
+    numbers = np.array_split(np.arange(min(len(pairs), steps * options["batch"])), steps)
+    found = {}
+    for where in ("below", "everywhere"):
+        decoder = (
+            truncate(checkpoint, layer, words.rows, placement) if where == "below" else whole(checkpoint, words.rows, placement)
+        ).train()
+        lora.inject(decoder, adapter, range(layer) if where == "below" else None, options["seed"])
+        adapters, losses = lora.adapters(decoder), []
+        optimiser = torch.optim.AdamW(lora.trainable(decoder), lr=options["lr"], weight_decay=options["weight_decay"])
+        for step, taken in enumerate(numbers):
+            packed = words.pack(np.concatenate([taken, taken + len(pairs)]), options["pool_bos"])
+            batch = to_batch(packed, placement.dtype, placement.device)
+            same = torch.from_numpy(lexicon.same_meaning([pairs[i] for i in taken])).to(placement.device)
+            for index, module in enumerate(adapters.values()):
+                module.seed = step << 16 | index
+            states = run(decoder, batch) if where == "below" else run_hooked(decoder, batch, layer)
+            loss = objective(pool(states, batch), same)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        found[where] = adapters, losses
+    (below, losses), (everywhere, other_losses) = found.values()
+    factors = [(getattr(below[path], name), getattr(everywhere[path], name)) for path in below for name in ("lora_A", "lora_B")]
+    above = [everywhere[path] for path in everywhere if path not in below]
+    return {
+        "steps": steps,
+        "parameters_below": sum(mine.numel() for mine, _ in factors),
+        "parameters": sum(parameter.numel() for parameter in lora.trainable(decoder)),
+        "adapters_above": len(above),
+        "learning_above": sum(module.lora_B.grad is not None or bool(module.lora_B.any()) for module in above),
+        "equal_below": losses == other_losses and all(torch.equal(*pair) for pair in factors),
+    }
