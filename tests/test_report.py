@@ -12,7 +12,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from tli.alignment import RETRIEVAL, measure
+from tli.alignment import CLIPSCORE, RETRIEVAL, measure
 from tli.config import TrainConfig, as_dict
 from tli.report import SPLITS, TESTED, assemble, draw_distributions, draw_layers, markdown, model_card, show, verdict, write_report
 
@@ -182,7 +182,7 @@ def test_the_files_hold_the_same_numbers_and_nothing_else_is_left(tmp_path):
     assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in report.json")) == json.loads(json.dumps(report))
     assert {key: report[key] for key in facts} == facts
     keys = {(r["split"], r["when"], r["layer"], r["metric"]) for r in report["measurements"]}
-    metrics = ("gap", *RETRIEVAL, "cosine", "mismatched")
+    metrics = ("gap", *RETRIEVAL, "cosine", "mismatched", *CLIPSCORE)
     assert keys == set(itertools.product(SPLITS, ("before", "after"), (2, "output"), metrics))
     assert len(keys) == len(report["measurements"])
     for name in ("distributions.png", "layers.png"):

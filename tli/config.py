@@ -123,9 +123,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_choices(self)
-        for field in dataclasses.fields(self):
-            if field.metadata["recipes"] and getattr(self, field.name) is None:
-                object.__setattr__(self, field.name, field.metadata["recipes"][self.recipe])
+        _fill_by_recipe(self)
         if self.layer != "auto" and not isinstance(self.layer, int):
             raise TliError("--layer", "the layer must be a whole number or auto", repr(self.layer), "choose one of these")
         if self.alpha is None:
@@ -133,6 +131,15 @@ class TrainConfig:
         if self.output is None:
             arm, shuffled = "" if self.arm == "early" else f"-{self.arm}", "-shuffled" if self.shuffle_pairs else ""
             object.__setattr__(self, "output", f"runs/{self.recipe}{arm}-layer{self.layer}-rank{self.rank}-seed{self.seed}{shuffled}")
+
+
+def _as_in_training(name: str, by_recipe: bool = False, **changes):
+    """The field of ``TrainConfig`` with this name, for another command; ``changes`` of its default, group or help."""
+    field = next(field for field in dataclasses.fields(TrainConfig) if field.name == name)
+    recipes = field.metadata["recipes"] or {"default": field.default}
+    paper = {"paper": recipes["paper"]} if by_recipe else {}
+    told = {"default": recipes["default"], **{key: field.metadata[key] for key in ("group", "help", "choices")}}
+    return option(**told | changes, **paper)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,25 +161,17 @@ class TuneConfig:
 class ScanConfig:
     """Measure word pairs at every layer of a language model, in one pass with one block in memory at a time."""
 
-    model: str | None = option(None, "model", "local folder or hub name of a Hugging Face checkpoint (default: the starter, SmolLM2-135M)")
+    model: str | None = _as_in_training("model")
     adapter: str | None = option(None, "model", "folder of a PEFT adapter: it is scanned, too, beside the base")
-    weights: str = option("full", "model", "frozen weights: full precision, or rounded to NF4", paper="nf4", choices=("full", "nf4"))
-    dtype: str = option(
-        "auto",
-        "model",
-        "compute dtype; auto is float32 on a CPU and bfloat16 on a GPU",
-        paper="bfloat16",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
-    device: str = option("auto", "model", "cpu, cuda or cuda:N (auto: a GPU if there is one)")
-    impl: str = option("auto", "model", "which implementation of the ops", choices=("auto", "reference", "fused"))
+    weights: str = _as_in_training("weights", by_recipe=True)
+    dtype: str = _as_in_training("dtype", by_recipe=True)
+    device: str = _as_in_training("device")
+    impl: str = _as_in_training("impl")
 
-    pairs: str | None = option(
-        None, "words", "word pairs: .tsv .csv .json .jsonl or dictd .index (default: the shipped Swahili-English list)"
-    )
-    source: str = option("swahili", "words", "name of the source language's column or key")
-    target: str = option("english", "words", "name of the target language's column or key")
-    prefix: str = option(" ", "words", "text before each word, never pooled; a space gives words as they stand in running text", paper="")
+    pairs: str | None = _as_in_training("pairs")
+    source: str = _as_in_training("source")
+    target: str = _as_in_training("target")
+    prefix: str = _as_in_training("prefix", by_recipe=True)
     split: str = option(
         "all",
         "words",
@@ -191,7 +190,7 @@ class ScanConfig:
         paper="none",
         choices=("auto", "final", "rms", "none"),
     )
-    recipe: str = option("default", "vectors", "where the defaults come from; flags that are given win", choices=RECIPES)
+    recipe: str = _as_in_training("recipe", group="vectors")
 
     output: str | None = option(
         None, "output", "folder for scan.json and scan.png (default: runs/scan-<model>, or runs/scan-<adapter's folder>)"
@@ -201,9 +200,7 @@ class ScanConfig:
 
     def __post_init__(self):
         check_choices(self)
-        for field in dataclasses.fields(self):
-            if field.metadata["recipes"] and getattr(self, field.name) is None:
-                object.__setattr__(self, field.name, field.metadata["recipes"][self.recipe])
+        _fill_by_recipe(self)
         if self.seed < 0:
             raise TliError("--seed", "the seed must be at least 0", self.seed, "give another seed")
         if self.output is None:
@@ -279,13 +276,6 @@ class EvaluateConfig:
             raise TliError("--margin", "the margin of equivalence must be above 0", self.margin, remedy)
 
 
-def _as_in_training(name: str, **changes):
-    """The field of ``TrainConfig`` with this name, for a command that trains; ``changes`` of its default or help."""
-    field = next(field for field in dataclasses.fields(TrainConfig) if field.name == name)
-    default = field.metadata["recipes"]["default"] if field.metadata["recipes"] else field.default
-    return option(changes.get("default", default), field.metadata["group"], changes.get("help", field.metadata["help"]))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig:
     """How alignment depends on LoRA rank, for an early layer against the full model: a grid of equal runs. (Another study, with its own
@@ -306,10 +296,8 @@ class StudyConfig:
 
     model: str | None = _as_in_training("model")
     layer: int = option(2, "model", "hidden state that the early arm aligns")
-    weights: str = option("full", "model", "frozen weights: full precision, or rounded to NF4", choices=("full", "nf4"))
-    dtype: str = option(
-        "auto", "model", "compute dtype; auto is float32 on a CPU and bfloat16 on a GPU", choices=("auto", "float32", "bfloat16", "float16")
-    )
+    weights: str = _as_in_training("weights")
+    dtype: str = _as_in_training("dtype")
     device: str = _as_in_training("device", help="cpu, cuda or cuda:N (auto: a GPU if there is one, under torchrun that of the process)")
 
     pairs: str | None = _as_in_training("pairs")
@@ -405,6 +393,12 @@ class ExportConfig:
         check_choices(self)
         if not self.shard_gb > 0:
             raise TliError("--shard-gb", "the size must be positive", self.shard_gb, "leave it out, or choose another")
+
+
+def _fill_by_recipe(config) -> None:
+    for field in dataclasses.fields(config):
+        if field.metadata["recipes"] and getattr(config, field.name) is None:
+            object.__setattr__(config, field.name, field.metadata["recipes"][config.recipe])
 
 
 def check_choices(config) -> None:

@@ -18,6 +18,8 @@ from tli.alignment import RETRIEVAL, Alignment, measurements
 from tli.figures import draw_distributions, draw_layers, save_figure
 from tli.files import write_text
 from tli.records import DIFFERENCE, SPLITS, Layer, aligned_layer, compared_layers, find_value, interval, number, p_value, place_name
+from tli.tables import Table, as_markdown
+from tli.tables import show as show_tables
 from tli.verdict import verdict
 
 if typing.TYPE_CHECKING:
@@ -94,27 +96,22 @@ def assemble(run: dict, alignments: dict[tuple[str, str, Layer], Alignment]) -> 
 
 def show(report: dict, console: rich.console.Console) -> None:
     """Print the tables and the verdict to ``console``: intervals beside the values if it is wide, below them if it is not."""
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
     wide = console.width >= _WIDE_COLUMNS
 
-    def table(title: str, rows: list[list[str]]) -> None:
-        padding = (0, int(wide), 0, 0)
-        shown = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=padding, show_edge=False, pad_edge=False)
-        for i, head in enumerate(rows[0]):
-            shown.add_column(Text(head), justify="right" if i else "left", no_wrap=True)
-        for label, *cells in rows[1:]:
-            shown.add_row(Text(label if wide else label.replace(", ", ",\n").replace(" share", "\nshare")), *map(Text, cells))
-        console.print(shown)
-        console.print()
+    def shown(title: str, rows: list[list[str]]) -> Table:
+        labels = [row[0] if wide else row[0].replace(", ", ",\n").replace(" share", "\nshare") for row in rows]
+        head, *rest = [[label, *cells] for label, (_, *cells) in zip(labels, rows)]
+        return Table(title, head, rest)
 
     console.print(Text(_summary(report)))
     console.print()
     for layer in compared_layers(report, report["measurements"]):
-        table(f"{place_name(layer).capitalize()}: mean and 95 % interval", _value_rows(report, layer, tuple(LABELS), " " if wide else "\n"))
-        table(f"{place_name(layer).capitalize()}: gain, after - before (paired t; difference: Welch's t)", _gain_rows(report, layer))
+        name, between = place_name(layer).capitalize(), " " if wide else "\n"
+        values = shown(f"{name}: mean and 95 % interval", _value_rows(report, layer, tuple(LABELS), between))
+        gains = shown(f"{name}: gain, after - before (paired t; difference: Welch's t)", _gain_rows(report, layer))
+        show_tables([values, gains], console, padding=int(wide))
     console.print(Text(report["verdict"]))
 
 
@@ -128,8 +125,8 @@ def markdown(report: dict) -> str:
     ]
     rows = ("gap", *RETRIEVAL, "cosine", "mismatched", "sink_share")
     for layer in compared_layers(report, report["measurements"]):
-        parts += [f"## {place_name(layer).capitalize()}", _markdown_table(_value_rows(report, layer, rows, " "))]
-        parts += ["Gain, after - before:", _markdown_table(_gain_rows(report, layer))]
+        parts += [f"## {place_name(layer).capitalize()}", _as_markdown(_value_rows(report, layer, rows, " "))]
+        parts += ["Gain, after - before:", _as_markdown(_gain_rows(report, layer))]
     parts += [_READING, "## Figures", "![Cosines of true and mismatched pairs](distributions.png)", "![Gap and MRR by layer](layers.png)"]
     facts = {key: report[key] for key in report if key not in ("measurements", "tests", "verdict")}
     parts += ["## To repeat it", "```json\n" + json.dumps(facts, indent=1, allow_nan=False) + "\n```"]
@@ -147,7 +144,7 @@ def model_card(report: dict) -> str:
     parts = ["---\n" + "\n".join(front) + "\n---", f"# {base}: {_languages(report)} words aligned at {place_name(layer)}", _summary(report)]
     parts += ["## What the numbers show", report["verdict"]]
     for place in compared_layers(report, report["measurements"]):
-        parts += [f"### {place_name(place).capitalize()}", _markdown_table(_value_rows(report, place, tuple(LABELS), " "))]
+        parts += [f"### {place_name(place).capitalize()}", _as_markdown(_value_rows(report, place, tuple(LABELS), " "))]
     parts += [
         _READING,
         "## How to load it",
@@ -243,9 +240,8 @@ def _gain_rows(report: dict, layer: Layer) -> list[list[str]]:
     return [row if i == 0 or row[0] != rows[i - 1][0] else ["", *row[1:]] for i, row in enumerate(rows)]
 
 
-def _markdown_table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("\n", " ").strip() for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+def _as_markdown(rows: list[list[str]]) -> str:
+    return as_markdown(Table("", rows[0], rows[1:]))
 
 
 def _label(report: dict, metric: str) -> str:

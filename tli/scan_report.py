@@ -9,6 +9,8 @@ import shlex
 import typing
 
 from tli.records import Layer, interval, number, place_name
+from tli.tables import Table
+from tli.tables import show as show_tables
 
 if typing.TYPE_CHECKING:
     import rich.console
@@ -134,17 +136,7 @@ def show(report: dict, console: rich.console.Console) -> None:
 
 
 def _print_table(console: rich.console.Console, title: str, rows: list[list[str]]) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False, pad_edge=False)
-    for column, head in enumerate(rows[0]):
-        table.add_column(Text(head), justify="right" if column else "left", no_wrap=True)
-    for row in rows[1:]:
-        table.add_row(*map(Text, row))
-    console.print(table)
-    console.print()
+    show_tables([Table(title, rows[0], rows[1:])], console, padding=0)
 
 
 def _cosine_rows(report: dict, stream: str) -> list[list[str]]:

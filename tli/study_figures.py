@@ -14,8 +14,13 @@ _STYLES = {
     "early": {"color": "#08519c", "marker": "o", "linestyle": "-"},
     "full": {"color": "#e6861a", "marker": "s", "linestyle": (0, (5, 2))},
 }
-_SCORES = {"mrr": "held-out MRR", "gap": "held-out gap (cosine, true - mismatched)", "clipscore": "held-out CLIPScore"}
-_COSTS = {"parameters": ("adapter parameters", 1), "training_seconds": ("training, seconds", 1), "peak_bytes": ("peak memory, GiB", 2**30)}
+_SCORES = {"mrr": "held-out MRR", "gap": "held-out gap\n(cosine, true - mismatched)", "clipscore": "held-out CLIPScore"}
+# label, unit, scale
+_COSTS = {
+    "parameters": ("adapter parameters", 1, "log"),
+    "training_seconds": ("training, seconds", 1, "log"),
+    "peak_bytes": ("peak memory of the process, GiB", 2**30, "linear"),
+}
 
 
 def draw_ranks(results: dict) -> matplotlib.figure.Figure:
@@ -51,7 +56,7 @@ def draw_ranks(results: dict) -> matplotlib.figure.Figure:
     for panel in panels[-1]:
         panel.set_xlabel("LoRA rank R")
     handles = {label: handle for row in panels for handle, label in zip(*row[0].get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(layers) + 1, frameon=False, fontsize=9)
     figure.supxlabel(_about(results), fontsize=8)
     return figure
 
@@ -59,30 +64,36 @@ def draw_ranks(results: dict) -> matplotlib.figure.Figure:
 def draw_costs(results: dict) -> matplotlib.figure.Figure:
     """Held-out MRR against adapter size, time and memory: at the output, and where each arm's loss was."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     rows = [("each arm where its loss was", None)] + ([("at the output", "output")] if "output" in results["layers"] else [])
     figure = Figure(figsize=(11.4, 3.6 * len(rows) + 0.8), layout="constrained")
     panels = figure.subplots(len(rows), len(_COSTS), squeeze=False, sharex="col", sharey="row")
     for row, (where, place) in zip(panels, rows):
-        for panel, (cost, (name, unit)) in zip(row, _COSTS.items()):
+        for panel, (cost, (_, unit, scale)) in zip(row, _COSTS.items()):
             for arm in results["search"]:
                 layer = place or ("output" if arm == "full" else results["config"]["layer"])
                 values = _values(results, arm, layer, "mrr")
                 paid = {c["rank"]: c[cost] / unit for c in results["costs"] if c["arm"] == arm}
                 xs = [paid[v["rank"]] for v in values]
+                # only the size goes with the rank step by step
                 style = _STYLES[arm] | ({} if cost == "parameters" else {"linestyle": "none"})
                 panel.errorbar(xs, [v["value"] for v in values], _reach(values), label=f"{arm} arm", capsize=2.5, markersize=5, **style)
                 for x, value in zip(xs, values):
                     text = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7, "color": "0.25"}
                     panel.annotate(str(value["rank"]), (x, value["value"]), **text)
-            panel.set_xscale("log")
-            panel.xaxis.set_minor_formatter(NullFormatter() if cost == "parameters" else panel.xaxis.get_minor_formatter())
+            panel.set_xscale(scale)
+            if scale == "log":
+                panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if cost == "training_seconds" else (1,)))
+                panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.15g}"))
+                panel.xaxis.set_minor_formatter(NullFormatter())
+            else:
+                panel.set_xlim(0, 1.1 * max(c[cost] for c in results["costs"]) / unit)
             panel.spines[["top", "right"]].set_visible(False)
-            if row is panels[-1]:
-                panel.set_xlabel(name)
         row[0].set_ylabel(f"held-out MRR,\n{where}")
         row[0].set_ylim(bottom=0)
+    for panel, (name, *_) in zip(panels[-1], _COSTS.values()):
+        panel.set_xlabel(name)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     figure.supxlabel(f"numbers beside the points: rank; costs are medians over seeds. {_about(results)}", fontsize=8)
     return figure

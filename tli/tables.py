@@ -16,14 +16,14 @@ class Table(typing.NamedTuple):
     rows: list[list[str]]
 
 
-def show(tables: list[Table], console: rich.console.Console) -> None:
-    """Print the tables, each below its title."""
+def show(tables: list[Table], console: rich.console.Console, padding: int = 1) -> None:
+    """Print the tables, each below its title, with ``padding`` spaces between columns beside the one that a border takes."""
     from rich import box
     from rich.table import Table as Shown
     from rich.text import Text
 
     for table in tables:
-        shown = Shown(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+        shown = Shown(box=box.SIMPLE_HEAD, padding=(0, padding, 0, 0), show_edge=False, pad_edge=False)
         for i, head in enumerate(table.head):
             shown.add_column(Text(head), justify="right" if i else "left", no_wrap=True)
         for row in table.rows:
