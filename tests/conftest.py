@@ -51,6 +51,14 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def word_list(tmp_path_factory) -> pathlib.Path:
+    """The first 60 shipped pairs."""
+    path = tmp_path_factory.mktemp("words") / "sixty.tsv"
+    path.write_text("\n".join(lexicon.SHIPPED.read_text(encoding="utf-8").splitlines()[:61]) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
 def make_model(tmp_path_factory, tokenizer) -> Callable[..., pathlib.Path]:
     """Save a small random-weight causal LM of a family, as ``make_model("llama", shards=True, tied=False)``."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -33,15 +33,6 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128}
 
 
 @pytest.fixture(scope="module")
-def word_list(tmp_path_factory) -> pathlib.Path:
-    """The first 60 shipped pairs."""
-    path = tmp_path_factory.mktemp("words") / "sixty.tsv"
-    rows = lexicon.SHIPPED.read_text(encoding="utf-8").splitlines()[:61]
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def trained(tmp_path_factory, make_model, word_list) -> pathlib.Path:
     """A run of twenty steps with its report."""
     output = tmp_path_factory.mktemp("run") / "adapter"

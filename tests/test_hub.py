@@ -6,26 +6,16 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
 from fake_hub import COMMIT, serving
-
-from tli import lexicon
 
 ROOT = pathlib.Path(__file__).parent.parent
 NAME = "someone/model"
 
 
-@pytest.fixture(scope="module")
-def word_list(tmp_path_factory) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("words") / "forty.tsv"
-    path.write_text("\n".join(lexicon.SHIPPED.read_text(encoding="utf-8").splitlines()[:41]) + "\n", encoding="utf-8")
-    return path
-
-
 def train(hub, cache: pathlib.Path, word_list: pathlib.Path, *flags: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(cache / "hf")}
     environment |= {"TLI_CACHE": str(cache / "tli"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    options = ["--model", NAME, "--pairs", str(word_list), "--rank=2", "--batch=18", "--epochs=1", "--no-report", "--json"]
+    options = ["--model", NAME, "--pairs", str(word_list), "--rank=2", "--batch=27", "--epochs=1", "--no-report", "--json"]
     command = [sys.executable, "-m", "tli.train", *options, f"--output={cache / 'out'}", "--overwrite", *flags]
     return subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, timeout=240)
 

@@ -36,14 +36,6 @@ def model(make_model) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def word_list(tmp_path_factory) -> pathlib.Path:
-    """The first 60 shipped pairs."""
-    path = tmp_path_factory.mktemp("words") / "sixty.tsv"
-    path.write_text("\n".join(lexicon.SHIPPED.read_text(encoding="utf-8").splitlines()[:61]) + "\n", encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def splits(word_list) -> dict[str, list[lexicon.Pair]]:
     return dict(zip(("trained", "held_out"), lexicon.split_pairs(lexicon.read_pairs(str(word_list), "swahili", "english"), 0.1, 0)))
 

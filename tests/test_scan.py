@@ -41,15 +41,6 @@ def pairs() -> list[lexicon.Pair]:
     return lexicon.read_pairs(None, "swahili", "english")[:24] + [lexicon.Pair("abiri", "passenger", loan=False)]
 
 
-@pytest.fixture(scope="module")
-def word_list(tmp_path_factory) -> pathlib.Path:
-    """The first 60 shipped pairs."""
-    path = tmp_path_factory.mktemp("words") / "sixty.tsv"
-    rows = lexicon.SHIPPED.read_text(encoding="utf-8").splitlines()[:61]
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def settings(make_model, word_list, tmp_path) -> dict:
     return {"model": str(make_model("llama")), "pairs": str(word_list), "output": str(tmp_path / "out")}

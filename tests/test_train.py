@@ -29,15 +29,6 @@ REPORT_FILES = {"README.md", "report.json", "report.md", "distributions.png", "l
 ADAPTER_FILES = {lora.ADAPTER_FILE, lora.CONFIG_FILE}
 
 
-@pytest.fixture(scope="module")
-def word_list(tmp_path_factory) -> pathlib.Path:
-    """The first 60 shipped pairs."""
-    path = tmp_path_factory.mktemp("words") / "sixty.tsv"
-    rows = lexicon.SHIPPED.read_text(encoding="utf-8").splitlines()[:61]
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def settings(make_model, word_list, tmp_path) -> dict:
     """A run of eight steps that takes a second."""
