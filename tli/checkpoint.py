@@ -259,6 +259,7 @@ def _download(name: str, file: str, optional: bool) -> pathlib.Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    hub.look_for_hub()
     try:
         return pathlib.Path(hf_hub_download(name, file))
     except EntryNotFoundError as error:

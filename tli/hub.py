@@ -1,8 +1,15 @@
-"""One tensor out of a file on the hub, without downloading the file: an 8B model's final norm is 8 KB in a shard of gigabytes."""
+"""What tli asks of a hub beside whole files: whether it is there, and one tensor out of a file.
 
+An 8B model's final norm is 8 KB in a shard of gigabytes, and three requests for ranges of bytes fetch it alone.
+"""
+
+import functools
 import json
 import pathlib
+import socket
 import struct
+import urllib.parse
+import urllib.request
 
 import torch
 from safetensors.torch import load, save
@@ -13,6 +20,22 @@ from tli.files import cache_folder, replacing
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TIMEOUT_S = 30.0
+_LOOK_S = 3.0
+
+
+@functools.cache
+def look_for_hub() -> None:
+    """Go offline at once where the hub cannot be reached: huggingface_hub would try each file for half a minute first."""
+    from huggingface_hub import constants
+
+    hub = urllib.parse.urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies().get(hub.scheme):
+        # what lies behind a proxy only the proxy knows
+        return
+    try:
+        socket.create_connection((hub.hostname, hub.port or {"http": 80}.get(hub.scheme, 443)), timeout=_LOOK_S).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def fetch_tensor(repository: str, revision: str, file: str, name: str) -> Tensor:
