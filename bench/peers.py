@@ -120,7 +120,7 @@ class Tli(Subject):
     def loss(self) -> Tensor:
         from tli.truncated import run
 
-        ((batch, same),) = self.batches.epoch(self.epoch)
+        (((batch,), same),) = self.batches.epoch(self.epoch)
         self.epoch += 1
         return self.objective(self.pool(run(self.decoder, batch), batch), same)
 

@@ -167,7 +167,7 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
     same = np.array([[0, 7], [7, 0], [3, 4], [4, 3]])
     batches = train_module.EpochBatches(config, words, np.arange(len(pairs)), same, place("cpu", "auto"))
     sizes, found = [], 0
-    for batch, batch_same in batches.epoch(0):
+    for (batch,), batch_same in batches.epoch(0):
         sizes.append((len(batch.indptr) - 1) // 2)
         found += len(batch_same)
         assert batch_same.shape[1] == 2
@@ -175,7 +175,7 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
     assert sum(sizes) == len(pairs)
     assert max(sizes) - min(sizes) <= 1
     assert found in (0, 2, 4)
-    orders = [[batch.input_ids.tolist() for batch, _ in batches.epoch(epoch)] for epoch in (0, 0, 1)]
+    orders = [[batch.input_ids.tolist() for (batch,), _ in batches.epoch(epoch)] for epoch in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     everything = train_module.EpochBatches(dataclasses.replace(config, batch=60), words, np.arange(len(pairs)), same, place("cpu", "auto"))
     assert len(everything.epoch(0)[0][1]) == 4

@@ -101,6 +101,9 @@ class TrainConfig:
     eval_pool_bos: bool = option(False, "objective", "pool it in the measurements, too")
 
     batch: int = option(128, "training", "pairs per step", paper=8)
+    micro_batch: int | None = option(
+        None, "training", "run a batch through the model in parts of so many pairs: the memory of one part, equal gradients, more time"
+    )
     epochs: int = option(50, "training", "passes over the trained pairs", paper=5)
     lr: float = option(2e-3, "training", "peak learning rate of AdamW", paper=2e-4)
     warmup: int = option(20, "training", "steps of linear warm-up", paper=50)

@@ -25,7 +25,7 @@ import types
 import numpy as np
 import torch
 
-from tli import layers, lexicon, lora, ops, provenance, report, starter
+from tli import gradient_cache, layers, lexicon, lora, ops, provenance, report, starter
 from tli.checkpoint import Checkpoint, open_checkpoint, sight
 from tli.errors import TliError, run_command
 from tli.files import claim_output, sha256
@@ -171,6 +171,8 @@ class EpochBatches:
     """
 
     def __init__(self, config: TrainConfig, words: TokenisedWords, partners: np.ndarray, same: np.ndarray, placement: Placement):
+        if config.micro_batch is not None and config.micro_batch < 1:
+            raise TliError("--micro-batch", "a part of a batch must have at least 1 pair", config.micro_batch, "raise it, or leave it out")
         if config.batch < 2 or config.epochs < 1:
             got = f"batch {config.batch}, epochs {config.epochs}"
             raise TliError("--batch, --epochs", "a batch must have at least 2 pairs, and a run at least 1 epoch", got, "raise them")
@@ -178,21 +180,24 @@ class EpochBatches:
         self.per_epoch = -(-len(partners) // config.batch)
         self.total = self.per_epoch * config.epochs
 
-    def epoch(self, epoch: int, skip: int = 0) -> list[tuple[Batch, torch.Tensor]]:
-        """The epoch's batches from the ``skip``-th on, each with its pairs (i, j) that are no negatives: int64 [E, 2]."""
+    def epoch(self, epoch: int, skip: int = 0) -> list[tuple[list[Batch], torch.Tensor]]:
+        """The epoch's batches from the ``skip``-th on, each in parts, with its pairs (i, j) that are no negatives: int64 [E, 2]."""
         order = np.random.default_rng([self.config.seed, 0, epoch]).permutation(len(self.partners))
         return [self._batch(pairs) for pairs in np.array_split(order, self.per_epoch)[skip:]]
 
-    def _batch(self, pairs: np.ndarray) -> tuple[Batch, torch.Tensor]:
-        targets = self.partners[pairs] + len(self.words.lengths) // 2
-        packed = self.words.pack(np.concatenate([pairs, targets]), self.config.pool_bos)
+    def _batch(self, pairs: np.ndarray) -> tuple[list[Batch], torch.Tensor]:
+        parts = [self._part(part) for part in np.array_split(pairs, -(-len(pairs) // (self.config.micro_batch or len(pairs))))]
         place_of = np.full(len(self.partners), -1)
         place_of[pairs] = np.arange(len(pairs))
         same = place_of[self.same]
         same = same[(same >= 0).all(axis=1)]
         # row by row, as the fused losses walk them
-        same = torch.from_numpy(same[np.lexsort(same.T[::-1])]).to(self.placement.device)
-        return to_batch(packed, self.placement.dtype, self.placement.device), same
+        return parts, torch.from_numpy(same[np.lexsort(same.T[::-1])]).to(self.placement.device)
+
+    def _part(self, pairs: np.ndarray) -> Batch:
+        targets = self.partners[pairs] + len(self.words.lengths) // 2
+        packed = self.words.pack(np.concatenate([pairs, targets]), self.config.pool_bos)
+        return to_batch(packed, self.placement.dtype, self.placement.device)
 
 
 def _fit(config: TrainConfig, decoder, batches: EpochBatches, pool: Pooling, state: TrainingState, console) -> Progress:
@@ -207,25 +212,26 @@ def _fit(config: TrainConfig, decoder, batches: EpochBatches, pool: Pooling, sta
     with stop_signals() as stop, training_bar(console, batches.total) as show:
         while progress.step < batches.total and not stop.is_set():
             epoch, done = divmod(progress.step, batches.per_epoch)
-            for batch, same in batches.epoch(epoch, skip=done):
+            for parts, same in batches.epoch(epoch, skip=done):
                 _seed_dropout(adapters, config, progress.step)
                 for group in optimiser.param_groups:
                     group["lr"] = config.lr * rate(progress.step, batches.total, config.warmup, config.schedule)
-                loss = objective(pool(aligned(decoder, batch), batch), same)
+                optimiser.zero_grad()
+                loss = gradient_cache.backward(
+                    parts, lambda part: pool(aligned(decoder, part), part), lambda vectors, same=same: objective(vectors, same)
+                )
                 value = loss.item()
                 if not math.isfinite(value):
                     raise TliError(
                         f"step {progress.step + 1}", "the loss must be finite", value, "lower --lr, or check the model's weights"
                     )
-                optimiser.zero_grad()
-                loss.backward()
                 if progress.step < 2:
                     lora.check_gradients(decoder, progress.step)
                 if config.clip > 0:
                     torch.nn.utils.clip_grad_norm_(parameters, config.clip)
                 optimiser.step()
                 progress.add(value, time.monotonic() - began)
-                show(progress, words=len(batch.indptr) - 1)
+                show(progress, words=sum(len(part.indptr) - 1 for part in parts))
                 if stop.is_set() or progress.step == batches.total or time.monotonic() - saved > _SAVE_EVERY_S:
                     state.save(adapters, optimiser, progress)
                     saved = time.monotonic()
