@@ -306,7 +306,8 @@ def made_up(early: list, full: list, shuffled: float = 0.03) -> dict:
                         "model": {"name": "a/model", "blocks": 4},
                         "pairs": {"trained": 90, "held_out": 10},
                         "measurements": measurements,
-                        "training": {"steps": 8, "seconds": 2.0 if arm == "early" else 9.0, "peak_bytes": 1 << 30},
+                        "training": {"steps": 8, "seconds": 2.0 if arm == "early" else 9.0, "peak_bytes": 1 << 30, "chance_loss": 4.0}
+                        | {"loss_last": 2.0 if arm == "early" else 3.9},
                         "adapter": {"parameters": rank * 100 * (1 if arm == "early" else 3), "bytes": rank * 400},
                         "versions": {},
                         "machine": {},
@@ -339,6 +340,8 @@ def test_the_paragraph_says_what_was_found():
     assert "4.5 times the early one's time" in said
     assert "3.0 times as large" in said
     assert "and that part is alignment" in said
+    assert "The full arm's loss ended at 3.90 at the best, at rank 1, where chance is 4.00: in 8 steps it learnt little" in said
+    assert "The early arm's loss" not in said
 
 
 def test_the_paragraph_says_where_the_control_is_as_good():

@@ -36,6 +36,8 @@ _JUDGED = ("mrr", "gap", "p_at_1", "clipscore_gap")
 _LABELS = {"clipscore_gap": "CLIPScore's gap", "gap": "gap", "p_at_1": "P@1", "mrr": "MRR"}
 _ARMS = {"early": "early arm", "full": "full arm"}
 _CLEAR = 0.05
+# a last loss above this part of chance's
+_LITTLE_LEARNT = 0.9
 
 _READING = """\
 How to read this. Each value is a mean over seeds, its bracket the 95 % Student interval over them: a seed draws the split, the order, the
@@ -156,7 +158,7 @@ def _control(runs: dict, arms: list[str], seeds: list[int], rank: int, over_seed
 
 
 def _cost(arm: str, rank: int, reports: list[dict]) -> dict:
-    """What a run of the arm at this rank took: medians over seeds."""
+    """What a run of the arm at this rank took, and how far its loss came: medians over seeds."""
     return {
         "arm": arm,
         "rank": rank,
@@ -164,6 +166,8 @@ def _cost(arm: str, rank: int, reports: list[dict]) -> dict:
         "adapter_bytes": reports[0]["adapter"]["bytes"],
         "training_seconds": float(np.median([report["training"]["seconds"] for report in reports])),
         "peak_bytes": int(np.median([report["training"]["peak_bytes"] for report in reports])),
+        "loss_last": float(np.median([report["training"]["loss_last"] for report in reports])),
+        "loss_chance": reports[0]["training"]["chance_loss"],
     }
 
 
@@ -193,7 +197,7 @@ def in_words(results: dict) -> str:
     if len(search) > 1:
         sentences += [_arms_sentence(results, place) for place in (ALIGNED, "output") if place == ALIGNED or place in results["layers"]]
     sentences += [_control_sentence(results, arm) for arm in search]
-    sentences += [_search_sentence(results, arm) for arm in search]
+    sentences += [said for arm in search for said in (_loss_sentence(results, arm), _search_sentence(results, arm))]
     sentences += [_cost_sentence(results), _power_sentence(results)]
     return " ".join(sentence for sentence in sentences if sentence)
 
@@ -249,6 +253,14 @@ def _control_sentence(results: dict, arm: str) -> str:
     if found["p"] < _CLEAR and found["difference"] > 0:
         return f"{said}: {number(found['difference'])} less than on true pairs (p {p_value(found['p'])}), and that part is alignment."
     return f"{said}: not shown to be less than on true pairs (p {p_value(found['p'])})."
+
+
+def _loss_sentence(results: dict, arm: str) -> str:
+    lowest = min((cost for cost in results["costs"] if cost["arm"] == arm), key=lambda cost: cost["loss_last"])
+    if lowest["loss_chance"] is None or lowest["loss_last"] < _LITTLE_LEARNT * lowest["loss_chance"]:
+        return ""
+    ended = f"ended at {lowest['loss_last']:.2f} at the best, at rank {lowest['rank']}, where chance is {lowest['loss_chance']:.2f}"
+    return f"The {_ARMS[arm]}'s loss {ended}: in {results['steps']} steps it learnt little, and more of them may change what is said of it."
 
 
 def _search_sentence(results: dict, arm: str) -> str:
@@ -399,6 +411,8 @@ def markdown(results: dict) -> str:
         parts += [f"## {table.title}", as_markdown(table)]
     parts += [_READING, "## Figures", "![Scores against rank](rank.png)", "![Scores against cost](cost.png)"]
     rest = {key: results[key] for key in ("config", "model", "pairs", "steps", "versions", "machine")}
+    # where it lay says nothing to others
+    rest["config"] = {name: value for name, value in config.items() if name not in ("output", "json", "cells")}
     return "\n\n".join([*parts, "## To repeat it", "```json\n" + json.dumps(rest, indent=1, allow_nan=False) + "\n```"]) + "\n"
 
 
