@@ -42,15 +42,15 @@ def measure_here(name: str, config: str) -> None:
 
     subject_class = SUBJECTS[name]
     subject_class.imports()
-    imported = _resident("VmRSS")
+    imported = resident("VmRSS")
     subject = subject_class(TrainConfig(**json.loads(config)))
-    built = _resident("VmRSS")
+    built = resident("VmRSS")
     for _ in range(STEPS):
         subject.step()
-    print(json.dumps({"imported_bytes": imported, "built_bytes": built, "peak_bytes": _resident("VmHWM")}))
+    print(json.dumps({"imported_bytes": imported, "built_bytes": built, "peak_bytes": resident("VmHWM")}))
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
     with open("/proc/self/status", encoding="ascii") as status:
         return int(re.search(rf"{what}:\s*(\d+) kB", status.read())[1]) * 1024
 

@@ -106,7 +106,7 @@ class Tli(Subject):
         checkpoint = open_checkpoint(config.model or str(starter_folder()))
         texts = [pair.source for pair in batch + rest] + [pair.target for pair in batch + rest]
         words = tokenise(checkpoint.tokenizer(), texts, checkpoint.config.max_position_embeddings, config.prefix)
-        placement = place("cpu", "float32")
+        placement = place("cpu", "float32", config.weights)
         ops.choose(config.impl, placement.dtype, placement.device)
         self.decoder = truncate(checkpoint, config.layer, words.rows, placement).train()
         lora.inject(self.decoder, lora.LoRAConfig(rank=config.rank, alpha=config.alpha, targets=config.targets), seed=config.seed)
@@ -233,6 +233,26 @@ class PeftHook(_Peft):
         self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         taken, self.taken = self.taken, None
         return taken
+
+
+class PeftBitsandbytes(PeftHook):
+    """The same with all weights in bitsandbytes' NF4, made ready as peft's guide to quantised models says: what the paper ran.
+
+    It computes in fp32, in which a CPU multiplies fastest, and keeps its activations: checkpointing would only cost time.
+    """
+
+    name = "peft-bitsandbytes"
+
+    def _build(self, auto_model, folder: str) -> None:
+        from peft import prepare_model_for_kbit_training
+        from transformers import BitsAndBytesConfig
+
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        model = auto_model.from_pretrained(folder, quantization_config=nf4, dtype=torch.float32, device_map="cpu")
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        self.norm = model.norm
+        model.layers[self.config.layer - 1].register_forward_hook(self._take)
+        self.model = self._with_adapters(model)
 
 
 SUBJECTS = {subject.name: subject for subject in (Tli, PeftTruncated, PeftHook)}

@@ -4,7 +4,8 @@
     dx = dy·W + kept((s·dy·B)·A)                  likewise
     dA = (s·dy·B)ᵀ·kept(x),  dB = s·dyᵀ·(kept(x)·Aᵀ)
 
-kept(x) is x with the elements that dropout takes set to zero; s has 1/(1 - dropout) in it.
+kept(x) is x with the elements that dropout takes set to zero; s has 1/(1 - dropout) in it. A weight in NF4 stays packed: each product
+decodes it into a buffer that is gone afterwards, forward and backward, which costs time and holds an eighth of the memory.
 
 torch's CPU build multiplies 32-bit matrices with MKL, which takes its slower path on processors that are not Intel's.
 oneDNN, in the same build, does not: on an AMD EPYC with AVX-512 it is 2.2 times as fast (bench/LOG.md). It takes W and Wᵀ
@@ -14,7 +15,9 @@ Letters: M rows, K in-features, N out-features, R rank.
 """
 
 import torch
-from tli_kernels.reference import keep_mask
+import torch.nn.functional as F
+from tli_kernels.nf4_weight import BLOCKSIZE, NF4Weight
+from tli_kernels.reference import block_scales, keep_mask
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -29,39 +32,52 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _decoded(weight: Tensor | NF4Weight) -> Tensor:
+    return dequantise(weight) if isinstance(weight, NF4Weight) else weight
+
+
+def dequantise(weight: NF4Weight) -> Tensor:
+    """``reference.dequantise`` in fp32, two numbers at a time: a byte chooses one of 256 pairs. [N, K]"""
+    pairs = torch.stack([weight.code.repeat_interleave(16), weight.code.repeat(16)], dim=1)
+    scales = block_scales(weight)
+    values = F.embedding(weight.codes.int(), pairs)
+    return values.view(-1, BLOCKSIZE).mul_(scales[:, None]).view(weight.shape)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(weight)
-        return _product(x, weight, bias)
+        # frozen, and packed or plain: none of autograd's tensors
+        ctx.weight = weight
+        return _product(x, _decoded(weight), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        (weight,) = ctx.saved_tensors
-        return _product(dy.contiguous(), weight.t()) if ctx.needs_input_grad[0] else None, None, None
+        return _product(dy.contiguous(), _decoded(ctx.weight).t()) if ctx.needs_input_grad[0] else None, None, None
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, scale, bias, dropout, seed):
         low_rank = _kept(x, dropout, seed) @ lora_a.t()
-        ctx.save_for_backward(x, weight, lora_a, lora_b, low_rank)
+        ctx.weight = weight
+        ctx.save_for_backward(x, lora_a, lora_b, low_rank)
         # what survives dropout is scaled up: with the rest of the low-rank path
         ctx.scale, ctx.dropout, ctx.seed = scale / (1.0 - dropout), dropout, seed
-        return _product(x, weight, bias).addmm_(low_rank, lora_b.t(), alpha=ctx.scale)
+        return _product(x, _decoded(weight), bias).addmm_(low_rank, lora_b.t(), alpha=ctx.scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, lora_a, lora_b, low_rank = ctx.saved_tensors
+        x, lora_a, lora_b, low_rank = ctx.saved_tensors
         dy = dy.contiguous()
         d_low_rank = ctx.scale * (dy @ lora_b)
         da = d_low_rank.t() @ _kept(x, ctx.dropout, ctx.seed)
         db = ctx.scale * (dy.t() @ low_rank)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _product(dy, weight.t())
+            dx = _product(dy, _decoded(ctx.weight).t())
             if ctx.dropout > 0.0:
                 dx += _kept(d_low_rank @ lora_a, ctx.dropout, ctx.seed)
             else:

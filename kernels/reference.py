@@ -68,13 +68,18 @@ def dequantise(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     Returns:
         [N, K] in ``dtype``, computed in fp32 and rounded once. Source: QLoRA (arXiv 2305.14314).
     """
-    scales = weight.absmax
-    if weight.nested:
-        units = weight.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: len(scales)]
-        scales = weight.nested_code[scales.int()] * units + weight.offset
+    scales = block_scales(weight)
     numbers = torch.stack([weight.codes >> 4, weight.codes & 15], dim=1)
     values = weight.code[numbers.int()].view(-1, BLOCKSIZE) * scales[:, None]
     return values.to(dtype).view(weight.shape)
+
+
+def block_scales(weight: NF4Weight) -> Tensor:
+    """scale_b of each block of 64: fp32 [N·K / 64]."""
+    if not weight.nested:
+        return weight.absmax
+    units = weight.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: len(weight.absmax)]
+    return weight.nested_code[weight.absmax.int()] * units + weight.offset
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tli.checkpoint import open_checkpoint
@@ -242,3 +242,24 @@ def test_a_layer_out_of_range_is_refused(make_model, layer):
 def test_a_path_that_is_no_folder_is_not_taken_for_a_hub_name(tmp_path):
     with pytest.raises(TliError, match="^--model: the model must be a folder or a hub name, got .*/absent, which is no folder; "):
         open_checkpoint(str(tmp_path / "absent"))
+
+
+def test_the_models_hash_is_of_the_numbers_that_are_read(make_model, tmp_path):
+    whole, shards = (make_model("llama", shards=shards) for shards in (False, True))
+    assert open_checkpoint(str(whole)).sha256(2) == open_checkpoint(str(shards)).sha256(2)
+
+    def changed(part: str) -> str:
+        folder = tmp_path / part
+        shutil.copytree(whole, folder)
+        tensors = load_file(folder / "model.safetensors")
+        name = next(name for name in sorted(tensors) if part in name)
+        tensors[name].view(-1)[3] += 0.5
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return open_checkpoint(str(folder)).sha256(2)
+
+    own = open_checkpoint(str(whole)).sha256(2)
+    assert changed("layers.1.") != own
+    assert changed("embed_tokens") != own
+    # what the first two blocks do not need has no part in it
+    assert changed("layers.2.") == own
+    assert open_checkpoint(str(whole)).sha256(3) != own

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import pathlib
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from tli import hub, ops
 from tli.errors import TliError
-from tli.files import sha256
 
 # families whose truncated states were shown equal to the whole model's (tests/test_truncated.py)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
+# of the embedding table, enough to tell two models apart
+_HASHED_ROWS = 1024
 _FIRST_BLOCK_KEY = re.compile(r"^(?P<prefix>(?!.*vision).*?)layers\.0\.self_attn\.q_proj\.weight$")
 
 
@@ -122,10 +124,22 @@ class Checkpoint:
         return [file for file in files if not (self.folder / file).is_file()]
 
     def sha256(self, blocks: int) -> str:
-        """One hash over the files that hold the embedding and the first blocks, in the order of their names."""
-        read = tuple(f"{self.prefix}{part}." for part in ("embed_tokens", *(f"layers.{index}" for index in range(blocks))))
-        files = sorted({file for name, file in self.shard_of.items() if name.startswith(read)})
-        return hashlib.sha256("".join(sha256(self.path(file)) for file in files).encode()).hexdigest()
+        """One hash over the first blocks' tensors as they are stored, in the order of their names, and the first embedding rows.
+
+        It is of numbers, not of files: reading it touches nothing that training does not read, but for those rows, and a copy of the
+        model in other shards has the same.
+        """
+        parts = tuple(f"{self.prefix}layers.{index}." for index in range(blocks))
+        names = sorted(name for name in self.shard_of if name.startswith(parts))
+        digest = hashlib.sha256()
+        for file, own in itertools.groupby([*names, f"{self.prefix}embed_tokens.weight"], key=self.shard_of.__getitem__):
+            with _open(self.path(file)) as shard:
+                for name in own:
+                    embedding = name.endswith("embed_tokens.weight")
+                    tensor = shard.get_slice(name)[:_HASHED_ROWS] if embedding else shard.get_tensor(name)
+                    digest.update(f"{name.removeprefix(self.prefix)} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def at_hand(self, name: str) -> bool:
         """Whether reading this tensor downloads nothing: its shard is on disk, or is one that the embedding needs anyway."""

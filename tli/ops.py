@@ -69,7 +69,7 @@ def holds_nf4() -> bool:
 
     (PyTorch's own products would keep a dequantised copy of every layer for the backward pass.)
     """
-    return _chosen is _FUSED
+    return _chosen in (_FUSED, _ONEDNN)
 
 
 def _against_fused(dtype: torch.dtype, device: torch.device) -> str | None:

@@ -1,0 +1,148 @@
+"""``python -m bench.large FOLDER``: a step on a model of 8B's shape, beside peft + bitsandbytes with the whole model. Linux, a CPU.
+
+FOLDER is what ``python -m bench.synthetic --like llama-3-8b --blocks 0 FOLDER`` writes (16 GB). Each subject runs in a process of its own:
+
+    tli                 the first L blocks in fp32
+    tli-nf4             the same, packed in NF4
+    peft-bitsandbytes   the whole model in NF4 with peft's LoRA in the first L blocks, a hook behind block L: the paper's way
+
+A process reports the loss of each step, its seconds, and its peak memory (VmHWM). tli-nf4 and peft-bitsandbytes compute the same function,
+so their first losses must agree; tli's differs from them by the rounding. The floor is the step's multiplications, counted, at the rate
+at which this machine multiplies large fp32 matrices. One record goes to ``bench/results/``.
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import memory, record
+from tli.config import TrainConfig, argument, as_dict, option, parse
+from tli.errors import TliError, run_command
+
+# name -> steps that are timed, behind one that is not; a peer's whole forward takes minutes
+STEPS = {"tli": 5, "tli-nf4": 3, "peft-bitsandbytes": 1}
+LOSS_TOLERANCE = 1e-3
+_HERE = "import sys; from bench.large import measure_here; measure_here(*sys.argv[1:])"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LargeConfig:
+    """Time one training step of a large model on this CPU, beside peft + bitsandbytes."""
+
+    folder: str = argument("a checkpoint of bench.synthetic")
+    batch: int = option(64, "bench", "pairs per step")
+    layer: int = option(2, "bench", "hidden state to align")
+    rank: int = option(16, "bench", "LoRA rank, in all linear layers")
+    subjects: str = option(",".join(STEPS), "bench", "a comma list of these")
+    results: str = option(str(record.RESULTS.relative_to(record.ROOT)), "bench", "folder for the record")
+
+
+def measure(name: str, config: TrainConfig, warm: int) -> dict:
+    """What the subject's process says of itself."""
+    command = [sys.executable, "-c", _HERE, name, json.dumps(as_dict(config)), str(warm)]
+    done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise TliError(name, "the process must take its steps", last, "free memory, or leave it out with --subjects")
+    return {"subject": name, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def measure_here(name: str, config: str, warm: str) -> None:
+    """What the process of one subject does."""
+    from bench.peers import PeftBitsandbytes, Tli
+
+    subject_class = PeftBitsandbytes if name == "peft-bitsandbytes" else Tli
+    subject_class.imports()
+    began = time.monotonic()
+    subject = subject_class(TrainConfig(**json.loads(config)))
+    loaded = time.monotonic() - began
+    losses, seconds = [], []
+    for step in range(int(warm) + STEPS[name]):
+        began = time.monotonic()
+        losses.append(subject.step())
+        if step >= int(warm):
+            seconds.append(time.monotonic() - began)
+    nodes = sum(part.input_ids.numel() for part in subject.batches.epoch(0)[0][0]) if name != "peft-bitsandbytes" else None
+    facts = {"losses": losses, "seconds": seconds, "load_seconds": loaded, "peak_bytes": memory.resident("VmHWM"), "nodes": nodes}
+    print(json.dumps(facts))
+
+
+def floor(config: TrainConfig, nodes: int) -> dict:
+    """The fewest multiplications of a step, and how long they take where nothing else is to be done.
+
+    Each weight multiplies each node once forward and once backward, but block 0's q, k and v, into which no gradient goes; adapters,
+    attention and norms are left out. The rate is the best of ten products of 1024 x 4096 x 4096.
+    """
+    from tli.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(config.model)
+    width, hidden = checkpoint.config.hidden_size, checkpoint.config.intermediate_size
+    head = checkpoint.config.head_dim
+    queries, keys = head * checkpoint.config.num_attention_heads, head * checkpoint.config.num_key_value_heads
+    block = 2 * width * queries + 2 * width * keys + 3 * width * hidden
+    flops = 2 * nodes * (2 * config.layer * block - width * (queries + 2 * keys))
+    a, b = torch.randn(1024, 4096), torch.randn(4096, 4096)
+    seconds = []
+    for _ in range(10):
+        began = time.monotonic()
+        torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        seconds.append(time.monotonic() - began)
+    rate = 2 * 1024 * 4096 * 4096 / min(seconds)
+    return {"flops": flops, "flops_per_second": rate, "seconds": flops / rate}
+
+
+def agree(rows: list[dict]) -> None:
+    """Raise ``TliError`` unless those that compute the same function begin with the same loss."""
+    first = {row["subject"]: row["losses"][0] for row in rows}
+    if {"tli-nf4", "peft-bitsandbytes"} <= first.keys():
+        ours, theirs = first["tli-nf4"], first["peft-bitsandbytes"]
+        if abs(ours - theirs) > LOSS_TOLERANCE * abs(theirs):
+            raise TliError("losses", f"both must begin with the same loss, to {LOSS_TOLERANCE}", f"{ours} and {theirs}", "find out why")
+
+
+def main() -> None:
+    """The command."""
+    config = parse(LargeConfig, "bench.large")
+    console, names = Console(width=120), config.subjects.split(",")
+    if unknown := [name for name in names if name not in STEPS]:
+        raise TliError("--subjects", f"each must be one of {', '.join(STEPS)}", ", ".join(unknown), "choose among these")
+    settings = {"model": config.folder, "layer": config.layer, "rank": config.rank, "dropout": 0.0, "batch": config.batch}
+    rows = []
+    for name in names:
+        train = TrainConfig(**settings, weights="full" if name == "tli" else "nf4")
+        rows.append(measure(name, train, warm=0 if name == "peft-bitsandbytes" else 1))
+        console.print(f"{name}: {statistics.median(rows[-1]['seconds']):.2f} s, loss {rows[-1]['losses'][0]:.6f}")
+    agree(rows)
+    nodes = next((row["nodes"] for row in rows if row["nodes"]), None)
+    least = floor(TrainConfig(**settings), nodes) if nodes else None
+    console.print(_table(rows, least))
+    content = {"setting": as_dict(config), "model": json.loads((pathlib.Path(config.folder) / "config.json").read_text())}
+    path = record.write("large", content | {"rows": rows, "floor": least}, pathlib.Path(config.results))
+    console.print("written:", str(path))
+
+
+def _table(rows: list[dict], least: dict | None) -> Table:
+    shown = Table(title="one step, seconds (median) and peak memory")
+    for column in ("", "seconds", "times tli's", "peak, GB", "times tli's", "loading, s"):
+        shown.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+    own = rows[0]
+    for row in rows:
+        median = statistics.median(row["seconds"])
+        ratios = median / statistics.median(own["seconds"]), row["peak_bytes"] / own["peak_bytes"]
+        cells = [f"{median:.2f}", f"{ratios[0]:.2f}", f"{row['peak_bytes'] / 1e9:.2f}", f"{ratios[1]:.2f}"]
+        shown.add_row(row["subject"], *cells, f"{row['load_seconds']:.0f}")
+    if least:
+        shown.add_row("floor", f"{least['seconds']:.2f}", f"{least['seconds'] / statistics.median(own['seconds']):.2f}", "", "", "")
+    return shown
+
+
+if __name__ == "__main__":
+    run_command(main)
