@@ -17,6 +17,8 @@ from torch import Tensor
 
 # how many elements share a scale, and how many scales share a nested one
 BLOCKSIZE, NESTED_BLOCKSIZE = 64, 256
+# numbers of a weight on a CPU
+_PACKED_AT_ONCE = 1 << 22
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STATE = "quant_state.bitsandbytes__"
@@ -77,7 +79,16 @@ class NF4Weight:
     def quantise(cls, weight: Tensor, nested: bool = False) -> "NF4Weight":
         """Pack a weight [N, K] of any of the three float dtypes by bitsandbytes, on its device; ``nested``: 8-bit scales."""
         _require_packable(weight.shape, weight.dtype)
-        codes, state = _bitsandbytes().quantize_4bit(
+        if weight.device.type == "cpu" and not nested and weight.numel() > _PACKED_AT_ONCE:
+            # blocks are packed one by one; bitsandbytes would hold several copies in fp32 of all of them
+            numbers = weight.detach().reshape(-1)
+            codes, absmax = torch.empty(len(numbers) // 2, dtype=torch.uint8), torch.empty(len(numbers) // BLOCKSIZE)
+            for start in range(0, len(numbers), _PACKED_AT_ONCE):
+                part = cls.quantise(numbers[None, start : start + _PACKED_AT_ONCE])
+                codes[start // 2 :][: len(part.codes)] = part.codes
+                absmax[start // BLOCKSIZE :][: len(part.absmax)] = part.absmax
+            return cls(codes, absmax, part.code, weight.shape, weight.dtype)
+        codes, state = bitsandbytes_functional().quantize_4bit(
             weight.detach().contiguous(), blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=nested
         )
         second = (state.state2.absmax, state.state2.code, state.offset) if nested else ()
@@ -185,7 +196,7 @@ def _unpacked(packed: Tensor, name: str) -> dict:
         raise ValueError(f"{name}: {_STATE}nf4 must be JSON, got {error}; download the checkpoint again") from error
 
 
-def _bitsandbytes():
+def bitsandbytes_functional():
     import logging
 
     # bitsandbytes announces at import that an optional kernel package is absent, which nobody here asked for

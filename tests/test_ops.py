@@ -23,7 +23,7 @@ def test_what_was_asked_for_is_taken_and_said():
     assert ops.choose("fused", torch.float32, DEVICE).startswith("fused ops (asked for): NF4 decoded in the product up to 64 rows")
     assert ops.holds_nf4()
     assert "oneDNN" in ops.choose("auto", torch.float32, CPU)
-    assert not ops.holds_nf4()
+    assert ops.holds_nf4()
 
 
 def test_asking_for_fused_ops_never_falls_back(monkeypatch):

@@ -5,8 +5,6 @@ turn comes, sends every stream of states through it, and drops it. Streams diffe
 base), so a comparison before and after training reads the weights once.
 """
 
-import ctypes
-import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,7 +16,7 @@ from tli.checkpoint import Checkpoint
 from tli.lora import Adapter, detach
 from tli.objective import Pooling
 from tli.packing import TokenisedWords
-from tli.truncated import Batch, Placement, block_tensors, load_block, load_norm, run, shell, to_batch
+from tli.truncated import Batch, Placement, block_tensors, load_block, load_norm, return_freed_memory, run, shell, to_batch
 
 # a block's largest activations, the MLP's, stay small at this many nodes
 _CHUNK_NODES = 2048
@@ -40,7 +38,7 @@ class _StreamedBlock(nn.Module):
         block = self.block.pop()
         if self.index == 0:
             self.visit(0, states.chunk(len(self.streams)))
-        _return_freed_memory()
+        return_freed_memory()
         load_block(self.checkpoint, block, self.index, self.placement)
         results = []
         for part, (adapter, stream) in enumerate(zip(self.streams, states.chunk(len(self.streams)), strict=True)):
@@ -61,13 +59,6 @@ class _StreamedBlock(nn.Module):
             mine_named = {name: _rows(value, rows, total) for name, value in named.items()}
             chunks.append(block(stream[start : start + bins], *mine, **mine_named))
         return torch.cat(chunks)
-
-
-def _return_freed_memory() -> None:
-    """Give the last block's memory back to the system: glibc finds the next block no room in the holes that it leaves."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def _rows(value, rows: slice, total: int):

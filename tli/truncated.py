@@ -4,7 +4,9 @@
 becomes an identity. (A transformers model made with ``num_hidden_layers=L`` applies it: its last state is another quantity.)
 """
 
+import ctypes
 import dataclasses
+import os
 
 import numpy as np
 import torch
@@ -155,15 +157,24 @@ def _config(checkpoint: Checkpoint, blocks: int):
 
 def load_block(checkpoint: Checkpoint, block: nn.Module, index: int, placement: Placement) -> None:
     """Read block ``index`` of the checkpoint into ``block``, frozen; packed NF4 weights only where the ops compute from them."""
-    names = block_tensors(block, index)
-    tensors = checkpoint.read({full: tuple(parameter.shape) for full, (_, parameter) in names.items()})
     linear = {f"{path}.weight" for path, module in block.named_modules() if isinstance(module, nn.Linear)}
-    for full, (local, _) in names.items():
+    for full, (local, parameter) in block_tensors(block, index).items():
+        # one by one: as long as a tensor of a file is held, all of the file that was read counts as this process's memory
+        tensor = checkpoint.read({full: tuple(parameter.shape)})[full]
         owner, _, leaf = local.rpartition(".")
         module = block.get_submodule(owner)
         # a registered parameter's place takes no packed weight
         delattr(module, leaf)
-        setattr(module, leaf, _placed(tensors.pop(full), placement, local in linear))
+        setattr(module, leaf, _placed(tensor, placement, local in linear))
+        del tensor
+    return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system: glibc finds the next block no room in the holes that the last one leaves."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def load_norm(checkpoint: Checkpoint, decoder: nn.Module, placement: Placement) -> None:
