@@ -6,7 +6,8 @@ FOLDER is what ``python -m bench.synthetic --like llama-3-8b --blocks 0 FOLDER``
     tli-nf4             the same, packed in NF4
     peft-bitsandbytes   the whole model in NF4 with peft's LoRA in the first L blocks, a hook behind block L: the paper's way
 
-A process reports the loss of each step, its seconds, and its peak memory (VmHWM). tli-nf4 and peft-bitsandbytes compute the same function,
+A process reports the loss of each step, its seconds, and its peak memory: all that was resident (VmHWM), and the part of it that is its
+own (RssAnon, looked at every 20 ms), since pages of a mapped checkpoint leave when somebody needs the room. tli-nf4 and peft-bitsandbytes compute the same function,
 so their first losses must agree; tli's differs from them by the rounding. The floor is the step's multiplications, counted, at the rate
 at which this machine multiplies large fp32 matrices. One record goes to ``bench/results/``.
 """
@@ -17,6 +18,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
 import torch
@@ -60,6 +62,8 @@ def measure_here(name: str, config: str, warm: str) -> None:
     from bench.peers import PeftBitsandbytes, Tli
 
     subject_class = PeftBitsandbytes if name == "peft-bitsandbytes" else Tli
+    own = [0]
+    threading.Thread(target=_watch, args=(own,), daemon=True).start()
     subject_class.imports()
     began = time.monotonic()
     subject = subject_class(TrainConfig(**json.loads(config)))
@@ -71,8 +75,15 @@ def measure_here(name: str, config: str, warm: str) -> None:
         if step >= int(warm):
             seconds.append(time.monotonic() - began)
     nodes = sum(part.input_ids.numel() for part in subject.batches.epoch(0)[0][0]) if name != "peft-bitsandbytes" else None
-    facts = {"losses": losses, "seconds": seconds, "load_seconds": loaded, "peak_bytes": memory.resident("VmHWM"), "nodes": nodes}
+    facts = {"losses": losses, "seconds": seconds, "load_seconds": loaded, "peak_bytes": memory.resident("VmHWM"), "own_peak_bytes": own[0]}
+    facts["nodes"] = nodes
     print(json.dumps(facts))
+
+
+def _watch(own: list[int]) -> None:
+    while True:
+        own[0] = max(own[0], memory.resident("RssAnon"))
+        time.sleep(0.02)
 
 
 def floor(config: TrainConfig, nodes: int) -> dict:
@@ -131,16 +142,17 @@ def main() -> None:
 
 def _table(rows: list[dict], least: dict | None) -> Table:
     shown = Table(title="one step, seconds (median) and peak memory")
-    for column in ("", "seconds", "times tli's", "peak, GB", "times tli's", "loading, s"):
+    for column in ("", "seconds", "times tli's", "resident, GB", "own, GB", "times tli's", "loading, s"):
         shown.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     own = rows[0]
     for row in rows:
         median = statistics.median(row["seconds"])
-        ratios = median / statistics.median(own["seconds"]), row["peak_bytes"] / own["peak_bytes"]
-        cells = [f"{median:.2f}", f"{ratios[0]:.2f}", f"{row['peak_bytes'] / 1e9:.2f}", f"{ratios[1]:.2f}"]
+        ratios = median / statistics.median(own["seconds"]), row["own_peak_bytes"] / own["own_peak_bytes"]
+        peaks = [f"{row[key] / 1e9:.2f}" for key in ("peak_bytes", "own_peak_bytes")]
+        cells = [f"{median:.2f}", f"{ratios[0]:.2f}", *peaks, f"{ratios[1]:.2f}"]
         shown.add_row(row["subject"], *cells, f"{row['load_seconds']:.0f}")
     if least:
-        shown.add_row("floor", f"{least['seconds']:.2f}", f"{least['seconds'] / statistics.median(own['seconds']):.2f}", "", "", "")
+        shown.add_row("floor", f"{least['seconds']:.2f}", f"{least['seconds'] / statistics.median(own['seconds']):.2f}", "", "", "", "")
     return shown
 
 
