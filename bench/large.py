@@ -7,9 +7,9 @@ FOLDER is what ``python -m bench.synthetic --like llama-3-8b --blocks 0 FOLDER``
     peft-bitsandbytes   the whole model in NF4 with peft's LoRA in the first L blocks, a hook behind block L: the paper's way
 
 A process reports the loss of each step, its seconds, and its peak memory: all that was resident (VmHWM), and the part of it that is its
-own (RssAnon, looked at every 20 ms), since pages of a mapped checkpoint leave when somebody needs the room. tli-nf4 and peft-bitsandbytes compute the same function,
-so their first losses must agree; tli's differs from them by the rounding. The floor is the step's multiplications, counted, at the rate
-at which this machine multiplies large fp32 matrices. One record goes to ``bench/results/``.
+own (RssAnon, looked at every 20 ms), since pages of a mapped checkpoint leave when somebody needs the room. tli-nf4 and
+peft-bitsandbytes compute the same function, so their first losses must agree; tli's differs from them by the rounding. The floor is the
+step's multiplications, counted, at the rate at which this machine multiplies large fp32 matrices. One record goes to ``bench/results/``.
 """
 
 import dataclasses

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import pathlib
@@ -132,13 +131,14 @@ class Checkpoint:
         parts = tuple(f"{self.prefix}layers.{index}." for index in range(blocks))
         names = sorted(name for name in self.shard_of if name.startswith(parts))
         digest = hashlib.sha256()
-        for file, own in itertools.groupby([*names, f"{self.prefix}embed_tokens.weight"], key=self.shard_of.__getitem__):
-            with _open(self.path(file)) as shard:
-                for name in own:
-                    embedding = name.endswith("embed_tokens.weight")
-                    tensor = shard.get_slice(name)[:_HASHED_ROWS] if embedding else shard.get_tensor(name)
-                    digest.update(f"{name.removeprefix(self.prefix)} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        for name in [*names, f"{self.prefix}embed_tokens.weight"]:
+            # one by one: as long as a file is open, all of it that was read counts as this process's memory
+            with _open(self.path(self.shard_of[name])) as shard:
+                embedding = name.endswith("embed_tokens.weight")
+                tensor = shard.get_slice(name)[:_HASHED_ROWS] if embedding else shard.get_tensor(name)
+                digest.update(f"{name.removeprefix(self.prefix)} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+                del tensor
         return digest.hexdigest()
 
     def at_hand(self, name: str) -> bool:
