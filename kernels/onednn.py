@@ -74,11 +74,6 @@ def _decode(codes: Tensor, scales: Tensor, code: Tensor, shape: torch.Size) -> T
     return functional.dequantize_4bit(codes[:, None], state)
 
 
-def dequantise(weight: NF4Weight) -> Tensor:
-    """The whole weight in fp32, [N, K]."""
-    return torch.cat([part for _, part in _decoded_parts(weight)])
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):

@@ -221,11 +221,9 @@ class EvaluateConfig:
     weights: str | None = option(
         None, "model", "frozen weights: full precision, or rounded to NF4 (default: as in training, else full)", choices=("full", "nf4")
     )
-    dtype: str = option(
-        "auto", "model", "compute dtype; auto is float32 on a CPU and bfloat16 on a GPU", choices=("auto", "float32", "bfloat16", "float16")
-    )
-    device: str = option("auto", "model", "cpu, cuda or cuda:N (auto: a GPU if there is one)")
-    impl: str = option("auto", "model", "which implementation of the ops", choices=("auto", "reference", "fused"))
+    dtype: str = _as_in_training("dtype")
+    device: str = _as_in_training("device")
+    impl: str = _as_in_training("impl")
 
     pairs: str | None = option(None, "words", "word pairs (default: the list and the split of the training run, else the shipped list)")
     held_out_pairs: str | None = option(None, "words", "a list of words that training never saw, in place of the recorded split's")

@@ -10,7 +10,7 @@ import json
 import typing
 
 from tli.records import DIFFERENCE, Layer, interval, number, p_value
-from tli.tables import Table, as_markdown
+from tli.tables import Table, as_markdown, once
 
 if typing.TYPE_CHECKING:
     import pathlib
@@ -73,7 +73,7 @@ def tables_of_values(facts: dict) -> list[Table]:
         [
             *([g["group"]] if grouped else []),
             _UNDEFINED if g["t"] is None else number(g["t"], digits=2),
-            *(_p(g[f"{p}_holm"]) for p in ("p_t", "p_wilcoxon", "p_sign_flip")),
+            *(p_value(g[f"{p}_holm"]) for p in ("p_t", "p_wilcoxon", "p_sign_flip")),
             _UNDEFINED if g["d_z"] is None else number(g["d_z"], digits=2),
         ]
         for g in groups
@@ -130,8 +130,8 @@ def _groups_compared(facts: dict) -> Table:
     rows = []
     for test in shown:
         row = [f"{test['first']} - {test['second']}", _any_number(test["difference"]), _range(test)]
-        row += [_UNDEFINED if test["t"] is None else number(test["t"], digits=2), _p(test["p_holm"])]
-        rows.append(row + ([] if margin is None else [_p(test["equivalence"]["p_holm"])]))
+        row += [_UNDEFINED if test["t"] is None else number(test["t"], digits=2), p_value(test["p_holm"])]
+        rows.append(row + ([] if margin is None else [p_value(test["equivalence"]["p_holm"])]))
     return Table(title, ["", "difference", "95 % interval", "t", "Welch p"] + ([] if margin is None else ["TOST p"]), rows)
 
 
@@ -184,17 +184,12 @@ def _gains(facts: dict, adapter: str, splits: list[str], of: str, full: bool) ->
     head = ["pairs", ""] if few else ["layer"]
     what = "gain, after - before" if few else f"{_SPLITS[splits[-1]]} pairs: gain of the gap, after - before"
     columns = ["gain", "95 % interval", "t", "p", "Wilcoxon", "sign flip", "d_z"]
-    return Table(f"{of}{what}{_over(facts)}", [*head, *columns], _once(rows))
+    return Table(f"{of}{what}{_over(facts)}", [*head, *columns], once(rows))
 
 
 def _over(facts: dict) -> str:
     layers = len(facts["layers"])
     return f"; p corrected for {layers} layers (Holm)" if layers > 1 else ""
-
-
-def _once(rows: list[list[str]]) -> list[list[str]]:
-    """The rows with their first cell empty where it repeats the one above."""
-    return [row if i == 0 or row[0] != rows[i - 1][0] else ["", *row[1:]] for i, row in enumerate(rows)]
 
 
 def _name(layer: Layer) -> str:
@@ -203,7 +198,13 @@ def _name(layer: Layer) -> str:
 
 def _tested(test: dict) -> list[str]:
     t, d_z = (_UNDEFINED if test[key] is None else number(test[key], digits=digits) for key, digits in (("t", 1), ("d_z", 2)))
-    return [number(test["mean_gain"], "+"), _interval(test), t, *(_p(test[f"{p}_holm"]) for p in ("p_t", "p_wilcoxon", "p_sign_flip")), d_z]
+    return [
+        number(test["mean_gain"], "+"),
+        _interval(test),
+        t,
+        *(p_value(test[f"{p}_holm"]) for p in ("p_t", "p_wilcoxon", "p_sign_flip")),
+        d_z,
+    ]
 
 
 def _between(facts: dict, adapter: str, of: str, full: bool) -> Table:
@@ -216,11 +217,17 @@ def _between(facts: dict, adapter: str, of: str, full: bool) -> Table:
             said = "alike" if equal else "differ" if differ else "undecided"
             if test["equivalence"]["p"] is None:
                 said = _UNDEFINED
-            numbers = [number(test["difference"], "+"), _interval(test), _p(test["p_holm"]), _p(test["equivalence"]["p_holm"]), said]
+            numbers = [
+                number(test["difference"], "+"),
+                _interval(test),
+                p_value(test["p_holm"]),
+                p_value(test["equivalence"]["p_holm"]),
+                said,
+            ]
             rows.append([str(test["layer"]), _metric(test["metric"]), *numbers])
     rows.sort(key=lambda row: [str(layer) for layer in facts["layers"]].index(row[0]))
     title = f"{of}gain of trained pairs minus gain of held-out pairs; alike: by less than {margin:g} (TOST){_over(facts)}"
-    return Table(title, ["layer", "", "difference", "95 % interval", "Welch p", "TOST p", "gains"], _once(rows))
+    return Table(title, ["layer", "", "difference", "95 % interval", "Welch p", "TOST p", "gains"], once(rows))
 
 
 def _harm(facts: dict, adapter: str, of: str) -> Table:
@@ -267,7 +274,3 @@ def _any_number(value: float) -> str:
 
 def _small(value: float) -> str:
     return f"{value:.2g}"
-
-
-def _p(p: float | None) -> str:
-    return _UNDEFINED if p is None else p_value(p)

@@ -56,6 +56,6 @@ def signed_gain(test: dict) -> str:
     return f"{number(test['mean_gain'] if test['test'] == 'paired' else test['difference'], '+')} {interval(test)}"
 
 
-def p_value(p: float) -> str:
-    """A p-value: three decimals, or its order of magnitude where that is small."""
-    return "<1e-300" if p < 1e-300 else f"{p:.0e}" if p < 1e-3 else f"{p:.3f}"
+def p_value(p: float | None) -> str:
+    """A p-value: three decimals, or its order of magnitude where that is small; a dash for a test that could not be made."""
+    return "-" if p is None else "<1e-300" if p < 1e-300 else f"{p:.0e}" if p < 1e-3 else f"{p:.3f}"

@@ -18,7 +18,7 @@ from tli.alignment import RETRIEVAL, Alignment, measurements
 from tli.figures import draw_distributions, draw_layers, save_figure
 from tli.files import write_text
 from tli.records import DIFFERENCE, SPLITS, Layer, aligned_layer, compared_layers, find_value, interval, number, p_value, place_name
-from tli.tables import Table, as_markdown
+from tli.tables import Table, as_markdown, once
 from tli.tables import show as show_tables
 from tli.verdict import verdict
 
@@ -237,7 +237,7 @@ def _gain_rows(report: dict, layer: Layer) -> list[list[str]]:
         t, p = "inf" if test["t"] is None else number(test["t"], digits=1), p_value(test["p_t"] if paired else test["p"])
         gain = number(test["mean_gain" if paired else "difference"], "+")
         rows.append([LABELS[test["metric"]], SPLITS.get(test["split"], "difference"), gain, interval(test), t, p, *ranks])
-    return [row if i == 0 or row[0] != rows[i - 1][0] else ["", *row[1:]] for i, row in enumerate(rows)]
+    return once(rows)
 
 
 def _as_markdown(rows: list[list[str]]) -> str:

@@ -22,8 +22,8 @@ import numpy as np
 from tli import layers, lexicon, ops, provenance, starter
 from tli.checkpoint import open_checkpoint, sight
 from tli.errors import TliError, run_command
-from tli.figures import draw_scan
-from tli.files import claim_output, replacing, sha256, write_text
+from tli.figures import draw_scan, save_figure
+from tli.files import claim_output, sha256, write_text
 from tli.objective import pooling, token_norm_at_hand
 from tli.packing import tokenise
 from tli.progress import layer_bar
@@ -87,8 +87,7 @@ def scan(config: ScanConfig) -> dict:
         "strata": layers.stratum_records(scans, layers.strata(pairs, words), same, config.seed),
     }
     report["verdict"] = verdict(report)
-    with replacing(output / "scan.png") as temporary:
-        draw_scan(report).savefig(temporary, dpi=150, format="png")
+    save_figure(output / "scan.png", draw_scan(report))
     report |= {"seconds": time.monotonic() - began, "peak_bytes": provenance.peak_bytes()}
     write_text(output / "scan.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     show(report, console)

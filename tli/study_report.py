@@ -18,7 +18,7 @@ from tli.files import write_text
 from tli.records import Layer, aligned_layer, find_value, interval, number, p_value, place_name
 from tli.significance import correct
 from tli.study_figures import draw_costs, draw_ranks
-from tli.tables import Table, as_markdown
+from tli.tables import Table, as_markdown, once
 from tli.tables import show as show_tables
 from tli.trends import compare_arms, rank_trend, seed_interval
 
@@ -331,9 +331,9 @@ def _trend_table(results: dict) -> Table:
         for trend in results["trends"]:
             if trend["arm"] == arm and trend["layer"] != ALIGNED:
                 rho = "-" if trend["rho"] is None else number(trend["rho"], "+", 2)
-                rows.append([str(trend["layer"]), _LABELS[trend["metric"]], rho, _p(trend["p_rho"]), _p(trend["p_page"])])
+                rows.append([str(trend["layer"]), _LABELS[trend["metric"]], rho, p_value(trend["p_rho"]), p_value(trend["p_page"])])
     head = ["layer", "held-out", "Spearman's rho", "p", "Page's p"]
-    return Table("Trend over the ranks", head, _once(rows))
+    return Table("Trend over the ranks", head, once(rows))
 
 
 def _comparison_table(results: dict) -> Table:
@@ -346,7 +346,7 @@ def _comparison_table(results: dict) -> Table:
             above = key
             bracket = "-" if c["low"] is None else interval(c)
             t = "-" if c["t"] is None else number(c["t"], digits=1)
-            rows.append([str(c["rank"]), number(c["difference"], "+"), bracket, t, _p(c["p"]), _p(c["p_holm"])])
+            rows.append([str(c["rank"]), number(c["difference"], "+"), bracket, t, p_value(c["p"]), p_value(c["p_holm"])])
     title = "Early arm minus full arm, held-out pairs, by layer; aligned: each arm where its loss was"
     return Table(title, ["rank", "difference", "95 % interval", "t", "p", "Holm"], rows)
 
@@ -374,12 +374,7 @@ def _search_table(results: dict) -> Table:
             chosen = "taken" if one["rate"] == found["chosen"] else ""
             rows.append([f"{_ARMS[arm]}", f"{one['rate']:g}", f"{number(one['value'])} {interval(one)}", chosen])
     title = f"Learning rates tried at rank {results['config']['search_rank']}: MRR of pairs that the grid never sees"
-    return Table(title, ["", "rate", "MRR", ""], _once(rows))
-
-
-def _once(rows: list[list[str]]) -> list[list[str]]:
-    """The rows with their first cell empty where it repeats the one above."""
-    return [row if i == 0 or len(row) == 1 or row[0] != rows[i - 1][0] else ["", *row[1:]] for i, row in enumerate(rows)]
+    return Table(title, ["", "rate", "MRR", ""], once(rows))
 
 
 def show(results: dict, console: rich.console.Console) -> None:
@@ -427,7 +422,3 @@ def _with_interval(record: dict) -> str:
 
 def _value_cell(record: dict, with_interval: bool) -> str:
     return number(record["value"]) + (f"\n{interval(record)}" if with_interval and record["low"] is not None else "")
-
-
-def _p(p: float | None) -> str:
-    return "-" if p is None else p_value(p)

@@ -39,3 +39,8 @@ def as_markdown(table: Table) -> str:
     rows = [row + [""] * (len(table.head) - len(row)) for row in [table.head, *table.rows]]
     lines = ["| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|").strip() for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" + "|---:" * (len(table.head) - 1) + "|", *lines[1:]])
+
+
+def once(rows: list[list[str]]) -> list[list[str]]:
+    """The rows with their first cell empty where it repeats the one above; a heading stays."""
+    return [row if i == 0 or len(row) == 1 or row[0] != rows[i - 1][0] else ["", *row[1:]] for i, row in enumerate(rows)]
