@@ -10,6 +10,7 @@ Source: the mixer lowbias32 (C. Wellons, hash-prospector, public domain).
 import triton
 import triton.language as tl
 from tli_kernels import reference
+from torch import Tensor
 
 _MIX_1, _MIX_2, _COLUMN_SALT = (tl.constexpr(getattr(reference, name)) for name in ("_MIX_1", "_MIX_2", "_COLUMN_SALT"))
 
@@ -22,9 +23,10 @@ def _mix(x):
 
 
 @triton.jit
-def row_keys(offs_m, seed_lo, seed_hi):
+def row_keys(offs_m, seed_ptr):
     # of the rows of x; the seed is in them
-    return _mix(_mix(offs_m.to(tl.uint32) ^ seed_lo.to(tl.uint32)) ^ seed_hi.to(tl.uint32))
+    seed = tl.load(seed_ptr)
+    return _mix(_mix(offs_m.to(tl.uint32) ^ seed.to(tl.uint32)) ^ (seed >> 32).to(tl.uint32))
 
 
 @triton.jit
@@ -41,7 +43,6 @@ def keep(keys, threshold):
     return x.to(tl.int32, bitcast=True) >= threshold
 
 
-def parameters(dropout: float, seed: int) -> tuple[int, int, int]:
-    """What a kernel is handed: the seed as two signed 32-bit numbers, and the least number, read as signed, that is kept."""
-    halves = ((half + (1 << 31)) % (1 << 32) - (1 << 31) for half in (seed, seed >> 32))
-    return *halves, int(dropout * 2.0**32) - (1 << 31)
+def parameters(dropout: float, seed: Tensor | None) -> tuple[Tensor | None, int]:
+    """What a kernel is handed: where the seed lies, and the least number, read as signed, that is kept."""
+    return (seed, int(dropout * 2.0**32) - (1 << 31)) if dropout > 0 else (None, 0)

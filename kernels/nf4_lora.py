@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # what differs from call to call, or by which no load becomes wider: no reason to compile anew
-_CHANGING = ["M", "R", "parts", "low_splits", "seed_lo", "seed_hi", "threshold"]
+_CHANGING = ["M", "R", "parts", "low_splits", "threshold"]
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _weight_tile(
 
 @triton.jit
 def _low_rank_tile(
-    low_ptr, f_ptr, bias_ptr, offs_p, offs_m, mask_p, mask_m, M, R, low_splits, stride_fp, stride_fr, scale, seed_lo, seed_hi, threshold,
+    low_ptr, f_ptr, bias_ptr, offs_p, offs_m, mask_p, mask_m, M, R, low_splits, stride_fp, stride_fr, scale, seed_ptr, threshold,
     LOW_RANK: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def _low_rank_tile(
             f = tl.load(f_ptr + offs_p[:, None] * stride_fp + offs_r[None, :] * stride_fr, mask=mask, other=0.0)
             tile = tl.dot(f.to(DTYPE), low.to(DTYPE), tile, input_precision="ieee")
         if DROPOUT:
-            keys = column_keys(offs_p)[:, None] + row_keys(offs_m, seed_lo, seed_hi)[None, :]
+            keys = column_keys(offs_p)[:, None] + row_keys(offs_m, seed_ptr)[None, :]
             tile = tl.where(keep(keys, threshold), tile, 0.0)
         tile *= scale
     if BIAS:
@@ -82,7 +82,7 @@ def _low_rank_tile(
 
 @triton.jit(do_not_specialize=_CHANGING)
 def _down_kernel(
-    x_ptr, f_ptr, low_ptr, M, Q, R, stride_xm, stride_fr, stride_fq, per_split, seed_lo, seed_hi, threshold,
+    x_ptr, f_ptr, low_ptr, M, Q, R, stride_xm, stride_fr, stride_fq, per_split, seed_ptr, threshold,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     # Each program computes one part of the sum of one tile of low: low[split, m, r] = sum over its q of kept(x)[m, q]·F[r, q]
@@ -90,7 +90,8 @@ def _down_kernel(
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2).to(tl.int64)
     mask_m, mask_r = offs_m < M, offs_r < R
-    keys = row_keys(offs_m, seed_lo, seed_hi)
+    if DROPOUT:
+        keys = row_keys(offs_m, seed_ptr)
     low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for first in range(tl.program_id(2) * per_split, min(Q, (tl.program_id(2) + 1) * per_split), BLOCK_Q):
         offs_q = first + tl.arange(0, BLOCK_Q)
@@ -108,7 +109,7 @@ def _down_kernel(
 @triton.jit(do_not_specialize=_CHANGING)
 def _product_kernel(
     x_ptr, w_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, code_ptr, low_ptr, f_ptr, bias_ptr, y_ptr,
-    M, P, Q, stride_xm, per_split, R, low_splits, stride_fp, stride_fr, scale, seed_lo, seed_hi, threshold,
+    M, P, Q, stride_xm, per_split, R, low_splits, stride_fp, stride_fr, scale, seed_ptr, threshold,
     NF4: tl.constexpr, NESTED: tl.constexpr, BACKWARD: tl.constexpr, SPLIT: tl.constexpr, LOW_RANK: tl.constexpr, BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +126,7 @@ def _product_kernel(
     mask_m, mask_p = offs_m < M, offs_p < P
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     y = _low_rank_tile(
-        low_ptr, f_ptr, bias_ptr, offs_p, offs_m, mask_p, mask_m, M, R, low_splits, stride_fp, stride_fr, scale, seed_lo, seed_hi,
+        low_ptr, f_ptr, bias_ptr, offs_p, offs_m, mask_p, mask_m, M, R, low_splits, stride_fp, stride_fr, scale, seed_ptr,
         threshold, LOW_RANK, BIAS, DROPOUT, BLOCK_P, BLOCK_M, BLOCK_R, DTYPE,
     )  # fmt: skip
     for first in range(tl.program_id(1) * per_split, min(Q, (tl.program_id(1) + 1) * per_split), BLOCK_Q):
@@ -153,7 +154,7 @@ def _product_kernel(
 
 @triton.jit(do_not_specialize=_CHANGING)
 def _finish_kernel(
-    part_ptr, low_ptr, f_ptr, bias_ptr, y_ptr, M, P, parts, R, low_splits, stride_fp, stride_fr, scale, seed_lo, seed_hi, threshold,
+    part_ptr, low_ptr, f_ptr, bias_ptr, y_ptr, M, P, parts, R, low_splits, stride_fp, stride_fr, scale, seed_ptr, threshold,
     LOW_RANK: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # Each program computes one tile of y: the sum of its parts, the low-rank term and the bias
@@ -163,7 +164,7 @@ def _finish_kernel(
     mask = mask_p[:, None] & mask_m[None, :]
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     y = _low_rank_tile(
-        low_ptr, f_ptr, bias_ptr, offs_p, offs_m, mask_p, mask_m, M, R, low_splits, stride_fp, stride_fr, scale, seed_lo, seed_hi,
+        low_ptr, f_ptr, bias_ptr, offs_p, offs_m, mask_p, mask_m, M, R, low_splits, stride_fp, stride_fr, scale, seed_ptr,
         threshold, LOW_RANK, BIAS, DROPOUT, BLOCK_P, BLOCK_M, BLOCK_R, DTYPE,
     )  # fmt: skip
     for part in range(0, parts):
@@ -174,7 +175,7 @@ def _finish_kernel(
 @triton.jit(do_not_specialize=_CHANGING)
 def _outer_kernel(
     low_ptr, x_ptr, grad_ptr, M, C, R, low_splits, stride_xm, stride_gs, stride_gc, stride_gr, per_split, scale,
-    seed_lo, seed_hi, threshold,
+    seed_ptr, threshold,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # Each program computes one part of the sum of one tile of a factor's gradient: s·sum over its m of kept(x)[m, c]·low[m, r]
@@ -189,7 +190,7 @@ def _outer_kernel(
         mask_m = offs_m < M
         x = tl.load(x_ptr + offs_m[None, :] * stride_xm + offs_c[:, None], mask=mask_c[:, None] & mask_m[None, :], other=0.0)
         if DROPOUT:
-            kept = keep(keys[:, None] + row_keys(offs_m, seed_lo, seed_hi)[None, :], threshold)
+            kept = keep(keys[:, None] + row_keys(offs_m, seed_ptr)[None, :], threshold)
             x = tl.where(kept, x, 0.0).to(x_ptr.dtype.element_ty)
         low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for part in range(0, low_splits):
@@ -200,7 +201,7 @@ def _outer_kernel(
     tl.store(grad_ptrs, scale * grad, mask=mask_c[:, None] & mask_r[None, :])
 
 
-def _down(x: Tensor, factor: Tensor, dropout: float, seed: int) -> Tensor:
+def _down(x: Tensor, factor: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """kept(x)·Fᵀ for F [R, Q] of any strides: fp32 [splits, M, R], partial sums for others to add."""
     (rows, terms), rank = x.shape, factor.shape[0]
     config = launch.down(launch.capability(x.device), rank, x.element_size())
@@ -217,7 +218,7 @@ def _down(x: Tensor, factor: Tensor, dropout: float, seed: int) -> Tensor:
 
 def _product(
     x: Tensor, weight: NF4Weight | Tensor, backward: bool, low: Tensor | None = None, factor: Tensor | None = None, scale: float = 1.0,
-    bias: Tensor | None = None, dropout: float = 0.0, seed: int = 0,
+    bias: Tensor | None = None, dropout: float = 0.0, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x·Wᵀ (backward: x·W) + s·kept(low·Fᵀ) + bias for F [P, R] of any strides, by the way that ``launch.dispatch`` names."""
     (rows, terms), length = x.shape, weight.shape[1 if backward else 0]
@@ -243,7 +244,7 @@ def _product(
         launch.run(
             _product_kernel, (tiles, splits), x, *(weight.pointers if nf4_in_loop else (weight,) * 6),
             *((low, factor, bias) if whole else (None, None, None)), parts, rows, length, terms, x.stride(0), per_split,
-            *(adding if whole else (1, 1, 0, 0, 1.0, 0, 0, 0)), NF4=nf4_in_loop, NESTED=nf4_in_loop and weight.nested, BACKWARD=backward,
+            *(adding if whole else (1, 1, 0, 0, 1.0, None, 0)), NF4=nf4_in_loop, NESTED=nf4_in_loop and weight.nested, BACKWARD=backward,
             SPLIT=not whole, **(flags if whole else dict.fromkeys(flags, False)), **config.options(),
         )  # fmt: skip
     if len(parts) > 1 or (by_cublas and low is not None):
@@ -253,7 +254,7 @@ def _product(
     return y
 
 
-def _outer(low: Tensor, x: Tensor, scale: float, dropout: float, seed: int, transposed: bool = False) -> Tensor:
+def _outer(low: Tensor, x: Tensor, scale: float, dropout: float, seed: Tensor | None, transposed: bool = False) -> Tensor:
     """s·lowᵀ·kept(x): fp32 [R, C], or transposed [C, R]."""
     (splits_low, rows, rank), columns = low.shape, x.shape[1]
     config = launch.outer(launch.capability(x.device), rank)
@@ -311,12 +312,12 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, lora_a, lora_b, low = ctx.saved_tensors
         dy = _rows(dy)
-        d_low = _down(dy, lora_b.t(), 0.0, 0)
+        d_low = _down(dy, lora_b.t(), 0.0, None)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = _product(dy, ctx.weight, True, d_low, lora_a.t(), ctx.scale, None, ctx.dropout, ctx.seed)
         da = _outer(d_low, x, ctx.scale, ctx.dropout, ctx.seed)
-        db = _outer(low, dy, ctx.scale, 0.0, 0, transposed=True)
+        db = _outer(low, dy, ctx.scale, 0.0, None, transposed=True)
         return dx, None, da.to(lora_a.dtype), db.to(lora_b.dtype), None, None, None, None
 
 
@@ -355,7 +356,7 @@ def nf4_lora(
     scale: float,
     bias: Tensor | None = None,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | int = 0,
 ) -> Tensor:
     """y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias.
 
@@ -367,7 +368,7 @@ def nf4_lora(
         scale:    s, alpha/R or alpha/sqrt(R)
         bias:     [N] or None
         dropout:  probability that an element of x is left out of the low-rank path; the rest is scaled up
-        seed:     of ``reference.keep_mask``, one per call and step
+        seed:     of ``reference.keep_mask``, one per call and step; a tensor is read when the kernels run, as a CUDA graph needs it
 
     Returns:
         [..., N] in x's dtype, sums in fp32 and rounded once; dA and dB are summed in fp32, dx rounded once. A NaN in a row of x is
@@ -383,5 +384,7 @@ def nf4_lora(
     shapes = f"lora_a must be [R, {in_features}] and lora_b [{out_features}, R], R at least 1"
     launch.require(fits, "nf4_lora", shapes, lambda: (tuple(lora_a.shape), tuple(lora_b.shape)), "use factors made for this weight")
     launch.require(0.0 <= dropout < 1.0, "nf4_lora", "dropout must be in [0, 1)", lambda: dropout, "choose another")
+    if dropout > 0 and not isinstance(seed, Tensor):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
     y = _LoRALinear.apply(_rows(x), weight, lora_a, lora_b, scale, bias, dropout, seed)
     return y.view(*x.shape[:-1], out_features)

@@ -115,7 +115,7 @@ class _LoRALinear(torch.autograd.Function):
         return dx, None, da, db, None, None, None, None
 
 
-def _kept(x: Tensor, dropout: float, seed: int) -> Tensor:
+def _kept(x: Tensor, dropout: float, seed: Tensor | int) -> Tensor:
     return x * keep_mask(seed, *x.shape, dropout) if dropout > 0.0 else x
 
 
@@ -132,7 +132,7 @@ def nf4_lora(
     scale: float,
     bias: Tensor | None = None,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | int = 0,
 ) -> Tensor:
     """y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias in fp32 on a CPU; arguments and result as of ``reference.nf4_lora``."""
     rows = x.reshape(-1, x.shape[-1])

@@ -26,12 +26,12 @@ _MIX_1, _MIX_2 = 0x7FEB352D, 0x846CA68B
 _COLUMN_SALT = 0x9E3779B9
 
 
-def keep_mask(seed: int, rows: int, columns: int, dropout: float, device: torch.device | str = "cpu") -> Tensor:
+def keep_mask(seed: Tensor | int, rows: int, columns: int, dropout: float, device: torch.device | str = "cpu") -> Tensor:
     """Which elements of a [rows, columns] input survive dropout: a pure function of (seed, row, column).
 
     Counter-based, so that a backward pass regenerates it and no mask is stored. Each row and each column has a 32-bit key
     by lowbias32; their sum goes through its two multiplications again, and an element is kept if the result, read as a
-    signed number, is at least dropout·2³² - 2³¹.
+    signed number, is at least dropout·2³² - 2³¹. The seed is a number or int64 [1].
 
     Returns:
         bool [rows, columns]; True with probability 1 - dropout.
@@ -104,7 +104,7 @@ def nf4_lora(
     scale: float,
     bias: Tensor | None = None,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | int = 0,
 ) -> Tensor:
     """y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias.
 

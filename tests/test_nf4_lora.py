@@ -160,6 +160,21 @@ def test_dropout_is_drawn_anew_by_seed_and_alike_by_every_way():
     assert not torch.equal(first, nf4_lora.nf4_lora(operands.x, operands.weight, operands.a, operands.b, 0.7, dropout=0.5, seed=2))
 
 
+def test_a_seed_in_memory_is_read_when_the_kernels_run():
+    operands, seed = Operands(40, 100, 128, 8, torch.float32, dropout=0.5), torch.tensor([2**40 + 12345], device=DEVICE)
+
+    def drawn(seed):
+        x, a, b = operands.leaves()
+        y = nf4_lora.nf4_lora(x, operands.weight, a, b, 0.7, dropout=0.5, seed=seed)
+        return y, *torch.autograd.grad(y, (x, a, b), operands.dy)
+
+    for ours, number in zip(drawn(seed), drawn(2**40 + 12345), strict=True):
+        assert torch.equal(ours, number)
+    seed += 1
+    for ours, number in zip(drawn(seed), drawn(2**40 + 12346), strict=True):
+        assert torch.equal(ours, number)
+
+
 def test_the_same_bits_twice():
     operands = Operands(70, 100, 256, 16, torch.float16, dropout=0.1)
     for one, other in zip(operands.fused(), operands.fused()):
