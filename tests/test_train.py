@@ -22,7 +22,7 @@ import tli.train as train_module
 from tli import TliError, TrainConfig, lexicon, lora, scan, train
 from tli.config import ScanConfig, parse
 from tli.errors import run_command
-from tli.train import rate
+from tli.step import rate
 
 ROOT = pathlib.Path(__file__).parent.parent
 REPORT_FILES = {"README.md", "report.json", "report.md", "distributions.png", "layers.png"}

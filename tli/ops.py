@@ -72,6 +72,11 @@ def holds_nf4() -> bool:
     return _chosen in (_FUSED, _ONEDNN)
 
 
+def fused() -> bool:
+    """Whether the fused Triton ops were chosen."""
+    return _chosen is _FUSED
+
+
 def _against_fused(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the fused ops cannot run here, or None."""
     if importlib.util.find_spec("triton") is None:

@@ -43,10 +43,10 @@ class TokenisedWords:
         """The same words over the whole embedding table: tokens are token ids."""
         return dataclasses.replace(self, tokens=self.rows[self.tokens], rows=np.arange(vocabulary))
 
-    def pack(self, words: np.ndarray, pool_bos: bool = False, width: int = DEFAULT_WIDTH) -> "PackedWords":
+    def pack(self, words: np.ndarray, pool_bos: bool = False, width: int = DEFAULT_WIDTH, width_step: int = 1) -> "PackedWords":
         """Pack the words with these numbers, in this order; ``pool_bos`` takes the sink, and all else, into the pool."""
         starts = self.starts[words] * (not pool_bos)
-        return pack(self.tokens[words], self.lengths[words], starts, width)
+        return pack(self.tokens[words], self.lengths[words], starts, width, width_step)
 
 
 def tokenise(tokenizer, words: Sequence[str], window: int, prefix: str = "") -> TokenisedWords:
@@ -99,14 +99,15 @@ class PackedWords:
     nodes: int
 
 
-def pack(tokens: np.ndarray, lengths: np.ndarray, starts: np.ndarray, width: int = DEFAULT_WIDTH) -> PackedWords:
+def pack(tokens: np.ndarray, lengths: np.ndarray, starts: np.ndarray, width: int = DEFAULT_WIDTH, width_step: int = 1) -> PackedWords:
     """Pack words into the fewest trie bins that a sweep in sorted order fills, then as narrow as that many bins allow.
 
     Args:
-        tokens:   int64 [words, longest] token ids, each row one word from its sink on; anything behind its length
-        lengths:  int64 [words] tokens in each row, at least 1
-        starts:   int64 [words] first position to pool: 1 leaves the sink out, 0 takes it in; more skips a template
-        width:    upper bound of a bin's width; a longer word widens it
+        tokens:      int64 [words, longest] token ids, each row one word from its sink on; anything behind its length
+        lengths:     int64 [words] tokens in each row, at least 1
+        starts:      int64 [words] first position to pool: 1 leaves the sink out, 0 takes it in; more skips a template
+        width:       upper bound of a bin's width; a longer word widens it
+        width_step:  the width is rounded up to a multiple of this, so that batches have few distinct shapes
 
     Returns:
         The bins, with words in the order given. Equal words share all their nodes.
@@ -122,6 +123,7 @@ def pack(tokens: np.ndarray, lengths: np.ndarray, starts: np.ndarray, width: int
     # new_before[i]: new nodes of the words up to and including i, were there only one bin
     new_before = np.cumsum(lengths - lcp)
     firsts, width = _cut(lengths, new_before, max(width, int(lengths.max())))
+    width = -(-width // width_step) * width_step
 
     bin_of = np.searchsorted(firsts, np.arange(words), side="right") - 1
     first = firsts[bin_of]

@@ -100,7 +100,9 @@ class TrainingState:
         for name, parameter in _named(adapters):
             parameter.data.copy_(tensors[name])
             moments = {moment: tensors[f"{name}.{moment}"].to(parameter.device) for moment in _MOMENTS}
-            optimiser.state[parameter] = {"step": torch.tensor(float(len(losses))), **moments}
+            # where fused AdamW counts its steps, and plain AdamW
+            counted_on = parameter.device if optimiser.defaults["fused"] else "cpu"
+            optimiser.state[parameter] = {"step": torch.tensor(float(len(losses)), device=counted_on), **moments}
         return Progress(losses, float(metadata["seconds"]), float(metadata["first_step_at"]))
 
 

@@ -25,14 +25,15 @@ import types
 import numpy as np
 import torch
 
-from tli import gradient_cache, layers, lexicon, lora, ops, provenance, report, starter
+from tli import layers, lexicon, lora, ops, provenance, report, starter
 from tli.checkpoint import Checkpoint, open_checkpoint, sight
 from tli.errors import TliError, run_command
 from tli.files import claim_output, sha256
 from tli.hooked import recompute_blocks, run_hooked, whole
-from tli.objective import Objective, Pooling, pooling, token_norm_at_hand
+from tli.objective import Pooling, pooling, token_norm_at_hand
 from tli.packing import TokenisedWords, tokenise
 from tli.progress import Progress, TrainingState, layer_bar, stop_signals, training_bar
+from tli.step import Stepper, made_ahead, require_finite
 from tli.streaming import align_layers
 from tli.truncated import Batch, Placement, place, require_layer, run, to_batch, truncate
 
@@ -196,65 +197,38 @@ class EpochBatches:
 
     def _part(self, pairs: np.ndarray) -> Batch:
         targets = self.partners[pairs] + len(self.words.lengths) // 2
-        packed = self.words.pack(np.concatenate([pairs, targets]), self.config.pool_bos)
+        packed = self.words.pack(np.concatenate([pairs, targets]), self.config.pool_bos, width_step=self.placement.width_step)
         return to_batch(packed, self.placement.dtype, self.placement.device)
 
 
 def _fit(config: TrainConfig, decoder, batches: EpochBatches, pool: Pooling, state: TrainingState, console) -> Progress:
     """Take the steps that are left; a signal to stop ends them early, after the step it comes in."""
-    objective = Objective(config.loss, config.temperature, config.margin)
     aligned = functools.partial(run_hooked, layer=config.layer) if config.arm == "full-hook" else run
-    adapters, parameters = lora.adapters(decoder), lora.trainable(decoder)
-    optimiser = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    progress = state.restore(adapters, optimiser) if config.resume else Progress()
+    record = batches.placement.device.type == "cuda" and ops.fused()
+    steps = Stepper(config, decoder, lambda part: pool(aligned(decoder, part), part), batches.total, record)
+    progress = state.restore(steps.adapters, steps.optimiser) if config.resume else Progress()
     began = saved = time.monotonic() - progress.seconds
+    position = progress.step
     decoder.train()
     with stop_signals() as stop, training_bar(console, batches.total) as show:
-        while progress.step < batches.total and not stop.is_set():
-            epoch, done = divmod(progress.step, batches.per_epoch)
-            for parts, same in batches.epoch(epoch, skip=done):
-                _seed_dropout(adapters, config, progress.step)
-                for group in optimiser.param_groups:
-                    group["lr"] = config.lr * rate(progress.step, batches.total, config.warmup, config.schedule)
-                optimiser.zero_grad()
-                loss = gradient_cache.backward(
-                    parts, lambda part: pool(aligned(decoder, part), part), lambda vectors, same=same: objective(vectors, same)
-                )
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise TliError(
-                        f"step {progress.step + 1}", "the loss must be finite", value, "lower --lr, or check the model's weights"
-                    )
-                if progress.step < 2:
-                    lora.check_gradients(decoder, progress.step)
-                if config.clip > 0:
-                    torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-                optimiser.step()
-                progress.add(value, time.monotonic() - began)
-                show(progress, words=sum(len(part.indptr) - 1 for part in parts))
-                if stop.is_set() or progress.step == batches.total or time.monotonic() - saved > _SAVE_EVERY_S:
-                    state.save(adapters, optimiser, progress)
+        while position < batches.total and not stop.is_set():
+            epoch, done = divmod(position, batches.per_epoch)
+            for parts, same in made_ahead(batches.epoch(epoch, skip=done), batches.placement.device):
+                steps.take(position, parts, same)
+                position += 1
+                last = stop.is_set() or position == batches.total
+                save = last or time.monotonic() - saved > _SAVE_EVERY_S
+                for loss in steps.finished(wait=save):
+                    require_finite(progress.step, loss)
+                    progress.add(loss, time.monotonic() - began)
+                    show(progress, words=sum(len(part.indptr) - 1 for part in parts))
+                if save:
+                    state.save(steps.adapters, steps.optimiser, progress)
                     saved = time.monotonic()
-                if stop.is_set():
+                if last:
                     break
     decoder.eval()
     return progress
-
-
-def rate(step: int, total: int, warmup: int, schedule: str) -> float:
-    """The learning rate at step 0, 1, ... as a share of its peak: linear warm-up, then linear or cosine decay towards 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule == "constant":
-        return 1.0
-    left = (total - step) / max(1, total - warmup)
-    return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
-
-
-def _seed_dropout(adapters: dict[str, lora.LoRALinear], config: TrainConfig, step: int) -> None:
-    if config.dropout > 0:
-        for index, adapter in enumerate(adapters.values()):
-            adapter.seed = int(np.random.SeedSequence([config.seed, 2, step, index]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _splits(trained: list[lexicon.Pair], held_out: list[lexicon.Pair]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -39,6 +39,21 @@ class Batch:
     sinks: Tensor
     transposed: tuple[Tensor, Tensor] | None = None
 
+    def tensors(self) -> list[Tensor]:
+        """All of them, in one order."""
+        return [self.input_ids, self.position_ids, self.mask, self.indptr, self.indices, self.sinks, *(self.transposed or ())]
+
+    def clone(self) -> "Batch":
+        """The same in memory of its own."""
+        *plain, node_indptr, words = (tensor.clone() for tensor in self.tensors())
+        return Batch(*plain, transposed=(node_indptr, words))
+
+    def padded(self, step: int) -> "Batch":
+        """The same, its entries filled up to a multiple of ``step`` with some behind the last word's, which the fused ops pass by."""
+        missing, (node_indptr, words) = -len(self.indices) % step, self.transposed
+        words = nn.functional.pad(words, (0, missing))
+        return dataclasses.replace(self, indices=nn.functional.pad(self.indices, (0, missing)), transposed=(node_indptr, words))
+
 
 def to_batch(packed: PackedWords, dtype: torch.dtype, device: torch.device) -> Batch:
     """Move packed words to the model's device and turn what a node sees into an additive mask of its dtype."""
@@ -58,6 +73,11 @@ class Placement:
     dtype: torch.dtype
     device: torch.device
     weights: str = "full"
+
+    @property
+    def width_step(self) -> int:
+        """What a bin's width is a multiple of: on a GPU few distinct widths, for each of which a CUDA graph is recorded."""
+        return 16 if self.device.type == "cuda" else 1
 
 
 def place(device: str, dtype: str, weights: str = "full") -> Placement:
