@@ -96,6 +96,7 @@ class Tli(Subject):
     def __init__(self, config: TrainConfig):
         from tli import lora, ops
         from tli.checkpoint import open_checkpoint
+        from tli.first_block import tabulate
         from tli.objective import Objective, pooling
         from tli.packing import tokenise
         from tli.train import EpochBatches
@@ -109,6 +110,7 @@ class Tli(Subject):
         placement = place("cpu", "float32", config.weights)
         ops.choose(config.impl, placement.dtype, placement.device)
         self.decoder = truncate(checkpoint, config.layer, words.rows, placement).train()
+        tabulate(self.decoder)
         lora.inject(self.decoder, lora.LoRAConfig(rank=config.rank, alpha=config.alpha, targets=config.targets), seed=config.seed)
         self.pool = pooling("final", checkpoint, placement.device)
         self.objective = Objective(config.loss, config.temperature, config.margin)

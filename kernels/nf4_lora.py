@@ -10,7 +10,8 @@ Forward and backward are one shape of computation, so four kernels serve both:
 kept(x) is x with the elements that dropout takes set to zero, decided anew wherever it is needed by ``reference.keep_mask``'s
 function of (seed, row, column); s has 1/(1 - dropout) in it. Never in memory: the mask, kept(x), W in fp32, and, where rows are few, W
 in 16 bits. Three ways for an NF4 weight, chosen by ``launch.dispatch``: decoded tile by tile inside the product; dequantised
-once into a buffer that all layers share; and, if the caller holds it in 16 bits, as it lies. Saved: x, A, B, t (fp32) and W itself.
+once into a buffer that all layers share; and, if the caller holds it in 16 bits, as it lies. A ``TokenTable`` has x·Wᵀ
+ready. Saved: x, A, B, t (fp32) and W itself.
 Products are in x's dtype with fp32 sums; t and u are fp32 partial sums, added in a fixed order by whoever reads them: no
 atomics, the same bits each time. Source: Hu et al. 2021 (arXiv 2106.09685), Dettmers et al. 2023 (arXiv 2305.14314).
 
@@ -24,6 +25,7 @@ import triton.language as tl
 from tli_kernels import launch, nf4
 from tli_kernels.dropout import column_keys, keep, parameters, row_keys
 from tli_kernels.nf4 import NF4Weight, block_scales, decode
+from tli_kernels.token_table import TokenTable
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -217,8 +219,8 @@ def _down(x: Tensor, factor: Tensor, dropout: float, seed: Tensor | None) -> Ten
 
 
 def _product(
-    x: Tensor, weight: NF4Weight | Tensor, backward: bool, low: Tensor | None = None, factor: Tensor | None = None, scale: float = 1.0,
-    bias: Tensor | None = None, dropout: float = 0.0, seed: Tensor | None = None,
+    x: Tensor, weight: NF4Weight | TokenTable | Tensor, backward: bool, low: Tensor | None = None, factor: Tensor | None = None,
+    scale: float = 1.0, bias: Tensor | None = None, dropout: float = 0.0, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x·Wᵀ (backward: x·W) + s·kept(low·Fᵀ) + bias for F [P, R] of any strides, by the way that ``launch.dispatch`` names."""
     (rows, terms), length = x.shape, weight.shape[1 if backward else 0]
@@ -226,12 +228,15 @@ def _product(
     nf4_in_loop = isinstance(weight, NF4Weight) and rows <= way.decode_rows
     if isinstance(weight, NF4Weight) and not nf4_in_loop:
         weight = nf4.dequantise(weight, x.dtype, out=_buffer(weight.shape, x))
+    known = isinstance(weight, TokenTable)
     by_cublas = not nf4_in_loop and rows > (way.decode_rows if x.dtype == torch.float32 else way.fused_rows)
-    y = x.new_empty((rows, length))
+    y = weight.looked_up(x) if known else x.new_empty((rows, length))
     low_splits, rank, strides = (1, 1, (0, 0)) if low is None else (low.shape[0], low.shape[2], factor.stride())
     adding = (rank, low_splits, *strides, scale, *parameters(dropout, seed))
     flags = {"LOW_RANK": low is not None, "BIAS": bias is not None and not by_cublas, "DROPOUT": dropout > 0}
-    if by_cublas:
+    if known:
+        parts = y[None]
+    elif by_cublas:
         sides = x, weight if backward else weight.t()
         parts = (torch.mm(*sides, out=y) if bias is None else torch.addmm(bias, *sides, out=y))[None]
     else:
@@ -247,7 +252,7 @@ def _product(
             *(adding if whole else (1, 1, 0, 0, 1.0, None, 0)), NF4=nf4_in_loop, NESTED=nf4_in_loop and weight.nested, BACKWARD=backward,
             SPLIT=not whole, **(flags if whole else dict.fromkeys(flags, False)), **config.options(),
         )  # fmt: skip
-    if len(parts) > 1 or (by_cublas and low is not None):
+    if len(parts) > 1 or ((known or by_cublas) and low is not None):
         config = launch.finish(launch.capability(x.device), rows)
         grid = (triton.cdiv(length, config["P"]), triton.cdiv(rows, config["M"]))
         launch.run(_finish_kernel, grid, parts, low, factor, bias, y, rows, length, len(parts), *adding, **flags, **config.options())
@@ -328,13 +333,13 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _check(where: str, x: Tensor, weight: NF4Weight | Tensor, bias: Tensor | None) -> None:
-    operand = weight.codes if isinstance(weight, NF4Weight) else weight
+    operand = weight.codes if isinstance(weight, NF4Weight) else weight.products if isinstance(weight, TokenTable) else weight
     launch.require_device(where, x, operand, bias)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     launch.require(x.dtype in dtypes, where, "x must be float32, bfloat16 or float16", lambda: x.dtype, "convert it")
     fits = x.ndim > 0 and len(weight.shape) == 2 and x.shape[-1] == weight.shape[1]
     launch.require(fits, where, "x must be [..., K] for a weight [N, K]", lambda: (tuple(x.shape), tuple(weight.shape)), "check both")
-    if not isinstance(weight, NF4Weight):
+    if not isinstance(weight, NF4Weight | TokenTable):
         launch.require(weight.dtype == x.dtype, where, f"the weight must be {x.dtype} as x is", lambda: weight.dtype, "convert one of them")
         launch.require(weight.is_contiguous(), where, "the weight must lie row by row", weight.stride, "make it contiguous, once")
     if bias is not None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import torch
 from tli_kernels.nf4_weight import BLOCKSIZE, NF4Weight, bitsandbytes_functional
 from tli_kernels.reference import block_scales, keep_mask
+from tli_kernels.token_table import TokenTable
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -36,8 +37,10 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _forward(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
-    """x·Wᵀ + b, [M, N]; W plain, or decoded a few rows at a time."""
+def _forward(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | None) -> Tensor:
+    """x·Wᵀ + b, [M, N]; W plain, or decoded a few rows at a time, or the products known."""
+    if isinstance(weight, TokenTable):
+        return weight.looked_up(x)
     if not isinstance(weight, NF4Weight):
         return _product(x, weight, bias)
     y = x.new_empty(len(x), weight.shape[0])

@@ -18,6 +18,7 @@ import torch
 from tli_kernels import launch, onednn, reference, shapes
 from tli_kernels.launch import ALWAYS  # noqa: F401
 from tli_kernels.nf4_weight import NF4Weight  # noqa: F401
+from tli_kernels.token_table import TokenTable  # noqa: F401
 
 from tli.errors import TliError
 from tli.files import cache_folder, write_text
@@ -69,6 +70,11 @@ def holds_nf4() -> bool:
 
     (PyTorch's own products would keep a dequantised copy of every layer for the backward pass.)
     """
+    return _chosen in (_FUSED, _ONEDNN)
+
+
+def holds_tables() -> bool:
+    """Whether the chosen ops look products up in a ``TokenTable``. The reference ops, bit for bit transformers' own, multiply."""
     return _chosen in (_FUSED, _ONEDNN)
 
 

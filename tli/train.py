@@ -29,6 +29,7 @@ from tli import layers, lexicon, lora, ops, provenance, report, starter
 from tli.checkpoint import Checkpoint, open_checkpoint, sight
 from tli.errors import TliError, run_command
 from tli.files import claim_output, sha256
+from tli.first_block import tabulate
 from tli.hooked import recompute_blocks, run_hooked, whole
 from tli.objective import Pooling, pooling, token_norm_at_hand
 from tli.packing import TokenisedWords, tokenise
@@ -160,6 +161,7 @@ def _model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None,
     else:
         require_layer(checkpoint, config.layer)
         decoder = whole(checkpoint, rows, placement)
+    tabulate(decoder)
     if config.checkpointing:
         recompute_blocks(decoder)
     return decoder

@@ -1,0 +1,89 @@
+"""The part of a step that never changes, computed once: block 0's q, k and v products, looked up by token.
+
+In front of the first adapter everything depends on the token alone: its embedding, the first norm, and what the frozen weights of
+q, k and v make of it. So these weights give way to their products with each distinct token of the words; what an adapter adds to
+them is still computed in every step. Position and neighbours come in behind: rotary embedding and attention read q, k and v.
+"""
+
+import contextlib
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from tli import ops
+from tli.truncated import return_freed_memory
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+# of the tables, where the weights that they replace are smaller
+_MOST_BYTES = 64 << 20
+_AT_ONCE = 1024
+
+
+def table_bytes(rows: int, outputs: int, bytes_per_number: int, weight_bytes: int) -> int | None:
+    """How large the tables of so many tokens are, or None where they would take more memory than they are worth.
+
+    Args:
+        rows:              V, the embedding rows that are kept
+        outputs:           out-features of block 0's q, k and v together
+        bytes_per_number:  of the compute dtype
+        weight_bytes:      what the weights of q, k and v take, as they are held
+    """
+    wanted = rows * outputs * bytes_per_number
+    return wanted if wanted <= max(_MOST_BYTES, weight_bytes) else None
+
+
+def tabulate(decoder: nn.Module) -> int | None:
+    """Put tables in the place of block 0's q, k and v weights, if the chosen ops read them and they are small enough.
+
+    Args:
+        decoder:  a loaded decoder, in front of adapters; its kept embedding rows are the tokens
+
+    Returns:
+        The tables' bytes, or None where the weights stay.
+    """
+    attention, table = decoder.layers[0].self_attn, decoder.embed_tokens.weight
+    projections = [getattr(attention, name) for name in _PROJECTIONS]
+    outputs = sum(linear.weight.shape[0] for linear in projections)
+    held = sum(linear.weight.nbytes for linear in projections)
+    size = table_bytes(len(table), outputs, table.element_size(), held)
+    if size is None or not ops.holds_tables():
+        return None
+    inputs = _inputs(decoder)
+    for linear in projections:
+        products = torch.cat([ops.linear(part, linear.weight, linear.bias) for part in inputs.split(_AT_ONCE)])
+        looked_up, linear.bias = ops.TokenTable(products, linear.weight.shape), None
+        del linear.weight
+        linear.weight = looked_up
+        # the table, not the module that has it: an adapter takes its place
+        decoder.embed_tokens.register_forward_pre_hook(functools.partial(_see, looked_up))
+    return_freed_memory()
+    return size
+
+
+def _see(table: ops.TokenTable, embedding: nn.Module, arguments: tuple) -> None:
+    (table.tokens,) = arguments
+
+
+class _Reached(Exception):
+    """The first projection's input is there: nothing behind it need run."""
+
+
+@torch.no_grad()
+def _inputs(decoder: nn.Module) -> Tensor:
+    """What block 0's projections read of each token: [V, K], by the model's own code for whatever comes before."""
+    inputs, tokens = [], torch.arange(len(decoder.embed_tokens.weight), device=decoder.embed_tokens.weight.device)
+
+    def take(module: nn.Module, arguments: tuple) -> None:
+        inputs.append(arguments[0].flatten(0, 1))
+        raise _Reached
+
+    hook = decoder.layers[0].self_attn.q_proj.register_forward_pre_hook(take)
+    try:
+        for part in tokens.split(_AT_ONCE):
+            alone = decoder.embed_tokens.weight.new_zeros(len(part), 1, 1, 1)
+            with contextlib.suppress(_Reached):
+                decoder(input_ids=part[:, None], attention_mask=alone, position_ids=torch.zeros_like(part)[:, None], use_cache=False)
+    finally:
+        hook.remove()
+    return torch.cat(inputs)
