@@ -93,7 +93,7 @@ class _Linear(torch.autograd.Function):
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, scale, bias, dropout, seed):
-        low_rank = _kept(x, dropout, seed) @ lora_a.t()
+        low_rank = _product(_kept(x, _mask(x, dropout, seed)), lora_a)
         ctx.weight = weight
         ctx.save_for_backward(x, lora_a, lora_b, low_rank)
         # what survives dropout is scaled up: with the rest of the low-rank path
@@ -105,21 +105,26 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, lora_a, lora_b, low_rank = ctx.saved_tensors
         dy = dy.contiguous()
-        d_low_rank = ctx.scale * (dy @ lora_b)
-        da = d_low_rank.t() @ _kept(x, ctx.dropout, ctx.seed)
+        d_low_rank = ctx.scale * _product(dy, lora_b.t())
+        mask = _mask(x, ctx.dropout, ctx.seed)
+        da = _product(d_low_rank.t(), _kept(x, mask).t())
         db = ctx.scale * (dy.t() @ low_rank)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = _backward(dy, ctx.weight)
-            if ctx.dropout > 0.0:
-                dx += _kept(d_low_rank @ lora_a, ctx.dropout, ctx.seed)
-            else:
+            if mask is None:
                 dx.addmm_(d_low_rank, lora_a)
+            else:
+                dx.addcmul_(_product(d_low_rank, lora_a.t()), mask)
         return dx, None, da, db, None, None, None, None
 
 
-def _kept(x: Tensor, dropout: float, seed: Tensor | int) -> Tensor:
-    return x * keep_mask(seed, *x.shape, dropout) if dropout > 0.0 else x
+def _mask(x: Tensor, dropout: float, seed: Tensor | int) -> Tensor | None:
+    return keep_mask(seed, *x.shape, dropout) if dropout > 0.0 else None
+
+
+def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -22,6 +22,8 @@ UNIT_EPS = 1e-12
 _UINT32 = 0xFFFFFFFF
 # multipliers of the 32-bit integer mixer "lowbias32" (C. Wellons, hash-prospector, public domain)
 _MIX_1, _MIX_2 = 0x7FEB352D, 0x846CA68B
+# 512 KiB of keys
+_KEYS_AT_ONCE = 1 << 17
 # keeps the columns' counters apart from the rows'; the golden ratio's first 32 bits
 _COLUMN_SALT = 0x9E3779B9
 
@@ -38,13 +40,22 @@ def keep_mask(seed: Tensor | int, rows: int, columns: int, dropout: float, devic
     """
     row_keys = _mix(_mix(torch.arange(rows, device=device) ^ (seed & _UINT32)) ^ ((seed >> 32) & _UINT32))
     column_keys = _mix(torch.arange(columns, device=device) ^ _COLUMN_SALT)
-    # 32-bit arithmetic that wraps around, in place: this is all that dropout costs
-    x = _as_signed(row_keys)[:, None] + _as_signed(column_keys)
-    x ^= (x >> 16) & 0xFFFF
-    x *= _MIX_1
-    x ^= (x >> 15) & 0x1FFFF
-    x *= _MIX_2 - (1 << 32)
-    return x >= int(dropout * 2.0**32) - (1 << 31)
+    row_keys, column_keys, least = _as_signed(row_keys)[:, None], _as_signed(column_keys), int(dropout * 2.0**32) - (1 << 31)
+    kept = torch.empty(rows, columns, dtype=torch.bool, device=device)
+    # some rows at a time, so that all passes over them find them in a processor's cache
+    step = max(1, _KEYS_AT_ONCE // max(1, columns))
+    x, shifted = torch.empty(2, min(step, rows), columns, dtype=torch.int32, device=device)
+    for first in range(0, rows, step):
+        keys = row_keys[first : first + step]
+        x, shifted = x[: len(keys)], shifted[: len(keys)]
+        # 32-bit arithmetic that wraps around, in place: this is all that dropout costs
+        torch.add(keys, column_keys, out=x)
+        x ^= torch.bitwise_right_shift(x, 16, out=shifted).bitwise_and_(0xFFFF)
+        x *= _MIX_1
+        x ^= torch.bitwise_right_shift(x, 15, out=shifted).bitwise_and_(0x1FFFF)
+        x *= _MIX_2 - (1 << 32)
+        torch.ge(x, least, out=kept[first : first + step])
+    return kept
 
 
 def _mix(x: Tensor) -> Tensor:
