@@ -28,7 +28,9 @@ _KEYS_AT_ONCE = 1 << 17
 _COLUMN_SALT = 0x9E3779B9
 
 
-def keep_mask(seed: Tensor | int, rows: int, columns: int, dropout: float, device: torch.device | str = "cpu") -> Tensor:
+def keep_mask(
+    seed: Tensor | int, rows: int, columns: int, dropout: float, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bool
+) -> Tensor:
     """Which elements of a [rows, columns] input survive dropout: a pure function of (seed, row, column).
 
     Counter-based, so that a backward pass regenerates it and no mask is stored. Each row and each column has a 32-bit key
@@ -36,12 +38,12 @@ def keep_mask(seed: Tensor | int, rows: int, columns: int, dropout: float, devic
     signed number, is at least dropout·2³² - 2³¹. The seed is a number or int64 [1].
 
     Returns:
-        bool [rows, columns]; True with probability 1 - dropout.
+        [rows, columns] in ``dtype``; True, or 1, with probability 1 - dropout.
     """
     row_keys = _mix(_mix(torch.arange(rows, device=device) ^ (seed & _UINT32)) ^ ((seed >> 32) & _UINT32))
     column_keys = _mix(torch.arange(columns, device=device) ^ _COLUMN_SALT)
     row_keys, column_keys, least = _as_signed(row_keys)[:, None], _as_signed(column_keys), int(dropout * 2.0**32) - (1 << 31)
-    kept = torch.empty(rows, columns, dtype=torch.bool, device=device)
+    kept = torch.empty(rows, columns, dtype=dtype, device=device)
     # some rows at a time, so that all passes over them find them in a processor's cache
     step = max(1, _KEYS_AT_ONCE // max(1, columns))
     x, shifted = torch.empty(2, min(step, rows), columns, dtype=torch.int32, device=device)

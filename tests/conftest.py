@@ -28,6 +28,14 @@ def reference_ops(monkeypatch):
     monkeypatch.setattr(ops, "_chosen", ops._REFERENCE)
 
 
+@pytest.fixture(autouse=True)
+def trained_exactly(monkeypatch):
+    """Runs train in float32, whatever this processor multiplies fastest, unless a test names a dtype."""
+    from tli import processor
+
+    monkeypatch.setattr(processor, "fastest_dtype", lambda: torch.float32)
+
+
 @pytest.fixture(scope="session")
 def starter() -> pathlib.Path:
     """The starter model's folder, in the user's cache: fetched once per machine, not once per run."""

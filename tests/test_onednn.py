@@ -17,18 +17,24 @@ def packed(size: tuple[int, int], nested: bool) -> NF4Weight:
     return NF4Weight.quantise(weight, nested=nested)
 
 
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("size", SHAPES, ids=lambda size: f"{size[0]}x{size[1]}")
-def test_decoding_is_the_references_to_the_last_bit(size, nested):
+def test_decoding_is_the_references_to_the_last_bit(size, nested, dtype):
     weight = packed(size, nested)
-    decoded = torch.cat([part for _, part in onednn._decoded_parts(weight)])
-    assert torch.equal(decoded, reference.dequantise(weight, torch.float32))
+    decoded = torch.cat([part for _, part in onednn._decoded_parts(weight, dtype)])
+    assert torch.equal(decoded, reference.dequantise(weight, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("held", ["full", "nf4"])
 @pytest.mark.parametrize("rows", [1, 37])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("size", SHAPES[:2], ids=lambda size: f"{size[0]}x{size[1]}")
-def test_outputs_and_gradients_are_as_faithful_as_the_references(size, dropout, rows):
+def test_outputs_and_gradients_are_as_faithful_as_the_references(size, dropout, rows, held, dtype):
     generator = torch.Generator().manual_seed(1)
     weight, (n, k) = packed(size, False), size
     numbers = {
@@ -36,17 +42,20 @@ def test_outputs_and_gradients_are_as_faithful_as_the_references(size, dropout, 
         for name, shape, width in (("x", (rows, k), 1), ("a", (8, k), k), ("b", (n, 8), 8), ("bias", (n,), 1), ("dy", (rows, n), 1))
     }
 
-    def run(op, held, dtype):
-        x, a, b = (numbers[name].to(dtype).requires_grad_() for name in ("x", "a", "b"))
+    # what all three read is what the narrow one can hold
+    numbers = {name: value.to(dtype).double() for name, value in numbers.items()}
+
+    def run(op, held, dtype, factors):
+        x, a, b = (numbers[name].to(kind).requires_grad_() for name, kind in (("x", dtype), ("a", factors), ("b", factors)))
         y = op(x, held, a, b, 0.5, numbers["bias"].to(dtype), dropout, 3)
         y.backward(numbers["dy"].to(dtype))
         return y, x.grad, a.grad, b.grad
 
-    dense = reference.dequantise(weight, torch.float32)
+    dense = reference.dequantise(weight, dtype)
     results = zip(
-        run(onednn.nf4_lora, weight, torch.float32),
-        run(reference.nf4_lora, dense, torch.float32),
-        run(reference.nf4_lora, dense.double(), torch.float64),
+        run(onednn.nf4_lora, weight if held == "nf4" else dense, dtype, torch.float32),
+        run(reference.nf4_lora, dense, dtype, torch.float32),
+        run(reference.nf4_lora, dense.double(), torch.float64, torch.float64),
         strict=True,
     )
     for what, (got, eager, truth) in zip(("y", "dx", "da", "db"), results, strict=True):

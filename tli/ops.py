@@ -1,7 +1,7 @@
 """The only door to ``tli_kernels``: picks the implementation of the ops, and says once which and why.
 
 The reference ops are plain PyTorch and run everywhere, bit for bit as transformers' own layers do. On a GPU the fused Triton
-ops take their place; on a CPU in float32 the linear layers go through oneDNN, which is equal to rounding and faster. What was
+ops take their place; on a CPU the linear layers go through oneDNN, which is equal to rounding and faster. What was
 asked for explicitly is taken or is an error, never a silent fall-back.
 """
 
@@ -58,11 +58,16 @@ def choose(impl: str, dtype: torch.dtype, device: torch.device) -> str:
     if impl == "fused" or (impl == "auto" and device.type == "cuda" and not problem):
         _chosen = _FUSED
         return f"fused ops ({'asked for' if impl == 'fused' else 'on a GPU'}): {_dispatch(device)}"
-    if impl == "auto" and device.type == "cpu" and dtype == torch.float32 and onednn.available():
+    if impl == "auto" and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and onednn.available():
         _chosen = _ONEDNN
-        return "reference ops, linear layers by oneDNN (float32 on a CPU)"
+        return f"reference ops, linear layers by oneDNN ({str(dtype)[6:]} on a CPU)"
     _chosen = _REFERENCE
     return f"reference ops ({'asked for' if impl == 'reference' else problem})"
+
+
+def processor_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x·Wᵀ as ``auto`` makes it on a CPU: what is timed to choose a dtype."""
+    return (onednn if onednn.available() else reference).linear(x, weight)
 
 
 def holds_nf4() -> bool:

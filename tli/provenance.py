@@ -4,6 +4,7 @@ import pathlib
 import platform
 import resource
 
+from tli import processor
 from tli.checkpoint import Checkpoint
 from tli.truncated import Placement
 
@@ -39,19 +40,11 @@ def machine(placement: Placement) -> dict:
     import torch
 
     return {
-        "processor": processor(),
+        "processor": processor.name(),
         "threads": torch.get_num_threads(),
         "device": str(placement.device),
         "dtype": str(placement.dtype)[6:],
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def peak_bytes() -> int:

@@ -36,7 +36,7 @@ from tli.packing import TokenisedWords, tokenise
 from tli.progress import Progress, TrainingState, layer_bar, stop_signals, training_bar
 from tli.step import Stepper, made_ahead, require_finite
 from tli.streaming import align_layers
-from tli.truncated import Batch, Placement, place, require_layer, run, to_batch, truncate
+from tli.truncated import Batch, Placement, attend_in_steps, place, require_layer, run, to_batch, truncate
 
 _SAVE_EVERY_S = 20.0
 
@@ -64,7 +64,9 @@ def train(config: TrainConfig) -> dict:
 
     checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
     words = _tokenise(config, checkpoint, trained + held_out)
-    placement = place(config.device, config.dtype, config.weights)
+    # what is measured is measured exactly; the reference ops are for comparing every bit
+    fast = config.dtype == "auto" and config.impl == "auto"
+    placement, exact = (place(config.device, dtype, config.weights) for dtype in ("fastest" if fast else config.dtype, config.dtype))
     console.print(ops.choose(config.impl, placement.dtype, placement.device))
 
     adapter = lora.LoRAConfig(
@@ -75,7 +77,7 @@ def train(config: TrainConfig) -> dict:
         console.print("token states are normalised by plain RMS: the model's final norm lies in a shard that is not needed otherwise")
     pool = pooling(token_norm, checkpoint, placement.device)
     if config.layer == "auto":
-        config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, placement, console))
+        config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, exact, console))
     decoder = _model(config, checkpoint, words.rows, placement)
     lora.inject(decoder, adapter, None if config.arm == "full" else range(config.layer), seed=config.seed)
     batches = EpochBatches(config, words, partners, lexicon.same_meaning(taught), placement)
@@ -100,9 +102,7 @@ def train(config: TrainConfig) -> dict:
         splits = _splits(trained, held_out)
         # the embeddings, each block, and the output
         with layer_bar(console, checkpoint.blocks + 2) as done:
-            alignments, facts["missing_output"] = align_layers(
-                checkpoint, words, splits, pool, placement, streams, config.eval_pool_bos, done
-            )
+            alignments, facts["missing_output"] = align_layers(checkpoint, words, splits, pool, exact, streams, config.eval_pool_bos, done)
         facts = report.write_report(output, facts, alignments, console)
     state.discard()
     console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
@@ -162,6 +162,8 @@ def _model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None,
         require_layer(checkpoint, config.layer)
         decoder = whole(checkpoint, rows, placement)
     tabulate(decoder)
+    if placement.device.type == "cpu" and placement.dtype == torch.bfloat16 and config.impl == "auto":
+        attend_in_steps(decoder)
     if config.checkpointing:
         recompute_blocks(decoder)
     return decoder

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tli import ops
+from tli import ops, processor
 from tli.checkpoint import Checkpoint
 from tli.errors import TliError
 from tli.packing import PackedWords
@@ -81,7 +81,12 @@ class Placement:
 
 
 def place(device: str, dtype: str, weights: str = "full") -> Placement:
-    """A ``Placement`` from the options' words; ``auto`` means the GPU if there is one, float32 on a CPU, bfloat16 on a GPU.
+    """A ``Placement`` from the options' words, and on a CPU the threads that this process may have.
+
+    Args:
+        device:   cpu, cuda, cuda:N, or auto: the GPU if there is one
+        dtype:    float32, bfloat16, float16; auto: float32 on a CPU, bfloat16 on a GPU; fastest: what the CPU multiplies fastest
+        weights:  full or nf4
 
     Raises:
         TliError: a device that is not on this machine.
@@ -91,8 +96,11 @@ def place(device: str, dtype: str, weights: str = "full") -> Placement:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise TliError("--device", "the device must be on this machine", device, "use --device cpu") from error
-    if dtype == "auto":
-        dtype = "float32" if chosen.type == "cpu" else "bfloat16"
+    if chosen.type == "cpu":
+        processor.limit_threads()
+    if dtype in ("auto", "fastest"):
+        on_cpu = processor.fastest_dtype if dtype == "fastest" else lambda: torch.float32
+        return Placement(on_cpu() if chosen.type == "cpu" else torch.bfloat16, chosen, weights)
     return Placement(getattr(torch, dtype), chosen, weights)
 
 
@@ -188,6 +196,15 @@ def load_block(checkpoint: Checkpoint, block: nn.Module, index: int, placement: 
         setattr(module, leaf, _placed(tensor, placement, local in linear))
         del tensor
     return_freed_memory()
+
+
+def attend_in_steps(decoder: nn.Module) -> None:
+    """Let attention be two products and a softmax, from now on, and hold the bins' probabilities, width × width for each head.
+
+    For small bins in bf16 on a CPU torch's fused attention takes three times as long.
+    """
+    # the blocks read it at each call
+    decoder.config._attn_implementation = "eager"
 
 
 def return_freed_memory() -> None:
