@@ -1,0 +1,364 @@
+"""How much memory a training run takes at most, by arithmetic: the model's shape and the batch's nodes in, bytes by category out.
+
+A run is largest in one of three moments, and what is alive then is counted tensor by tensor:
+
+    loss       all that the forward pass saves, and what the loss needs beside it
+    backward   the same without the loss's share, and what the last block's MLP needs for its gradients
+    optimiser  the gradients of the adapters, and AdamW's temporaries
+
+Letters: T nodes of a part (padding included), D width, I the MLP's inside, Q and KV of queries and keys, R rank, e bytes of a number in
+the compute dtype, P the adapters' parameters. A norm saves its input in fp32; a linear layer with an adapter saves its input and
+kept(x)·Aᵀ, a frozen one nothing. Imports neither torch nor transformers: it must answer at once, and before anything is loaded.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+
+from tli.errors import TliError
+
+# what a family's config.json leaves out where it is the family's usual value
+_USUAL = {
+    "llama": {"mlp_bias": False},
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32, "attention_bias": "q_proj,k_proj,v_proj"},
+    "qwen3": {"head_dim": 128, "num_key_value_heads": 32},
+    "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "num_attention_heads": 8, "attn_logit_softcapping": 50.0},
+    "gemma3_text": {"head_dim": 256, "num_key_value_heads": 4, "num_attention_heads": 8, "vocab_size": 262208},
+}
+LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+CATEGORIES = ("weights", "embedding rows", "activations", "gradients and optimiser", "workspace", "words")
+NF4_BYTES = 0.5 + 4 / 64
+MB = 10**6
+
+# anonymous memory of a process with torch 2.13 and transformers 5.23 imported, and of bitsandbytes on top; measured, Linux
+IMPORTS_BYTES, BITSANDBYTES_BYTES = 290 * MB, 25 * MB
+# of a byte of tokenizer.json, or, where that is not at hand, of an entry of the vocabulary; measured on 49 and 128 thousand entries
+TOKENIZER_BYTES_PER_BYTE, TOKENIZER_BYTES_PER_ENTRY = 12.5, 1500
+# what is loaded or compiled with the first steps, and glibc's holes between tensors of less than 32 MB; measured, glibc 2.36
+FIRST_STEPS_BYTES, HOLES, MAPPED_BYTES = 60 * MB, 0.8, 32 << 20
+# not measured: no GPU was at hand. A context with kernels of torch and Triton; cuBLAS's workspace, which torch allocates
+CUDA_CONTEXT_BYTES, CUBLAS_BYTES = 450 * MB, 8_519_680
+# of numbers decoded at a time on a CPU (kernels/onednn.py), of cosines in a block (kernels/blocked.py)
+_DECODED, _COSINES = 1 << 22, 1 << 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes; ``norms`` in each block, ``head_norms`` where queries and keys have one, ``eager`` attention keeps its weights."""
+
+    family: str
+    blocks: int
+    width: int
+    hidden: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    vocabulary: int
+    biases: tuple[str, ...]
+
+    @classmethod
+    def from_config(cls, config: dict, name: str, families: Iterable[str] = tuple(_USUAL)) -> "Shape":
+        """The shape that a ``config.json`` describes; of a model of text and images the decoder's.
+
+        Raises:
+            TliError: another family, or a size that is missing or no number.
+        """
+        # a config's own names for its text part, as transformers reads them
+        config = next((config[key] for key in ("text_config", "decoder", "text_encoder") if isinstance(config.get(key), dict)), config)
+        family = config.get("model_type")
+        if family not in tuple(families):
+            must = f"the model's family must be one that is known to truncate exactly ({', '.join(families)})"
+            raise TliError(name, must, family, "choose a model of these families")
+        config = _USUAL[family] | {key: value for key, value in config.items() if value is not None}
+        try:
+            width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+            head_dim, keys = int(config.get("head_dim", width // heads)), int(config.get("num_key_value_heads", heads))
+            sizes = [int(config[key]) for key in ("num_hidden_layers", "intermediate_size", "vocab_size")]
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise TliError(name, "config.json must give the model's sizes", repr(error), "check the file") from error
+        attention = config.get("attention_bias", False)
+        biases = tuple(attention.split(",")) if isinstance(attention, str) else ("q_proj", "k_proj", "v_proj", "o_proj") * bool(attention)
+        biases += ("gate_proj", "up_proj", "down_proj") * bool(config.get("mlp_bias", False))
+        return cls(family, sizes[0], width, sizes[1], heads, keys, head_dim, sizes[2], biases)
+
+    @property
+    def gemma(self) -> bool:
+        """Whether attention and MLP have a norm behind them, too."""
+        return self.family.startswith("gemma")
+
+    @property
+    def head_norms(self) -> bool:
+        return self.family in ("qwen3", "gemma3_text")
+
+    @property
+    def eager(self) -> bool:
+        """Whether attention keeps its T × T weights: soft-capping has no other form."""
+        return self.family == "gemma2"
+
+    @property
+    def queries(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        return self.key_heads * self.head_dim
+
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of each linear layer of a block, by its path in the block."""
+        d, i, q, kv = self.width, self.hidden, self.queries, self.keys
+        return dict(zip(LINEAR, ((q, d), (kv, d), (kv, d), (d, q), (i, d), (i, d), (d, i))))
+
+    def block_bytes(self, weights: str, element: int) -> int:
+        """Of one block's frozen weights: linear ones in the compute dtype or NF4, biases and norms in the compute dtype."""
+        linear = self.linear()
+        numbers = sum(n * k for n, k in linear.values())
+        biases = sum(n for path, (n, _) in linear.items() if path.rpartition(".")[2] in self.biases)
+        norms = (4 if self.gemma else 2) * self.width + 2 * self.head_dim * self.head_norms
+        return int(numbers * (NF4_BYTES if weights == "nf4" else element)) + element * (biases + norms)
+
+
+def targets_of(block: int, targets: str) -> tuple[str, ...]:
+    """The linear layers of this block that ``--targets`` means; what nothing matches is for the injector to refuse."""
+    if targets == "all-linear":
+        return LINEAR
+    if re.fullmatch(r"\w+(\s*,\s*\w+)*", targets):
+        names = [name.strip() for name in targets.split(",")]
+        return tuple(path for path in LINEAR if path.rpartition(".")[2] in names)
+    try:
+        pattern = re.compile(targets)
+    except re.error:
+        return ()
+    return tuple(path for path in LINEAR if pattern.fullmatch(path) or pattern.fullmatch(f"layers.{block}.{path}"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What goes through the model at once: the packed words of ``pairs`` pairs, T = bins·width nodes."""
+
+    pairs: int
+    bins: float
+    width: int
+
+    @property
+    def nodes(self) -> float:
+        return self.bins * self.width
+
+    def of(self, pairs: int) -> "Part":
+        """About what so many pairs would be: nodes grow with the pairs, the largest width stays."""
+        return self if pairs == self.pairs else Part(pairs, max(1.0, self.bins * pairs / self.pairs), self.width)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as far as memory goes; ``device`` is cpu (oneDNN or the reference ops) or gpu (the fused ops)."""
+
+    shape: Shape
+    part: Part
+    batch: int
+    list_pairs: int
+    rows: int
+    arm: str = "early"
+    layer: int = 2
+    rank: int = 16
+    targets: str = "all-linear"
+    dropout: float = 0.2
+    loss: str = "infonce"
+    weights: str = "full"
+    checkpointing: bool = False
+    micro_batch: int | None = None
+    device: str = "cpu"
+    element: int = 4
+    token_norm: bool = True
+    tokenizer_bytes: int | None = None
+
+    @property
+    def blocks(self) -> int:
+        return self.layer if self.arm == "early" else self.shape.blocks
+
+    def adapted(self, block: int) -> tuple[str, ...]:
+        return targets_of(block, self.targets) if self.arm == "full" or block < self.layer else ()
+
+    @property
+    def parameters(self) -> int:
+        """P, of all adapters."""
+        linear = self.shape.linear()
+        return self.rank * sum(sum(linear[path]) for block in range(self.blocks) for path in self.adapted(block))
+
+    @property
+    def fused(self) -> bool:
+        return self.device == "gpu"
+
+    @property
+    def in_parts(self) -> bool:
+        return self.micro_batch is not None and self.micro_batch < self.batch
+
+    @property
+    def current(self) -> Part:
+        """What goes through the model at once."""
+        return self.part.of(min(self.batch, self.micro_batch or self.batch))
+
+
+def predict(run: Run) -> dict[str, int]:
+    """Bytes by category at the run's largest moment: ``CATEGORIES``, and what the process or the CUDA context takes beside them."""
+    shape, parameters = run.shape, run.parameters
+    weights = run.blocks * shape.block_bytes(run.weights, run.element) - first_block_saving(run)
+    # the norm behind the last block, and the token norm's copy of it
+    weights += run.element * shape.width * (run.arm != "early") + 4 * shape.width * run.token_norm
+    held, workspace, gradients = max(_moments(run).values(), key=sum)
+    bytes_of = {
+        "weights": weights,
+        "embedding rows": run.element * run.rows * shape.width + first_block_table_bytes(run),
+        "activations": held,
+        # AdamW keeps two moments beside each parameter, all in fp32
+        "gradients and optimiser": 12 * parameters + gradients,
+        "workspace": workspace + _kept_workspace(run),
+        "words": words_bytes(run),
+    }
+    if run.fused:
+        bytes_of["CUDA context"] = CUDA_CONTEXT_BYTES
+    else:
+        bytes_of["imports and tokenizer"] = process_bytes(run)
+        bytes_of["allocator"] = FIRST_STEPS_BYTES + int(HOLES * _in_holes(run, held + workspace))
+    return {name: int(value) for name, value in bytes_of.items()}
+
+
+def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
+    """(activations, workspace, gradients) at each moment that can be the largest."""
+    shape, blocks, parameters = run.shape, run.blocks, 4 * run.parameters
+    nodes, element, width = run.current.nodes, run.element, shape.width
+    held = [held_by_block(run, block) for block in range(blocks)]
+    inputs, upper = (nodes * element * width if run.checkpointing else 0), sum(held) - held[0]
+    if run.checkpointing:
+        # of each block what goes in; one at a time is computed again
+        held, upper = [inputs] * (blocks - 1) + [max(held)], 0
+    # cosines and sines of the positions, for both kinds of frequencies where there are two
+    angles = 2 * nodes * shape.head_dim * element * (2 if shape.family == "gemma3_text" else 1)
+    # behind the hook a graph is built, and dropped
+    aligned = sum(held[: run.layer] if run.arm == "full-hook" else held) + angles
+    head, words, mlp = _head(run), 8 * run.batch * width, _mlp_workspace(run) + nodes * width * element
+    # the gradient cache holds the words' vectors twice, and their gradients (tli/gradient_cache.py)
+    cached, before = 3 * words * run.in_parts, parameters * run.in_parts
+    largest = max(n * k for n, k in shape.linear().values())
+    factors = run.rank * max((sum(shape.linear()[path]) for path in run.adapted(0)), default=0)
+    # an NF4 weight is made from the whole tensor on a GPU, from a part on a CPU, with bitsandbytes' copies
+    packing = (2 * element * largest if run.fused else 16 * min(largest, _DECODED)) if run.weights == "nf4" else 0
+    return {
+        "loading": (0, packing, 0),
+        "forward": (sum(held) + angles, 0, before),
+        "loss": (head if run.in_parts else aligned + head, _loss_workspace(run) + cached, before),
+        "last block": (aligned, mlp + cached, before),
+        "first block": (aligned - upper, mlp + cached, parameters),
+        # AdamW takes the roots of all second moments at once on a GPU, of one parameter's at a time on a CPU
+        "optimiser": (0, parameters if run.fused else 8 * factors, parameters),
+    }
+
+
+def held_by_block(run: Run, block: int) -> float:
+    """Bytes that block ``block`` saves for its backward pass."""
+    shape, part, e = run.shape, run.current, run.element
+    t, d, i, q, kv = part.nodes, shape.width, shape.hidden, shape.queries, shape.keys
+    adapted = {path.rpartition(".")[2] for path in run.adapted(block)}
+    # whether a gradient reaches what goes in
+    flows = any(run.adapted(below) for below in range(block))
+    saved = 4 * t * run.rank * len(adapted)
+    if run.dropout and not run.fused and e < 4:
+        # the reference ops keep the dropped copy and its mask
+        saved += sum((e + 1) * t * shape.linear()[path][1] for path in run.adapted(block))
+    saved += 4 * t * d * flows + e * t * d * bool(adapted & {"q_proj", "k_proj", "v_proj"})
+    into_queries, into_keys = flows or "q_proj" in adapted, flows or "k_proj" in adapted
+    if shape.head_norms:
+        saved += 4 * t * (q * into_queries + kv * into_keys)
+    attends = into_queries or into_keys or "v_proj" in adapted
+    # queries, keys and values for each query head, and what comes out, which is o_proj's input
+    saved += e * t * q * (4 if attends else "o_proj" in adapted)
+    if attends:
+        weights = part.bins * shape.heads * part.width**2
+        saved += weights * (e + 4 + e * (e < 4)) if shape.eager else 4 * t * shape.heads
+    flows = attends or flows or "o_proj" in adapted
+    saved += 4 * t * d * flows * (2 if shape.gemma else 1) + e * t * d * bool(adapted & {"gate_proj", "up_proj"})
+    into_gate, into_up = flows or "gate_proj" in adapted, flows or "up_proj" in adapted
+    # gate, its activation, up, and their product
+    saved += e * t * i * (into_gate + into_up + into_gate + ("down_proj" in adapted))
+    return saved + 4 * t * d * shape.gemma * (into_gate or into_up or "down_proj" in adapted)
+
+
+def _mlp_workspace(run: Run) -> float:
+    """Of a block's MLP, backward: what its gradients take, less what is let go meanwhile."""
+    t, e, (_, i) = run.current.nodes, run.element, run.shape.linear()["mlp.down_proj"]
+    adapted = "mlp.down_proj" in run.adapted(run.layer - 1 if run.arm == "full-hook" else run.blocks - 1)
+    # of the product and its two factors; down_proj's adapter has let go of the product
+    inside = e * t * i * (3 - adapted)
+    if run.fused or e < 4:
+        return inside
+    if run.weights == "nf4":
+        inside = max(inside, 2 * e * t * i + 4 * min(_DECODED, run.shape.width * i))
+    # dx, the low-rank term's, and three rounds of 32-bit numbers that decide what dropout keeps
+    return max(inside, (2 * e + 12) * t * i) if run.dropout and adapted else inside
+
+
+def _head(run: Run) -> float:
+    """Saved behind the last block: final or token norm, pooled words, the loss."""
+    words, nodes, d = 2 * run.batch, run.current.nodes, run.shape.width
+    states = nodes * d * (run.element if run.fused or run.element == 4 else 4 + run.element)
+    pooled = words * d * 4 * (1 if run.fused else 2)
+    whole = run.batch**2 <= _COSINES and not run.fused
+    return states * (run.token_norm or run.arm == "full") + pooled + (8 * run.batch**2 if whole else 0)
+
+
+def _loss_workspace(run: Run) -> float:
+    """Of the loss, backward: cosines, or blocks of them, and the words' gradients."""
+    gradients = 2 * run.batch * run.shape.width * 4
+    if run.fused:
+        # squares of weights in two halves of 16 bits, and rows split likewise (kernels/infonce.py)
+        return 2 * gradients + 4 * min(run.batch, 2048) ** 2
+    return gradients + 16 * min(run.batch**2, _COSINES)
+
+
+def _kept_workspace(run: Run) -> int:
+    """Of a GPU, for good: cuBLAS's, and one dequantised weight that all layers share (kernels/nf4_lora.py)."""
+    if not run.fused:
+        return 0
+    decoded = run.element * max(n * k for n, k in run.shape.linear().values()) if run.weights == "nf4" and run.current.nodes > 64 else 0
+    return CUBLAS_BYTES + decoded
+
+
+def first_block_table_bytes(run: Run) -> int:
+    """Of the table from which block 0's q, k and v of each distinct token are looked up: none, they are computed."""
+    return 0
+
+
+def first_block_saving(run: Run) -> int:
+    """Of the weights that such a table replaces."""
+    return 0
+
+
+def words_bytes(run: Run) -> int:
+    """Of the tokenised list and an epoch's packed batches: for each node its row of the mask, five numbers, and the words' own."""
+    nodes = run.part.nodes / run.part.pairs * run.list_pairs
+    return int(nodes * (run.part.width * run.element + 5 * 8) + run.list_pairs * (2 * 8 * 8 + 1500 * (not run.fused)))
+
+
+def process_bytes(run: Run) -> int:
+    """Of the process before anything is loaded: imports and the tokenizer."""
+    tokenizer = TOKENIZER_BYTES_PER_ENTRY * run.shape.vocabulary
+    if run.tokenizer_bytes is not None:
+        tokenizer = TOKENIZER_BYTES_PER_BYTE * run.tokenizer_bytes
+    return int(IMPORTS_BYTES + tokenizer + BITSANDBYTES_BYTES * (run.weights == "nf4"))
+
+
+def _in_holes(run: Run, step: float) -> float:
+    """Of a step's bytes, those in tensors that glibc puts on its heap: larger ones come and go whole."""
+    largest = run.current.nodes * run.shape.hidden * run.element
+    return step if largest < MAPPED_BYTES else 0
+
+
+def total(bytes_of: dict[str, int]) -> int:
+    """The sum over all categories."""
+    return sum(bytes_of.values())
+
+
+def allocations(bytes_of: dict[str, int]) -> int:
+    """The sum over what a run allocates itself: ``CATEGORIES``."""
+    return sum(bytes_of[name] for name in CATEGORIES)
