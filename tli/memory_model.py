@@ -12,24 +12,10 @@ kept(x)·Aᵀ, a frozen one nothing. Imports neither torch nor transformers: it 
 """
 
 import dataclasses
-import math
-import re
-from collections.abc import Iterable
 
-from tli.errors import TliError
+from tli.model_shape import Shape, targets_of
 
-# what a family's config.json leaves out where it is the family's usual value
-_USUAL = {
-    "llama": {"mlp_bias": False},
-    "mistral": {"num_key_value_heads": 8},
-    "qwen2": {"num_key_value_heads": 32, "attention_bias": "q_proj,k_proj,v_proj"},
-    "qwen3": {"head_dim": 128, "num_key_value_heads": 32},
-    "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "num_attention_heads": 8, "attn_logit_softcapping": 50.0},
-    "gemma3_text": {"head_dim": 256, "num_key_value_heads": 4, "num_attention_heads": 8, "vocab_size": 262208},
-}
-LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 CATEGORIES = ("weights", "embedding rows", "activations", "gradients and optimiser", "workspace", "words")
-NF4_BYTES = 0.5 + 4 / 64
 MB = 10**6
 
 # anonymous memory of a process with torch 2.13 and transformers 5.23 imported, and of bitsandbytes on top; measured, Linux
@@ -42,95 +28,6 @@ FIRST_STEPS_BYTES, HOLES, MAPPED_BYTES = 60 * MB, 0.8, 32 << 20
 CUDA_CONTEXT_BYTES, CUBLAS_BYTES = 450 * MB, 8_519_680
 # of numbers decoded at a time on a CPU (kernels/onednn.py), of cosines in a block (kernels/blocked.py)
 _DECODED, _COSINES = 1 << 22, 1 << 24
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A decoder's sizes; ``norms`` in each block, ``head_norms`` where queries and keys have one, ``eager`` attention keeps its weights."""
-
-    family: str
-    blocks: int
-    width: int
-    hidden: int
-    heads: int
-    key_heads: int
-    head_dim: int
-    vocabulary: int
-    biases: tuple[str, ...]
-
-    @classmethod
-    def from_config(cls, config: dict, name: str, families: Iterable[str] = tuple(_USUAL)) -> "Shape":
-        """The shape that a ``config.json`` describes; of a model of text and images the decoder's.
-
-        Raises:
-            TliError: another family, or a size that is missing or no number.
-        """
-        # a config's own names for its text part, as transformers reads them
-        config = next((config[key] for key in ("text_config", "decoder", "text_encoder") if isinstance(config.get(key), dict)), config)
-        family = config.get("model_type")
-        if family not in tuple(families):
-            must = f"the model's family must be one that is known to truncate exactly ({', '.join(families)})"
-            raise TliError(name, must, family, "choose a model of these families")
-        config = _USUAL[family] | {key: value for key, value in config.items() if value is not None}
-        try:
-            width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            head_dim, keys = int(config.get("head_dim", width // heads)), int(config.get("num_key_value_heads", heads))
-            sizes = [int(config[key]) for key in ("num_hidden_layers", "intermediate_size", "vocab_size")]
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise TliError(name, "config.json must give the model's sizes", repr(error), "check the file") from error
-        attention = config.get("attention_bias", False)
-        biases = tuple(attention.split(",")) if isinstance(attention, str) else ("q_proj", "k_proj", "v_proj", "o_proj") * bool(attention)
-        biases += ("gate_proj", "up_proj", "down_proj") * bool(config.get("mlp_bias", False))
-        return cls(family, sizes[0], width, sizes[1], heads, keys, head_dim, sizes[2], biases)
-
-    @property
-    def gemma(self) -> bool:
-        """Whether attention and MLP have a norm behind them, too."""
-        return self.family.startswith("gemma")
-
-    @property
-    def head_norms(self) -> bool:
-        return self.family in ("qwen3", "gemma3_text")
-
-    @property
-    def eager(self) -> bool:
-        """Whether attention keeps its T × T weights: soft-capping has no other form."""
-        return self.family == "gemma2"
-
-    @property
-    def queries(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def keys(self) -> int:
-        return self.key_heads * self.head_dim
-
-    def linear(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of each linear layer of a block, by its path in the block."""
-        d, i, q, kv = self.width, self.hidden, self.queries, self.keys
-        return dict(zip(LINEAR, ((q, d), (kv, d), (kv, d), (d, q), (i, d), (i, d), (d, i))))
-
-    def block_bytes(self, weights: str, element: int) -> int:
-        """Of one block's frozen weights: linear ones in the compute dtype or NF4, biases and norms in the compute dtype."""
-        linear = self.linear()
-        numbers = sum(n * k for n, k in linear.values())
-        biases = sum(n for path, (n, _) in linear.items() if path.rpartition(".")[2] in self.biases)
-        norms = (4 if self.gemma else 2) * self.width + 2 * self.head_dim * self.head_norms
-        return int(numbers * (NF4_BYTES if weights == "nf4" else element)) + element * (biases + norms)
-
-
-def targets_of(block: int, targets: str) -> tuple[str, ...]:
-    """The linear layers of this block that ``--targets`` means; what nothing matches is for the injector to refuse."""
-    if targets == "all-linear":
-        return LINEAR
-    if re.fullmatch(r"\w+(\s*,\s*\w+)*", targets):
-        names = [name.strip() for name in targets.split(",")]
-        return tuple(path for path in LINEAR if path.rpartition(".")[2] in names)
-    try:
-        pattern = re.compile(targets)
-    except re.error:
-        return ()
-    return tuple(path for path in LINEAR if pattern.fullmatch(path) or pattern.fullmatch(f"layers.{block}.{path}"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,15 +126,16 @@ def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
     shape, blocks, parameters = run.shape, run.blocks, 4 * run.parameters
     nodes, element, width = run.current.nodes, run.element, shape.width
     held = [held_by_block(run, block) for block in range(blocks)]
-    inputs, upper = (nodes * element * width if run.checkpointing else 0), sum(held) - held[0]
+    again, upper = 0.0, sum(held) - held[0]
     if run.checkpointing:
-        # of each block what goes in; one at a time is computed again
-        held, upper = [inputs] * (blocks - 1) + [max(held)], 0
+        # of each block what goes in; one at a time is computed again, and then it is workspace
+        inputs = nodes * element * width
+        again, upper, held = max(held) - inputs, 0.0, [inputs] * blocks
     # cosines and sines of the positions, for both kinds of frequencies where there are two
     angles = 2 * nodes * shape.head_dim * element * (2 if shape.family == "gemma3_text" else 1)
     # behind the hook a graph is built, and dropped
     aligned = sum(held[: run.layer] if run.arm == "full-hook" else held) + angles
-    head, words, mlp = _head(run), 8 * run.batch * width, _mlp_workspace(run) + nodes * width * element
+    head, words, mlp = _head(run), 8 * run.batch * width, _mlp_workspace(run) + nodes * width * element + again
     # the gradient cache holds the words' vectors twice, and their gradients (tli/gradient_cache.py)
     cached, before = 3 * words * run.in_parts, parameters * run.in_parts
     largest = max(n * k for n, k in shape.linear().values())

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     # first of all: --help and a wrong flag must not wait for torch
     COMMAND_LINE = parse(TrainConfig, "tli.train")
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -24,16 +25,19 @@ import types
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
-from tli import gradient_cache, layers, lexicon, lora, ops, provenance, report, starter
+from tli import figures, gradient_cache, layers, lexicon, lora, memory_fit, memory_model, ops, profiling, provenance, report, starter
 from tli.checkpoint import Checkpoint, open_checkpoint, sight
 from tli.errors import TliError, run_command
 from tli.files import claim_output, sha256
 from tli.hooked import recompute_blocks, run_hooked, whole
+from tli.model_shape import Shape
 from tli.objective import Objective, Pooling, pooling, token_norm_at_hand
 from tli.packing import TokenisedWords, tokenise
 from tli.progress import Progress, TrainingState, layer_bar, stop_signals, training_bar
 from tli.streaming import align_layers
+from tli.tables import show as show_tables
 from tli.truncated import Batch, Placement, place, require_layer, run, to_batch, truncate
 
 _SAVE_EVERY_S = 20.0
@@ -74,6 +78,9 @@ def train(config: TrainConfig) -> dict:
     pool = pooling(token_norm, checkpoint, placement.device)
     if config.layer == "auto":
         config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, placement, console))
+    needed = _memory_needed(config, checkpoint, words, len(trained), token_norm, placement)
+    _require_room(needed, placement)
+    profile = profiling.Profile(placement.device) if config.profile else None
     decoder = _model(config, checkpoint, words.rows, placement)
     lora.inject(decoder, adapter, None if config.arm == "full" else range(config.layer), seed=config.seed)
     batches = EpochBatches(config, words, partners, lexicon.same_meaning(taught), placement)
@@ -81,7 +88,7 @@ def train(config: TrainConfig) -> dict:
 
     # the output is normalised already
     at_loss = pool.at("output") if config.arm == "full" else pool
-    progress = _fit(config, decoder, batches, at_loss, state, console)
+    progress = _fit(config, decoder, batches, at_loss, state, console, profile)
     lora.save(decoder, adapter, output, base_model)
     report.clear(output)
     if progress.step < batches.total:
@@ -93,6 +100,8 @@ def train(config: TrainConfig) -> dict:
     # what was done, where the options left it open
     done_config = dataclasses.replace(config, token_norm=token_norm)
     facts = _facts(done_config, checkpoint, decoder, placement, trained, held_out, output, progress)
+    if profile is not None:
+        facts["memory"] = _memory_measured(needed, profile, decoder, batches, output, console)
     if not config.no_report:
         streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
         splits = _splits(trained, held_out)
@@ -152,6 +161,50 @@ def _choose_layer(
     return chosen
 
 
+def _memory_needed(
+    config: TrainConfig, checkpoint: Checkpoint, words: TokenisedWords, trained: int, token_norm: str, placement: Placement
+) -> memory_model.Run:
+    """The run as far as memory goes, with the nodes and the tokens that the words have."""
+    batch = -(-trained // -(-trained // config.batch))
+    tokenizer = checkpoint.path("tokenizer.json", optional=True)
+    own = {name: getattr(config, name) for name in ("arm", "layer", "rank", "targets", "dropout", "checkpointing", "micro_batch")}
+    return memory_model.Run(
+        shape=Shape.from_config(checkpoint.config.to_dict(), checkpoint.name),
+        part=memory_fit.largest_part(words, trained, batch, config.micro_batch, config.pool_bos),
+        batch=batch,
+        list_pairs=trained,
+        rows=len(words.rows),
+        weights=config.weights if ops.holds_nf4() else "full",
+        device="gpu" if placement.device.type == "cuda" else "cpu",
+        element=placement.dtype.itemsize,
+        token_norm=token_norm != "none",
+        tokenizer_bytes=None if tokenizer is None else tokenizer.stat().st_size,
+        **own,
+    )
+
+
+def _require_room(needed: memory_model.Run, placement: Placement) -> None:
+    """Raise ``TliError`` for a run that will not fit, before its model is loaded."""
+    if placement.device.type == "cuda":
+        available, held = torch.cuda.mem_get_info(placement.device)[0], memory_model.CUDA_CONTEXT_BYTES
+    else:
+        available, held = memory_fit.available_bytes(), memory_model.process_bytes(needed)
+    if available is not None:
+        # packed weights help only where the ops compute from them
+        memory_fit.require_room(needed, available, held, frozenset() if ops.holds_nf4() else frozenset({"weights"}))
+
+
+def _memory_measured(
+    needed: memory_model.Run, profile: profiling.Profile, decoder, batches: "EpochBatches", output: pathlib.Path, console
+) -> dict:
+    """Memory by category, predicted and measured, as shown and drawn."""
+    measured, curves = profile.measured(decoder, lora.trainable(decoder), batches.bytes())
+    memory = profiling.record(memory_model.predict(needed), measured, profile)
+    figures.save_figure(output / profiling.FIGURE_FILE, figures.draw_memory(curves, profile.spans()))
+    show_tables([profiling.table(memory)], console)
+    return memory
+
+
 def _model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> torch.nn.Module:
     """The arm's model: it ends at the layer, or is whole."""
     if config.arm == "early":
@@ -185,6 +238,13 @@ class EpochBatches:
         order = np.random.default_rng([self.config.seed, 0, epoch]).permutation(len(self.partners))
         return [self._batch(pairs) for pairs in np.array_split(order, self.per_epoch)[skip:]]
 
+    def bytes(self) -> int:
+        """Of an epoch's packed batches and of the tokenised words."""
+        parts = [part for batch, _ in self.epoch(0) for part in batch]
+        tensors = [tensor for part in parts for tensor in (*vars(part).values(), *part.transposed) if isinstance(tensor, torch.Tensor)]
+        own = sum(array.nbytes for array in vars(self.words).values()) if self.placement.device.type == "cpu" else 0
+        return sum(tensor.nbytes for tensor in tensors) + own
+
     def _batch(self, pairs: np.ndarray) -> tuple[list[Batch], torch.Tensor]:
         parts = [self._part(part) for part in np.array_split(pairs, -(-len(pairs) // (self.config.micro_batch or len(pairs))))]
         place_of = np.full(len(self.partners), -1)
@@ -200,7 +260,15 @@ class EpochBatches:
         return to_batch(packed, self.placement.dtype, self.placement.device)
 
 
-def _fit(config: TrainConfig, decoder, batches: EpochBatches, pool: Pooling, state: TrainingState, console) -> Progress:
+def _fit(
+    config: TrainConfig,
+    decoder,
+    batches: EpochBatches,
+    pool: Pooling,
+    state: TrainingState,
+    console,
+    profile: profiling.Profile | None = None,
+) -> Progress:
     """Take the steps that are left; a signal to stop ends them early, after the step it comes in."""
     objective = Objective(config.loss, config.temperature, config.margin)
     aligned = functools.partial(run_hooked, layer=config.layer) if config.arm == "full-hook" else run
@@ -208,28 +276,39 @@ def _fit(config: TrainConfig, decoder, batches: EpochBatches, pool: Pooling, sta
     optimiser = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     progress = state.restore(adapters, optimiser) if config.resume else Progress()
     began = saved = time.monotonic() - progress.seconds
+
+    def vectors_of(part: Batch) -> torch.Tensor:
+        with record_function(profiling.FORWARD):
+            return pool(aligned(decoder, part), part)
+
+    def take_step(parts: list[Batch], same: torch.Tensor) -> float:
+        def loss_of(vectors: torch.Tensor) -> torch.Tensor:
+            with record_function(profiling.LOSS):
+                return objective(vectors, same)
+
+        _seed_dropout(adapters, config, progress.step)
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * rate(progress.step, batches.total, config.warmup, config.schedule)
+        optimiser.zero_grad()
+        value = gradient_cache.backward(parts, vectors_of, loss_of).item()
+        if not math.isfinite(value):
+            raise TliError(f"step {progress.step + 1}", "the loss must be finite", value, "lower --lr, or check the model's weights")
+        with record_function(profiling.OPTIMISER):
+            if config.clip > 0:
+                torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+            optimiser.step()
+        return value
+
     decoder.train()
     with stop_signals() as stop, training_bar(console, batches.total) as show:
         while progress.step < batches.total and not stop.is_set():
             epoch, done = divmod(progress.step, batches.per_epoch)
             for parts, same in batches.epoch(epoch, skip=done):
-                _seed_dropout(adapters, config, progress.step)
-                for group in optimiser.param_groups:
-                    group["lr"] = config.lr * rate(progress.step, batches.total, config.warmup, config.schedule)
-                optimiser.zero_grad()
-                loss = gradient_cache.backward(
-                    parts, lambda part: pool(aligned(decoder, part), part), lambda vectors, same=same: objective(vectors, same)
-                )
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise TliError(
-                        f"step {progress.step + 1}", "the loss must be finite", value, "lower --lr, or check the model's weights"
-                    )
+                last = progress.step == batches.total - 1
+                with profile.recorded(parameters, state.path.parent) if profile and last else contextlib.nullcontext():
+                    value = take_step(parts, same)
                 if progress.step < 2:
                     lora.check_gradients(decoder, progress.step)
-                if config.clip > 0:
-                    torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-                optimiser.step()
                 progress.add(value, time.monotonic() - began)
                 show(progress, words=sum(len(part.indptr) - 1 for part in parts))
                 if stop.is_set() or progress.step == batches.total or time.monotonic() - saved > _SAVE_EVERY_S:
