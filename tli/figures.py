@@ -1,4 +1,4 @@
-"""Figures of reports, readable in grey: distributions of cosines, curves over the layers before and after, and a scan of layers."""
+"""Figures, readable in grey: distributions of cosines, curves over the layers before and after, a scan of layers, a step's memory."""
 
 from __future__ import annotations
 
@@ -241,17 +241,27 @@ def draw_memory(curves: dict[str, np.ndarray], spans: list[tuple[str, float, flo
     top = int(below.argmax())
     panel.plot(curves["ms"][top], below[top], marker="v", color="black", markersize=6)
     panel.annotate(f"{below[top]:,.0f} MB", (curves["ms"][top], below[top]), (0, 6), textcoords="offset points", ha="center", fontsize=9)
+    ends = {name: (first, last) for name, first, last in spans}
+    if {"loss", "optimiser"} <= ends.keys():
+        spans = [*spans, ("backward", ends["loss"][1], ends["optimiser"][0])]
     for name, first, last in spans:
         panel.axvline(first, color="0.35", linestyle=(0, (1, 2)), linewidth=0.9)
         panel.axvline(last, color="0.35", linestyle=(0, (1, 2)), linewidth=0.9)
-        panel.text((first + last) / 2, 1.01, name, transform=panel.get_xaxis_transform(), ha="center", fontsize=8)
+        panel.text(
+            (first + last) / 2,
+            1.01,
+            name,
+            transform=panel.get_xaxis_transform(),
+            ha="right" if name == "optimiser" else "center",
+            fontsize=8,
+        )
     panel.set_xlim(curves["ms"][0], curves["ms"][-1])
     panel.set_ylim(0, 1.1 * below[top])
     panel.set_xlabel("ms of one step, under the profiler (slower than without)")
     panel.set_ylabel("MB allocated")
     panel.spines[["top", "right"]].set_visible(False)
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 

@@ -12,6 +12,7 @@ kept(x)·Aᵀ, a frozen one nothing. Imports neither torch nor transformers: it 
 """
 
 import dataclasses
+import math
 
 from tli.model_shape import Shape, targets_of
 
@@ -28,6 +29,8 @@ FIRST_STEPS_BYTES, HOLES, MAPPED_BYTES = 60 * MB, 0.8, 32 << 20
 CUDA_CONTEXT_BYTES, CUBLAS_BYTES = 450 * MB, 8_519_680
 # of numbers decoded at a time on a CPU (kernels/onednn.py), of cosines in a block (kernels/blocked.py)
 _DECODED, _COSINES = 1 << 22, 1 << 24
+# of a common card, where sums are split so that each has work
+_PROCESSORS = 108
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,16 +129,16 @@ def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
     shape, blocks, parameters = run.shape, run.blocks, 4 * run.parameters
     nodes, element, width = run.current.nodes, run.element, shape.width
     held = [held_by_block(run, block) for block in range(blocks)]
-    again, upper = 0.0, sum(held) - held[0]
+    again = [0.0] * blocks
     if run.checkpointing:
         # of each block what goes in; one at a time is computed again, and then it is workspace
         inputs = nodes * element * width
-        again, upper, held = max(held) - inputs, 0.0, [inputs] * blocks
+        again, held = [own - inputs for own in held], [inputs] * blocks
     # cosines and sines of the positions, for both kinds of frequencies where there are two
     angles = 2 * nodes * shape.head_dim * element * (2 if shape.family == "gemma3_text" else 1)
     # behind the hook a graph is built, and dropped
-    aligned = sum(held[: run.layer] if run.arm == "full-hook" else held) + angles
-    head, words, mlp = _head(run), 8 * run.batch * width, _mlp_workspace(run) + nodes * width * element + again
+    above = run.layer if run.arm == "full-hook" else blocks
+    head, words, mlp = _head(run), 8 * run.batch * width, _mlp_workspace(run) + nodes * width * element
     # the gradient cache holds the words' vectors twice, and their gradients (tli/gradient_cache.py)
     cached, before = 3 * words * run.in_parts, parameters * run.in_parts
     largest = max(n * k for n, k in shape.linear().values())
@@ -144,10 +147,18 @@ def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
     packing = (2 * element * largest if run.fused else 16 * min(largest, _DECODED)) if run.weights == "nf4" else 0
     return {
         "loading": (0, packing, 0),
-        "forward": (sum(held) + angles, 0, before),
-        "loss": (head if run.in_parts else aligned + head, _loss_workspace(run) + cached, before),
-        "last block": (aligned, mlp + cached, before),
-        "first block": (aligned - upper, mlp + cached, parameters),
+        # what the functions on the way still name: the embedding's output, the block's, the residual, and the MLP's
+        "forward": (sum(held) + angles, _product_parts(run, width, shape.hidden) + 5 * nodes * width * element * (element < 4), before),
+        "loss": (head if run.in_parts else sum(held[:above]) + angles + head, _loss_workspace(run) + cached, before),
+        # each block in its turn, when those above it have let go of theirs and have their gradients
+        **{
+            f"block {block}": (
+                sum(held[: block + 1]) + angles,
+                mlp + again[block] + cached,
+                max(before, parameters * (above - 1 - block) / above),
+            )
+            for block in range(above)
+        },
         # AdamW takes the roots of all second moments at once on a GPU, of one parameter's at a time on a CPU
         "optimiser": (0, parameters if run.fused else 8 * factors, parameters),
     }
@@ -160,7 +171,7 @@ def held_by_block(run: Run, block: int) -> float:
     adapted = {path.rpartition(".")[2] for path in run.adapted(block)}
     # whether a gradient reaches what goes in
     flows = any(run.adapted(below) for below in range(block))
-    saved = 4 * t * run.rank * len(adapted)
+    saved = sum(4 * t * run.rank * _low_rank_parts(run, shape.linear()[path][1]) for path in run.adapted(block))
     if run.dropout and not run.fused and e < 4:
         # the reference ops keep the dropped copy and its mask
         saved += sum((e + 1) * t * shape.linear()[path][1] for path in run.adapted(block))
@@ -188,12 +199,36 @@ def _mlp_workspace(run: Run) -> float:
     adapted = "mlp.down_proj" in run.adapted(run.layer - 1 if run.arm == "full-hook" else run.blocks - 1)
     # of the product and its two factors; down_proj's adapter has let go of the product
     inside = e * t * i * (3 - adapted)
-    if run.fused or e < 4:
+    if run.fused:
+        return max(inside, e * t * i + _product_parts(run, i, run.shape.width))
+    if e < 4:
         return inside
     if run.weights == "nf4":
         inside = max(inside, 2 * e * t * i + 4 * min(_DECODED, run.shape.width * i))
     # dx, the low-rank term's, and three rounds of 32-bit numbers that decide what dropout keeps
     return max(inside, (2 * e + 12) * t * i) if run.dropout and adapted else inside
+
+
+def _splits(terms: int, least: int, tiles: int) -> int:
+    """Into how many parts the fused ops split a sum whose result has few tiles (kernels/launch.py, on a card of 108 processors)."""
+    wanted = max(1, 2 * _PROCESSORS // max(1, tiles))
+    return -(-terms // (-(-terms // (least * wanted)) * least))
+
+
+def _low_rank_parts(run: Run, terms: int) -> int:
+    """How many partial sums of kept(x)·Aᵀ are kept."""
+    rows, columns, least = (32, 16, 128) if run.element == 4 else (64, 32, 256)
+    return _splits(terms, least, math.ceil(run.current.nodes / rows) * -(-run.rank // columns)) if run.fused else 1
+
+
+def _product_parts(run: Run, length: int, terms: int) -> float:
+    """Bytes of a product's partial sums, fp32 [parts, T, length]; none where its result has tiles enough."""
+    t, few = run.current.nodes, run.weights == "nf4" or run.current.nodes <= 64
+    rows, columns, least = (32, 64, 256) if run.element == 4 else (min(64, 1 << math.ceil(math.log2(max(16, t)))), 64, 256)
+    if run.element < 4 and not few:
+        rows, columns, least = 128, 128, 128
+    parts = _splits(terms, least, math.ceil(t / rows) * -(-length // columns)) if run.fused else 1
+    return 4 * parts * t * length if parts > 1 else 0.0
 
 
 def _head(run: Run) -> float:
