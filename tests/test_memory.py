@@ -95,7 +95,7 @@ CASES = {
     "full": {"arm": "full", "batch": 20},
     "full-hook": {"arm": "full-hook", "batch": 20},
     "recomputed": {"arm": "full", "batch": 20, "checkpointing": True},
-    "high-rank": {"rank": 64, "batch": 8},
+    "high-rank": {"rank": 32, "batch": 8},
 }
 
 

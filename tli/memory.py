@@ -142,7 +142,7 @@ def _estimated(shape: Shape, pairs: int, batch: int) -> tuple[Part, int]:
 
 def _tables(facts: dict) -> list[Table]:
     config, runs = facts["config"], facts["runs"]
-    names = {"cpu": "CPU, fp32", "gpu": "GPU, bf16"}
+    names = {"cpu": "CPU", "gpu": "GPU"}
     categories = list(dict.fromkeys(name for run in runs for name in run["bytes"]))
     rows = [[name, *(f"{run['bytes'][name] / 1e6:,.0f}" if name in run["bytes"] else "" for run in runs)] for name in categories]
     rows.append(["all", *(f"{run['total'] / 1e6:,.0f}" for run in runs)])
@@ -150,14 +150,15 @@ def _tables(facts: dict) -> list[Table]:
     parts = "" if config["micro_batch"] is None else f" in parts of {config['micro_batch']}"
     title = (
         f"{facts['model']['name']}, {config['arm']} arm, layer {config['layer']}, rank {config['rank']}, {facts['batch']} pairs a step"
-        f"{parts}: {facts['nodes']:,.0f} nodes at once, {facts['rows']:,} embedding rows ({counted}). At most, MB"
+        f"{parts}: {facts['nodes']:,.0f} nodes at once, {facts['rows']:,} embedding rows "
+        f"({counted}). MB at most; CPU in fp32, GPU in bf16"
     )
-    tables = [Table(title, ["", *(f"{names[run['device']]}, {run['weights']}" for run in runs)], rows)]
+    tables = [Table(title, ["", *(f"{names[run['device']]} {run['weights']}" for run in runs)], rows)]
     arms = [(arm, weights) for arm in ("early", "full") for weights in ("full", "nf4")]
     for device, called in names.items():
         cells = {(fit["gb"], fit["arm"], fit["weights"]): fit["options"] for fit in facts["fits"] if fit["device"] == device}
         rows = [[f"{size} GB", *(_cell(cells[size, *arm]) for arm in arms)] for size in SIZES_GB]
-        title = f"what fits on a {called.partition(',')[0]} with so much memory free, and the options that it takes"
+        title = f"what fits on a {called} with so much memory free, and the options that it takes"
         tables.append(Table(title, ["", *(f"{arm} arm, {weights}" for arm, weights in arms)], rows))
     return tables
 

@@ -23,8 +23,9 @@ MB = 10**6
 IMPORTS_BYTES, BITSANDBYTES_BYTES = 290 * MB, 25 * MB
 # of a byte of tokenizer.json, or, where that is not at hand, of an entry of the vocabulary; measured on 49 and 128 thousand entries
 TOKENIZER_BYTES_PER_BYTE, TOKENIZER_BYTES_PER_ENTRY = 12.5, 1500
-# what is loaded or compiled with the first steps, and glibc's holes between tensors of less than 32 MB; measured, glibc 2.36
-FIRST_STEPS_BYTES, HOLES, MAPPED_BYTES = 60 * MB, 0.8, 32 << 20
+# what is loaded or compiled with the first steps, and the holes in glibc's heap, of a step's bytes and of the adapters' gradients; a
+# rule of thumb, fitted to ten runs (docs/performance.md), glibc 2.36. Larger tensors than 32 MB are not on the heap
+FIRST_STEPS_BYTES, HOLES, HOLES_OF_LARGE, GRADIENT_HOLES, MAPPED_BYTES = 60 * MB, 0.8, 0.2, 6, 32 << 20
 # not measured: no GPU was at hand. A context with kernels of torch and Triton; cuBLAS's workspace, which torch allocates
 CUDA_CONTEXT_BYTES, CUBLAS_BYTES = 450 * MB, 8_519_680
 # of numbers decoded at a time on a CPU (kernels/onednn.py), of cosines in a block (kernels/blocked.py)
@@ -120,7 +121,7 @@ def predict(run: Run) -> dict[str, int]:
         bytes_of["CUDA context"] = CUDA_CONTEXT_BYTES
     else:
         bytes_of["imports and tokenizer"] = process_bytes(run)
-        bytes_of["allocator"] = FIRST_STEPS_BYTES + int(HOLES * _in_holes(run, held + workspace))
+        bytes_of["allocator"] = FIRST_STEPS_BYTES + _holes(run, held + workspace)
     return {name: int(value) for name, value in bytes_of.items()}
 
 
@@ -142,13 +143,15 @@ def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
     # the gradient cache holds the words' vectors twice, and their gradients (tli/gradient_cache.py)
     cached, before = 3 * words * run.in_parts, parameters * run.in_parts
     largest = max(n * k for n, k in shape.linear().values())
-    factors = run.rank * max((sum(shape.linear()[path]) for path in run.adapted(0)), default=0)
+    factor = run.rank * max((max(shape.linear()[path]) for path in run.adapted(0)), default=0)
     # an NF4 weight is made from the whole tensor on a GPU, from a part on a CPU, with bitsandbytes' copies
-    packing = (2 * element * largest if run.fused else 16 * min(largest, _DECODED)) if run.weights == "nf4" else 0
+    packing = (2 * largest if run.fused else 16 * min(largest, _DECODED)) if run.weights == "nf4" else 0
+    # what the functions on the way still name: the embedding's output, the block's, the residual, the MLP's; and its product, unsaved
+    on_the_way = _product_parts(run, width, shape.hidden) + (5 if element < 4 else 2) * nodes * width * element
+    on_the_way += nodes * shape.hidden * element * ("mlp.down_proj" not in run.adapted(blocks - 1))
     return {
-        "loading": (0, packing, 0),
-        # what the functions on the way still name: the embedding's output, the block's, the residual, and the MLP's
-        "forward": (sum(held) + angles, _product_parts(run, width, shape.hidden) + 5 * nodes * width * element * (element < 4), before),
+        "loading": (0, max(0, packing - _kept_workspace(run)), 0),
+        "forward": (sum(held) + angles, on_the_way, before),
         "loss": (head if run.in_parts else sum(held[:above]) + angles + head, _loss_workspace(run) + cached, before),
         # each block in its turn, when those above it have let go of theirs and have their gradients
         **{
@@ -159,8 +162,8 @@ def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
             )
             for block in range(above)
         },
-        # AdamW takes the roots of all second moments at once on a GPU, of one parameter's at a time on a CPU
-        "optimiser": (0, parameters if run.fused else 8 * factors, parameters),
+        # AdamW takes roots and quotients of all second moments at once on a GPU, of one parameter's at a time on a CPU
+        "optimiser": (0, parameters if run.fused else 12 * factor, parameters),
     }
 
 
@@ -281,10 +284,10 @@ def process_bytes(run: Run) -> int:
     return int(IMPORTS_BYTES + tokenizer + BITSANDBYTES_BYTES * (run.weights == "nf4"))
 
 
-def _in_holes(run: Run, step: float) -> float:
-    """Of a step's bytes, those in tensors that glibc puts on its heap: larger ones come and go whole."""
-    largest = run.current.nodes * run.shape.hidden * run.element
-    return step if largest < MAPPED_BYTES else 0
+def _holes(run: Run, step: float) -> float:
+    """Bytes that glibc's heap holds and nobody uses: many where a model's weights lie on it, too, few where they do not."""
+    on_heap = 4 * max(n * k for n, k in run.shape.linear().values()) < MAPPED_BYTES
+    return HOLES * step + GRADIENT_HOLES * 4 * run.parameters if on_heap else HOLES_OF_LARGE * step
 
 
 def total(bytes_of: dict[str, int]) -> int:
