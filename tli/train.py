@@ -78,12 +78,13 @@ def train(config: TrainConfig) -> dict:
     pool = pooling(token_norm, checkpoint, placement.device)
     if config.layer == "auto":
         config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, placement, console))
+    batches = EpochBatches(config, words, partners, lexicon.same_meaning(taught), placement)
+    require_layer(checkpoint, config.layer)
     needed = _memory_needed(config, checkpoint, words, len(trained), token_norm, placement)
     _require_room(needed, placement)
     profile = profiling.Profile(placement.device) if config.profile else None
     decoder = _model(config, checkpoint, words.rows, placement)
     lora.inject(decoder, adapter, None if config.arm == "full" else range(config.layer), seed=config.seed)
-    batches = EpochBatches(config, words, partners, lexicon.same_meaning(taught), placement)
     base_model = config.model or starter.NAME
 
     # the output is normalised already
@@ -210,7 +211,6 @@ def _model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None,
     if config.arm == "early":
         decoder = truncate(checkpoint, config.layer, rows, placement)
     else:
-        require_layer(checkpoint, config.layer)
         decoder = whole(checkpoint, rows, placement)
     if config.checkpointing:
         recompute_blocks(decoder)
