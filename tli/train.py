@@ -208,10 +208,7 @@ def _memory_measured(
 
 def _model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> torch.nn.Module:
     """The arm's model: it ends at the layer, or is whole."""
-    if config.arm == "early":
-        decoder = truncate(checkpoint, config.layer, rows, placement)
-    else:
-        decoder = whole(checkpoint, rows, placement)
+    decoder = truncate(checkpoint, config.layer, rows, placement) if config.arm == "early" else whole(checkpoint, rows, placement)
     if config.checkpointing:
         recompute_blocks(decoder)
     return decoder
