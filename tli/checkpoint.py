@@ -6,7 +6,6 @@ downloaded); shards that nobody asks for may be missing. Of the embedding table 
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tli import hub, ops
-from tli.errors import TliError
+from tli.errors import TliError, one_line
 
 # families whose truncated states were shown equal to the whole model's (tests/test_truncated.py)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -50,9 +49,9 @@ class Checkpoint:
         """N, the number of blocks of the whole model."""
         return self.config.num_hidden_layers
 
-    def path(self, file: str) -> pathlib.Path:
-        """The local path of one of the checkpoint's files, downloaded first where it is a hub name's."""
-        return _fetch(self.name, self.folder, file)
+    def path(self, file: str, optional: bool = False) -> pathlib.Path | None:
+        """The local path of one of the checkpoint's files, downloaded first where it is a hub name's; None for an optional one it lacks."""
+        return _fetch(self.name, self.folder, file, optional)
 
     def read(self, names: dict[str, tuple[int, ...]]) -> dict[str, Tensor | ops.NF4Weight]:
         """Read whole tensors, each opened shard once.
@@ -85,7 +84,7 @@ class Checkpoint:
             weight = ops.NF4Weight.from_state_dict(tensors, name)
         except ValueError as error:
             raise TliError(
-                f"{self.name}, {self.prefix}{name}", "the 4-bit weight must be NF4", _one_line(error), "use the original checkpoint"
+                f"{self.name}, {self.prefix}{name}", "the 4-bit weight must be NF4", one_line(error), "use the original checkpoint"
             ) from error
         self._require_shape(self._shard(name), name, weight.shape, shape)
         return weight
@@ -144,7 +143,7 @@ class Checkpoint:
     def at_hand(self, name: str) -> bool:
         """Whether reading this tensor downloads nothing: its shard is on disk, or is one that the embedding needs anyway."""
         if self.folder is None:
-            return self._shard(name) == self._shard("embed_tokens.weight") or _is_cached(self.name, self._shard(name))
+            return self._shard(name) == self._shard("embed_tokens.weight") or hub.cached(self.name, self._shard(name)) is not None
         return not self.absent([name])
 
     def tokenizer(self):
@@ -155,7 +154,7 @@ class Checkpoint:
             tokenizer = AutoTokenizer.from_pretrained(self.folder or self.name, use_fast=True)
         except Exception as error:
             raise TliError(
-                self.name, "the tokenizer must be readable", _one_line(error), "download the model's tokenizer files again"
+                self.name, "the tokenizer must be readable", one_line(error), "download the model's tokenizer files again"
             ) from error
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise TliError(self.name, "the tokenizer must have a BOS or EOS token to serve as the sink", "neither", "choose another model")
@@ -176,7 +175,7 @@ class Checkpoint:
         try:
             tensor = shard.get_tensor(self.prefix + name)
         except SafetensorError as error:
-            raise TliError(self.path(file), f"the file must hold {self.prefix + name}", _one_line(error), "download it again") from error
+            raise TliError(self.path(file), f"the file must hold {self.prefix + name}", one_line(error), "download it again") from error
         if shape is not None:
             self._require_shape(file, name, tensor.shape, shape)
         return tensor
@@ -224,7 +223,7 @@ def _read_config(name: str, folder: pathlib.Path | None):
     try:
         config = AutoConfig.from_pretrained(folder or name)
     except Exception as error:
-        raise TliError(name, "config.json must describe a model that transformers knows", _one_line(error), "check the file") from error
+        raise TliError(name, "config.json must describe a model that transformers knows", one_line(error), "check the file") from error
     # a model of text and images keeps its decoder's config inside
     config = config.get_text_config()
     if config.model_type not in FAMILIES:
@@ -249,7 +248,7 @@ def _shard_of(name: str, folder: pathlib.Path | None) -> dict[str, str]:
     try:
         return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise TliError(index, "the index must be JSON with a weight_map", _one_line(error), "download it again") from error
+        raise TliError(index, "the index must be JSON with a weight_map", one_line(error), "download it again") from error
 
 
 def _fetch(name: str, folder: pathlib.Path | None, file: str, optional: bool = False) -> pathlib.Path | None:
@@ -259,36 +258,7 @@ def _fetch(name: str, folder: pathlib.Path | None, file: str, optional: bool = F
         if optional:
             return None
         raise TliError(folder, f"the folder must hold {file}", "none", "download the missing file or name another folder")
-    return _download(name, file, optional)
-
-
-def _is_cached(name: str, file: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(name, file), str)
-
-
-@functools.cache
-def _download(name: str, file: str, optional: bool) -> pathlib.Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    hub.look_for_hub()
-    try:
-        return pathlib.Path(hf_hub_download(name, file))
-    except EntryNotFoundError as error:
-        # also what a machine without a connection says of a file that it never fetched
-        if optional:
-            return None
-        if isinstance(error, LocalEntryNotFoundError):
-            raise TliError(
-                "--model", "the model must be in reach", f"no folder {name} and no hub connection", "check the path or the network"
-            ) from error
-        raise TliError(name, f"the repository must hold {file}", "none", "choose a repository with safetensors") from error
-    except Exception as error:
-        raise TliError(
-            "--model", "the model must be a folder or a hub name in reach", _one_line(error), "check the name and the network"
-        ) from error
+    return hub.download(name, file, optional)
 
 
 @contextlib.contextmanager
@@ -296,10 +266,6 @@ def _open(path: pathlib.Path):
     try:
         shard = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise TliError(path, "the file must be whole safetensors", _one_line(error), "download it again") from error
+        raise TliError(path, "the file must be whole safetensors", one_line(error), "download it again") from error
     with shard as opened:
         yield opened
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -122,6 +122,7 @@ class TrainConfig:
     overwrite: bool = option(False, "output", "allow an output folder that is not empty")
     resume: bool = option(False, "output", "go on with the interrupted run in the output folder")
     no_report: bool = option(False, "output", "skip the measurements before and after")
+    profile: bool = option(False, "output", "measure memory beside its prediction, and write a trace and a figure of one step")
     json: bool = option(False, "output", "print one JSON object on standard output when done")
 
     def __post_init__(self):
@@ -158,6 +159,39 @@ class TuneConfig:
 
     def __post_init__(self):
         check_choices(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Predict, from config.json alone, the memory that training takes at most, by category, and what fits on a device of some size."""
+
+    model: str | None = _as_in_training("model")
+    arm: str = _as_in_training("arm")
+    layer: int = option(2, "model", "hidden state to align: the residual stream after this many blocks")
+    all_rows: bool = _as_in_training("all_rows")
+
+    pairs: str | None = _as_in_training("pairs")
+    source: str = _as_in_training("source")
+    target: str = _as_in_training("target")
+    prefix: str = _as_in_training("prefix")
+    held_out: float = _as_in_training("held_out", help="share of the pairs kept out of training")
+
+    rank: int = _as_in_training("rank")
+    targets: str = _as_in_training("targets")
+    dropout: float = _as_in_training("dropout")
+
+    batch: int = _as_in_training("batch")
+    micro_batch: int | None = _as_in_training("micro_batch")
+    checkpointing: bool = _as_in_training("checkpointing")
+
+    json: bool = option(False, "output", "print one JSON object on standard output when done")
+
+    def __post_init__(self):
+        check_choices(self)
+        for name, least in (("rank", 1), ("batch", 2), ("micro_batch", 1), ("layer", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise TliError(f"--{name.replace('_', '-')}", f"the number must be at least {least}", value, "raise it")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

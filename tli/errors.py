@@ -20,6 +20,11 @@ class TliError(Exception):
         super().__init__(f"{where}: {must}, got {got}; {remedy}")
 
 
+def one_line(error: Exception) -> str:
+    """What another library's error says, on one line, or its name where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 @contextlib.contextmanager
 def disk_errors(where: object):
     """Turn a full disk or a refused write below this block into a ``TliError`` that names ``where``."""

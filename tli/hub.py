@@ -3,22 +3,24 @@
 An 8B model's final norm is 8 KB in a shard of gigabytes, and three requests for ranges of bytes fetch it alone.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import pathlib
 import socket
 import struct
+import typing
 import urllib.parse
 import urllib.request
 
-import torch
-from safetensors.torch import load, save
-from torch import Tensor
-
-from tli.errors import TliError
+from tli.errors import TliError, one_line
 from tli.files import cache_folder, replacing
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+if typing.TYPE_CHECKING:
+    from torch import Tensor
+
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TIMEOUT_S = 30.0
 _LOOK_S = 3.0
 
@@ -38,6 +40,42 @@ def look_for_hub() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
+def cached(name: str, file: str) -> pathlib.Path | None:
+    """The local path of a file of this repository that is on disk already, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file)
+    return pathlib.Path(found) if isinstance(found, str) else None
+
+
+@functools.cache
+def download(name: str, file: str, optional: bool = False) -> pathlib.Path | None:
+    """The local path of one file of the repository ``name``, fetched where it is not in the cache; None for an ``optional`` one it lacks.
+
+    Raises:
+        TliError: no connection, no such repository, or no such file.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    look_for_hub()
+    try:
+        return pathlib.Path(hf_hub_download(name, file))
+    except EntryNotFoundError as error:
+        # also what a machine without a connection says of a file that it never fetched
+        if optional:
+            return None
+        if isinstance(error, LocalEntryNotFoundError):
+            raise TliError(
+                "--model", "the model must be in reach", f"no folder {name} and no hub connection", "check the path or the network"
+            ) from error
+        raise TliError(name, f"the repository must hold {file}", "none", "choose a repository with safetensors") from error
+    except Exception as error:
+        raise TliError(
+            "--model", "the model must be a folder or a hub name in reach", one_line(error), "check the name and the network"
+        ) from error
+
+
 def fetch_tensor(repository: str, revision: str, file: str, name: str) -> Tensor:
     """The tensor ``name`` of a safetensors file on the hub, by three requests for ranges of its bytes; kept in the cache folder.
 
@@ -50,6 +88,9 @@ def fetch_tensor(repository: str, revision: str, file: str, name: str) -> Tensor
     Raises:
         TliError: no connection, a server that sends no ranges, or a file without this tensor.
     """
+    import torch
+    from safetensors.torch import load, save
+
     kept = cache_folder() / "tensors" / repository.replace("/", "--") / revision / f"{name}.safetensors"
     if kept.is_file():
         return load(kept.read_bytes())[name]
@@ -61,7 +102,7 @@ def fetch_tensor(repository: str, revision: str, file: str, name: str) -> Tensor
         raise TliError(f"{repository}/{file}", f"the file must hold {name} as floating-point numbers", got, "choose another model")
     start, end = (8 + length + offset for offset in entry["data_offsets"])
     data = bytearray(_fetch_range(repository, revision, file, start, end))
-    tensor = torch.frombuffer(data, dtype=_DTYPES[entry["dtype"]]).view(entry["shape"])
+    tensor = torch.frombuffer(data, dtype=getattr(torch, _DTYPES[entry["dtype"]])).view(entry["shape"])
     with replacing(kept) as temporary:
         pathlib.Path(temporary).write_bytes(save({name: tensor}))
     return tensor
@@ -78,8 +119,7 @@ def _fetch_range(repository: str, revision: str, file: str, start: int, end: int
         url = hf_hub_url(repository, file, revision=revision)
         reply = get_session().get(url, headers=headers, follow_redirects=True, timeout=_TIMEOUT_S)
     except Exception as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise TliError(f"{repository}/{file}", "the final norm must be in reach", said, remedy) from error
+        raise TliError(f"{repository}/{file}", "the final norm must be in reach", one_line(error), remedy) from error
     if reply.status_code != 206 or len(reply.content) != end - start:
         got = f"status {reply.status_code} and {len(reply.content)} bytes"
         raise TliError(f"{repository}/{file}", f"the hub must send the {end - start} bytes that were asked for", got, remedy)

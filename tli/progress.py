@@ -22,7 +22,7 @@ from tli.lora import LoRALinear
 
 STATE_FILE = "training_state.safetensors"
 # options that change nothing about the numbers: a resumed run may differ in them
-_FREE_OPTIONS = ("output", "overwrite", "resume", "no_report", "json")
+_FREE_OPTIONS = ("output", "overwrite", "resume", "no_report", "profile", "json")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

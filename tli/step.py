@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from tli import gradient_cache, lora
 from tli.config import TrainConfig
 from tli.errors import TliError
 from tli.objective import Objective
+from tli.profiling import FORWARD, LOSS, OPTIMISER
 from tli.truncated import Batch
 
 # a batch in the parts that --micro-batch makes, and its pairs that are no negatives
@@ -131,14 +133,23 @@ class Stepper:
 
     def _gradients(self, parts: list[Batch], same: Tensor) -> Tensor:
         self.optimiser.zero_grad()
-        return gradient_cache.backward(parts, self.vectors_of, lambda vectors: self.objective(vectors, same))
+        return gradient_cache.backward(parts, self._vectors, lambda vectors: self._loss(vectors, same))
+
+    def _vectors(self, part: Batch) -> Tensor:
+        with record_function(FORWARD):
+            return self.vectors_of(part)
+
+    def _loss(self, vectors: Tensor, same: Tensor) -> Tensor:
+        with record_function(LOSS):
+            return self.objective(vectors, same)
 
     def _update(self, loss: Tensor) -> None:
         if self.on_gpu:
             self.found_inf.copy_(torch.maximum(self.found_inf, 1 - torch.isfinite(loss).float()))
-        if self.config.clip > 0:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        self.optimiser.step()
+        with record_function(OPTIMISER):
+            if self.config.clip > 0:
+                nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+            self.optimiser.step()
 
     def _replay(self, shape: tuple, parts: list[Batch], same: Tensor) -> Tensor:
         if shape not in self.recordings:

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     # first of all: --help and a wrong flag must not wait for torch
     COMMAND_LINE = parse(TrainConfig, "tli.train")
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -25,7 +26,7 @@ import types
 import numpy as np
 import torch
 
-from tli import layers, lexicon, lora, ops, provenance, report, starter
+from tli import layers, lexicon, lora, ops, profiling, provenance, report, starter, training_memory
 from tli.checkpoint import Checkpoint, open_checkpoint, sight
 from tli.errors import TliError, run_command
 from tli.files import claim_output, sha256
@@ -78,14 +79,18 @@ def train(config: TrainConfig) -> dict:
     pool = pooling(token_norm, checkpoint, placement.device)
     if config.layer == "auto":
         config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, exact, console))
+    batches = EpochBatches(config, words, partners, lexicon.same_meaning(taught), placement)
+    require_layer(checkpoint, config.layer)
+    needed = training_memory.needed(config, checkpoint, words, len(trained), token_norm, placement)
+    training_memory.require_room(needed, placement)
+    profile = profiling.Profile(placement.device) if config.profile else None
     decoder = _model(config, checkpoint, words.rows, placement)
     lora.inject(decoder, adapter, None if config.arm == "full" else range(config.layer), seed=config.seed)
-    batches = EpochBatches(config, words, partners, lexicon.same_meaning(taught), placement)
     base_model = config.model or starter.NAME
 
     # the output is normalised already
     at_loss = pool.at("output") if config.arm == "full" else pool
-    progress = _fit(config, decoder, batches, at_loss, state, console)
+    progress = _fit(config, decoder, batches, at_loss, state, console, profile)
     lora.save(decoder, adapter, output, base_model)
     report.clear(output)
     if progress.step < batches.total:
@@ -97,6 +102,8 @@ def train(config: TrainConfig) -> dict:
     # what was done, where the options left it open
     done_config = dataclasses.replace(config, token_norm=token_norm)
     facts = _facts(done_config, checkpoint, decoder, placement, trained, held_out, output, progress)
+    if profile is not None:
+        facts["memory"] = training_memory.measured(needed, profile, decoder, batches.bytes(), output, console)
     if not config.no_report:
         streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
         splits = _splits(trained, held_out)
@@ -156,11 +163,7 @@ def _choose_layer(
 
 def _model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> torch.nn.Module:
     """The arm's model: it ends at the layer, or is whole."""
-    if config.arm == "early":
-        decoder = truncate(checkpoint, config.layer, rows, placement)
-    else:
-        require_layer(checkpoint, config.layer)
-        decoder = whole(checkpoint, rows, placement)
+    decoder = truncate(checkpoint, config.layer, rows, placement) if config.arm == "early" else whole(checkpoint, rows, placement)
     tabulate(decoder)
     if placement.device.type == "cpu" and placement.dtype == torch.bfloat16 and config.impl == "auto":
         attend_in_steps(decoder)
@@ -190,6 +193,12 @@ class EpochBatches:
         order = np.random.default_rng([self.config.seed, 0, epoch]).permutation(len(self.partners))
         return [self._batch(pairs) for pairs in np.array_split(order, self.per_epoch)[skip:]]
 
+    def bytes(self) -> int:
+        """Of an epoch's packed batches and of the tokenised words."""
+        parts = [part for batch, _ in self.epoch(0) for part in batch]
+        own = sum(array.nbytes for array in vars(self.words).values()) if self.placement.device.type == "cpu" else 0
+        return sum(tensor.nbytes for part in parts for tensor in part.tensors()) + own
+
     def _batch(self, pairs: np.ndarray) -> tuple[list[Batch], torch.Tensor]:
         parts = [self._part(part) for part in np.array_split(pairs, -(-len(pairs) // (self.config.micro_batch or len(pairs))))]
         place_of = np.full(len(self.partners), -1)
@@ -205,7 +214,15 @@ class EpochBatches:
         return to_batch(packed, self.placement.dtype, self.placement.device)
 
 
-def _fit(config: TrainConfig, decoder, batches: EpochBatches, pool: Pooling, state: TrainingState, console) -> Progress:
+def _fit(
+    config: TrainConfig,
+    decoder,
+    batches: EpochBatches,
+    pool: Pooling,
+    state: TrainingState,
+    console,
+    profile: profiling.Profile | None = None,
+) -> Progress:
     """Take the steps that are left; a signal to stop ends them early, after the step it comes in."""
     aligned = functools.partial(run_hooked, layer=config.layer) if config.arm == "full-hook" else run
     record = batches.placement.device.type == "cuda" and ops.fused()
@@ -218,7 +235,9 @@ def _fit(config: TrainConfig, decoder, batches: EpochBatches, pool: Pooling, sta
         while position < batches.total and not stop.is_set():
             epoch, done = divmod(position, batches.per_epoch)
             for parts, same in made_ahead(batches.epoch(epoch, skip=done), batches.placement.device):
-                steps.take(position, parts, same)
+                final = position == batches.total - 1
+                with profile.recorded(steps.parameters, state.path.parent) if profile and final else contextlib.nullcontext():
+                    steps.take(position, parts, same)
                 position += 1
                 last = stop.is_set() or position == batches.total
                 save = last or time.monotonic() - saved > _SAVE_EVERY_S

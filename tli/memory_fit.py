@@ -1,0 +1,111 @@
+"""What a run's batches are as far as memory goes, whether it fits, and which options make it fit. Imports no torch."""
+
+import dataclasses
+import itertools
+import pathlib
+import re
+
+import numpy as np
+
+from tli.errors import TliError
+from tli.memory_model import Part, Run, predict, total
+from tli.packing import TokenisedWords
+
+_DRAWS = 4
+_HALVINGS = 7
+# from the ones that leave the gradients as they are to the one that trains something else
+_CHANGEABLE = ("micro_batch", "checkpointing", "weights", "batch", "arm")
+
+
+def trained_pairs(pairs: int, held_out: float, batch: int) -> tuple[int, int]:
+    """How many of a list's pairs are trained, and how many of them make a batch: an epoch's batches are of nearly equal size."""
+    trained = max(1, round(pairs * (1 - held_out)))
+    return trained, -(-trained // -(-trained // batch))
+
+
+def largest_part(words: TokenisedWords, trained: int, batch: int, micro_batch: int | None = None, pool_bos: bool = False) -> Part:
+    """The largest part of some random batches of the first ``trained`` pairs, packed as in training.
+
+    words  all words, sources of all pairs first, then targets
+    """
+    size, random = min(trained, batch, micro_batch or batch), np.random.default_rng(0)
+    found = []
+    for _ in range(_DRAWS):
+        drawn = random.permutation(trained)[:size]
+        bins, width = words.pack(np.concatenate([drawn, drawn + len(words.lengths) // 2]), pool_bos).input_ids.shape
+        found.append(Part(size, bins, width))
+    return max(found, key=lambda part: part.nodes)
+
+
+def change_to_fit(run: Run, available: int, held: int = 0, free: tuple[str, ...] = _CHANGEABLE) -> dict[str, object] | None:
+    """The options that make the run fit into ``available`` bytes: {} as it is, None if nothing does.
+
+    Those that leave the gradients as they are come first, alone and together; then NF4 weights, a smaller batch, the early arm.
+
+    held:  bytes of the prediction that are there already
+    free:  the options that may change
+    """
+    halves = [run.batch >> shift for shift in range(1, _HALVINGS)]
+    choices = {
+        "arm": dict.fromkeys((run.arm, "early")),
+        "batch": (run.batch, *(size for size in halves if size >= 8)),
+        "weights": dict.fromkeys((run.weights, "nf4")),
+        "checkpointing": dict.fromkeys((run.checkpointing, True)),
+        "micro_batch": (run.micro_batch, *(size for size in halves if 2 <= size < (run.micro_batch or run.batch))),
+    }
+    tried = (values if name in free else (getattr(run, name),) for name, values in choices.items())
+    for values in itertools.product(*tried):
+        changed = dict(zip(choices, values))
+        if changed["micro_batch"] is not None and changed["micro_batch"] != run.micro_batch and changed["micro_batch"] >= changed["batch"]:
+            continue
+        if total(predict(dataclasses.replace(run, **changed))) - held <= available:
+            return {name: value for name, value in changed.items() if value != getattr(run, name)}
+    return None
+
+
+def as_flags(changed: dict[str, object]) -> str:
+    """Changed options as they are typed: ``--micro-batch 32 --checkpointing``."""
+    return " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changed.items())
+
+
+def require_room(run: Run, available: int, held: int = 0, fixed: frozenset[str] = frozenset()) -> None:
+    """Raise ``TliError`` if the run needs more than ``available`` bytes beside those of the prediction that are ``held`` already.
+
+    The error names options that the same arithmetic says to be enough, none of them among the ``fixed`` ones.
+    """
+    need = total(predict(run)) - held
+    if need <= available:
+        return
+    changed = change_to_fit(run, available, held, tuple(name for name in _CHANGEABLE if name not in fixed))
+    remedy = f"add {as_flags(changed)}" if changed else "use a smaller model, or a machine with more memory"
+    must = f"{need / 1e9:.2f} GB must be free for this run (python -m tli.memory shows for what)"
+    raise TliError("memory", must, f"{available / 1e9:.2f} GB", remedy)
+
+
+def available_bytes() -> int | None:
+    """What this machine, or the control group that the process is in, has left for it; None where it does not say (not Linux).
+
+    Page cache counts as free: the system gives it up when somebody needs the room.
+    """
+    found = []
+    meminfo = pathlib.Path("/proc/meminfo")
+    if meminfo.exists():
+        found += [int(size) * 1024 for size in re.findall(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())]
+    for limit, used, statistics, cache in _CGROUPS:
+        try:
+            pages = dict(line.split() for line in pathlib.Path(statistics).read_text().splitlines())
+            found.append(int(pathlib.Path(limit).read_text()) - int(pathlib.Path(used).read_text()) + int(pages.get(cache, 0)))
+        except (OSError, ValueError):
+            # no such group, or no limit ("max")
+            continue
+    return max(0, min(found)) if found else None
+
+
+# limit, use, and the page cache that use counts: version 2 and version 1 of control groups
+_CGROUPS = tuple(
+    tuple(f"/sys/fs/cgroup/{name}" for name in names[:3]) + names[3:]
+    for names in (
+        ("memory.max", "memory.current", "memory.stat", "file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_cache"),
+    )
+)

@@ -1,0 +1,300 @@
+"""How much memory a training run takes at most, by arithmetic: the model's shape and the batch's nodes in, bytes by category out.
+
+A run is largest in one of three moments, and what is alive then is counted tensor by tensor:
+
+    loss       all that the forward pass saves, and what the loss needs beside it
+    backward   the same without the loss's share, and what the last block's MLP needs for its gradients
+    optimiser  the gradients of the adapters, and AdamW's temporaries
+
+Letters: T nodes of a part (padding included), D width, I the MLP's inside, Q and KV of queries and keys, R rank, e bytes of a number in
+the compute dtype, P the adapters' parameters. A norm saves its input in fp32; a linear layer with an adapter saves its input and
+kept(x)·Aᵀ, a frozen one nothing. Imports neither torch nor transformers: it must answer at once, and before anything is loaded.
+"""
+
+import dataclasses
+import math
+
+from tli.model_shape import Shape, targets_of
+
+CATEGORIES = ("weights", "embedding rows", "activations", "gradients and optimiser", "workspace", "words")
+MB = 10**6
+
+# anonymous memory of a process with torch 2.13 and transformers 5.23 imported, and of bitsandbytes on top; measured, Linux
+IMPORTS_BYTES, BITSANDBYTES_BYTES = 290 * MB, 25 * MB
+# of a byte of tokenizer.json, or, where that is not at hand, of an entry of the vocabulary; measured on 49 and 128 thousand entries
+TOKENIZER_BYTES_PER_BYTE, TOKENIZER_BYTES_PER_ENTRY = 12.5, 1500
+# what is loaded or compiled with the first steps, and the holes in glibc's heap, of a step's bytes and of the adapters' gradients; a
+# rule of thumb, fitted to ten runs (docs/performance.md), glibc 2.36. Larger tensors than 32 MB are not on the heap
+FIRST_STEPS_BYTES, HOLES, HOLES_OF_LARGE, GRADIENT_HOLES, MAPPED_BYTES = 60 * MB, 0.8, 0.2, 6, 32 << 20
+# not measured: no GPU was at hand. A context with kernels of torch and Triton; cuBLAS's workspace, which torch allocates
+CUDA_CONTEXT_BYTES, CUBLAS_BYTES = 450 * MB, 8_519_680
+# of numbers decoded at a time on a CPU (kernels/onednn.py), of cosines in a block (kernels/blocked.py)
+_DECODED, _COSINES = 1 << 22, 1 << 24
+# of a common card, where sums are split so that each has work
+_PROCESSORS = 108
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What goes through the model at once: the packed words of ``pairs`` pairs, T = bins·width nodes."""
+
+    pairs: int
+    bins: float
+    width: int
+
+    @property
+    def nodes(self) -> float:
+        return self.bins * self.width
+
+    def of(self, pairs: int) -> "Part":
+        """About what so many pairs would be: nodes grow with the pairs, the largest width stays."""
+        return self if pairs == self.pairs else Part(pairs, max(1.0, self.bins * pairs / self.pairs), self.width)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as far as memory goes; ``device`` is cpu (oneDNN or the reference ops) or gpu (the fused ops)."""
+
+    shape: Shape
+    part: Part
+    batch: int
+    list_pairs: int
+    rows: int
+    arm: str = "early"
+    layer: int = 2
+    rank: int = 16
+    targets: str = "all-linear"
+    dropout: float = 0.2
+    loss: str = "infonce"
+    weights: str = "full"
+    checkpointing: bool = False
+    micro_batch: int | None = None
+    device: str = "cpu"
+    element: int = 4
+    token_norm: bool = True
+    tokenizer_bytes: int | None = None
+
+    @property
+    def blocks(self) -> int:
+        return self.layer if self.arm == "early" else self.shape.blocks
+
+    def adapted(self, block: int) -> tuple[str, ...]:
+        return targets_of(block, self.targets) if self.arm == "full" or block < self.layer else ()
+
+    @property
+    def parameters(self) -> int:
+        """P, of all adapters."""
+        linear = self.shape.linear()
+        return self.rank * sum(sum(linear[path]) for block in range(self.blocks) for path in self.adapted(block))
+
+    @property
+    def fused(self) -> bool:
+        return self.device == "gpu"
+
+    @property
+    def in_parts(self) -> bool:
+        return self.micro_batch is not None and self.micro_batch < self.batch
+
+    @property
+    def current(self) -> Part:
+        """What goes through the model at once."""
+        return self.part.of(min(self.batch, self.micro_batch or self.batch))
+
+
+def predict(run: Run) -> dict[str, int]:
+    """Bytes by category at the run's largest moment: ``CATEGORIES``, and what the process or the CUDA context takes beside them."""
+    shape, parameters = run.shape, run.parameters
+    weights = run.blocks * shape.block_bytes(run.weights, run.element) - first_block_saving(run)
+    # the norm behind the last block, and the token norm's copy of it
+    weights += run.element * shape.width * (run.arm != "early") + 4 * shape.width * run.token_norm
+    held, workspace, gradients = max(_moments(run).values(), key=sum)
+    bytes_of = {
+        "weights": weights,
+        "embedding rows": run.element * run.rows * shape.width + first_block_table_bytes(run),
+        "activations": held,
+        # AdamW keeps two moments beside each parameter, all in fp32
+        "gradients and optimiser": 12 * parameters + gradients,
+        "workspace": workspace + _kept_workspace(run),
+        "words": words_bytes(run),
+    }
+    if run.fused:
+        bytes_of["CUDA context"] = CUDA_CONTEXT_BYTES
+    else:
+        bytes_of["imports and tokenizer"] = process_bytes(run)
+        bytes_of["allocator"] = FIRST_STEPS_BYTES + _holes(run, held + workspace)
+    return {name: int(value) for name, value in bytes_of.items()}
+
+
+def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
+    """(activations, workspace, gradients) at each moment that can be the largest."""
+    shape, blocks, parameters = run.shape, run.blocks, 4 * run.parameters
+    nodes, element, width = run.current.nodes, run.element, shape.width
+    held = [held_by_block(run, block) for block in range(blocks)]
+    again = [0.0] * blocks
+    if run.checkpointing:
+        # of each block what goes in; one at a time is computed again, and then it is workspace
+        inputs = nodes * element * width
+        again, held = [own - inputs for own in held], [inputs] * blocks
+    # cosines and sines of the positions, for both kinds of frequencies where there are two
+    angles = 2 * nodes * shape.head_dim * element * (2 if shape.family == "gemma3_text" else 1)
+    # behind the hook a graph is built, and dropped
+    above = run.layer if run.arm == "full-hook" else blocks
+    head, words, mlp = _head(run), 8 * run.batch * width, _mlp_workspace(run) + nodes * width * element
+    # the gradient cache holds the words' vectors twice, and their gradients (tli/gradient_cache.py)
+    cached, before = 3 * words * run.in_parts, parameters * run.in_parts
+    largest = max(n * k for n, k in shape.linear().values())
+    factor = run.rank * max((max(shape.linear()[path]) for path in run.adapted(0)), default=0)
+    # an NF4 weight is made from the whole tensor on a GPU, from a part on a CPU, with bitsandbytes' copies
+    packing = (2 * largest if run.fused else 16 * min(largest, _DECODED)) if run.weights == "nf4" else 0
+    # what the functions on the way still name: the embedding's output, the block's, the residual, the MLP's; and its product, unsaved
+    on_the_way = _product_parts(run, width, shape.hidden) + (5 if element < 4 else 2) * nodes * width * element
+    on_the_way += nodes * shape.hidden * element * ("mlp.down_proj" not in run.adapted(blocks - 1))
+    return {
+        "loading": (0, max(0, packing - _kept_workspace(run)), 0),
+        "forward": (sum(held) + angles, on_the_way, before),
+        "loss": (head if run.in_parts else sum(held[:above]) + angles + head, _loss_workspace(run) + cached, before),
+        # each block in its turn, when those above it have let go of theirs and have their gradients
+        **{
+            f"block {block}": (
+                sum(held[: block + 1]) + angles,
+                mlp + again[block] + cached,
+                max(before, parameters * (above - 1 - block) / above),
+            )
+            for block in range(above)
+        },
+        # AdamW takes roots and quotients of all second moments at once on a GPU, of one parameter's at a time on a CPU
+        "optimiser": (0, parameters if run.fused else 12 * factor, parameters),
+    }
+
+
+def held_by_block(run: Run, block: int) -> float:
+    """Bytes that block ``block`` saves for its backward pass."""
+    shape, part, e = run.shape, run.current, run.element
+    t, d, i, q, kv = part.nodes, shape.width, shape.hidden, shape.queries, shape.keys
+    adapted = {path.rpartition(".")[2] for path in run.adapted(block)}
+    # whether a gradient reaches what goes in
+    flows = any(run.adapted(below) for below in range(block))
+    saved = sum(4 * t * run.rank * _low_rank_parts(run, shape.linear()[path][1]) for path in run.adapted(block))
+    if run.dropout and not run.fused and e < 4:
+        # the reference ops keep the dropped copy and its mask
+        saved += sum((e + 1) * t * shape.linear()[path][1] for path in run.adapted(block))
+    saved += 4 * t * d * flows + e * t * d * bool(adapted & {"q_proj", "k_proj", "v_proj"})
+    into_queries, into_keys = flows or "q_proj" in adapted, flows or "k_proj" in adapted
+    if shape.head_norms:
+        saved += 4 * t * (q * into_queries + kv * into_keys)
+    attends = into_queries or into_keys or "v_proj" in adapted
+    # queries, keys and values for each query head, and what comes out, which is o_proj's input
+    saved += e * t * q * (4 if attends else "o_proj" in adapted)
+    if attends:
+        weights = part.bins * shape.heads * part.width**2
+        saved += weights * (e + 4 + e * (e < 4)) if shape.eager else 4 * t * shape.heads
+    flows = attends or flows or "o_proj" in adapted
+    saved += 4 * t * d * flows * (2 if shape.gemma else 1) + e * t * d * bool(adapted & {"gate_proj", "up_proj"})
+    into_gate, into_up = flows or "gate_proj" in adapted, flows or "up_proj" in adapted
+    # gate, its activation, up, and their product
+    saved += e * t * i * (into_gate + into_up + into_gate + ("down_proj" in adapted))
+    return saved + 4 * t * d * shape.gemma * (into_gate or into_up or "down_proj" in adapted)
+
+
+def _mlp_workspace(run: Run) -> float:
+    """Of a block's MLP, backward: what its gradients take, less what is let go meanwhile."""
+    t, e, (_, i) = run.current.nodes, run.element, run.shape.linear()["mlp.down_proj"]
+    adapted = "mlp.down_proj" in run.adapted(run.layer - 1 if run.arm == "full-hook" else run.blocks - 1)
+    # of the product and its two factors; down_proj's adapter has let go of the product
+    inside = e * t * i * (3 - adapted)
+    if run.fused:
+        return max(inside, e * t * i + _product_parts(run, i, run.shape.width))
+    if e < 4:
+        return inside
+    if run.weights == "nf4":
+        inside = max(inside, 2 * e * t * i + 4 * min(_DECODED, run.shape.width * i))
+    # dx, the low-rank term's, and three rounds of 32-bit numbers that decide what dropout keeps
+    return max(inside, (2 * e + 12) * t * i) if run.dropout and adapted else inside
+
+
+def _splits(terms: int, least: int, tiles: int) -> int:
+    """Into how many parts the fused ops split a sum whose result has few tiles (kernels/launch.py, on a card of 108 processors)."""
+    wanted = max(1, 2 * _PROCESSORS // max(1, tiles))
+    return -(-terms // (-(-terms // (least * wanted)) * least))
+
+
+def _low_rank_parts(run: Run, terms: int) -> int:
+    """How many partial sums of kept(x)·Aᵀ are kept."""
+    rows, columns, least = (32, 16, 128) if run.element == 4 else (64, 32, 256)
+    return _splits(terms, least, math.ceil(run.current.nodes / rows) * -(-run.rank // columns)) if run.fused else 1
+
+
+def _product_parts(run: Run, length: int, terms: int) -> float:
+    """Bytes of a product's partial sums, fp32 [parts, T, length]; none where its result has tiles enough."""
+    t, few = run.current.nodes, run.weights == "nf4" or run.current.nodes <= 64
+    rows, columns, least = (32, 64, 256) if run.element == 4 else (min(64, 1 << math.ceil(math.log2(max(16, t)))), 64, 256)
+    if run.element < 4 and not few:
+        rows, columns, least = 128, 128, 128
+    parts = _splits(terms, least, math.ceil(t / rows) * -(-length // columns)) if run.fused else 1
+    return 4 * parts * t * length if parts > 1 else 0.0
+
+
+def _head(run: Run) -> float:
+    """Saved behind the last block: final or token norm, pooled words, the loss."""
+    words, nodes, d = 2 * run.batch, run.current.nodes, run.shape.width
+    states = nodes * d * (run.element if run.fused or run.element == 4 else 4 + run.element)
+    pooled = words * d * 4 * (1 if run.fused else 2)
+    whole = run.batch**2 <= _COSINES and not run.fused
+    return states * (run.token_norm or run.arm == "full") + pooled + (8 * run.batch**2 if whole else 0)
+
+
+def _loss_workspace(run: Run) -> float:
+    """Of the loss, backward: cosines, or blocks of them, and the words' gradients."""
+    gradients = 2 * run.batch * run.shape.width * 4
+    if run.fused:
+        # squares of weights in two halves of 16 bits, and rows split likewise (kernels/infonce.py)
+        return 2 * gradients + 4 * min(run.batch, 2048) ** 2
+    return gradients + 16 * min(run.batch**2, _COSINES)
+
+
+def _kept_workspace(run: Run) -> int:
+    """Of a GPU, for good: cuBLAS's, and one dequantised weight that all layers share (kernels/nf4_lora.py)."""
+    if not run.fused:
+        return 0
+    decoded = run.element * max(n * k for n, k in run.shape.linear().values()) if run.weights == "nf4" and run.current.nodes > 64 else 0
+    return CUBLAS_BYTES + decoded
+
+
+def first_block_table_bytes(run: Run) -> int:
+    """Of the table from which block 0's q, k and v of each distinct token are looked up: none, they are computed."""
+    return 0
+
+
+def first_block_saving(run: Run) -> int:
+    """Of the weights that such a table replaces."""
+    return 0
+
+
+def words_bytes(run: Run) -> int:
+    """Of the tokenised list and an epoch's packed batches: for each node its row of the mask, five numbers, and the words' own."""
+    nodes = run.part.nodes / run.part.pairs * run.list_pairs
+    return int(nodes * (run.part.width * run.element + 5 * 8) + run.list_pairs * (2 * 8 * 8 + 1500 * (not run.fused)))
+
+
+def process_bytes(run: Run) -> int:
+    """Of the process before anything is loaded: imports and the tokenizer."""
+    tokenizer = TOKENIZER_BYTES_PER_ENTRY * run.shape.vocabulary
+    if run.tokenizer_bytes is not None:
+        tokenizer = TOKENIZER_BYTES_PER_BYTE * run.tokenizer_bytes
+    return int(IMPORTS_BYTES + tokenizer + BITSANDBYTES_BYTES * (run.weights == "nf4"))
+
+
+def _holes(run: Run, step: float) -> float:
+    """Bytes that glibc's heap holds and nobody uses: many where a model's weights lie on it, too, few where they do not."""
+    on_heap = 4 * max(n * k for n, k in run.shape.linear().values()) < MAPPED_BYTES
+    return HOLES * step + GRADIENT_HOLES * 4 * run.parameters if on_heap else HOLES_OF_LARGE * step
+
+
+def total(bytes_of: dict[str, int]) -> int:
+    """The sum over all categories."""
+    return sum(bytes_of.values())
+
+
+def allocations(bytes_of: dict[str, int]) -> int:
+    """The sum over what a run allocates itself: ``CATEGORIES``."""
+    return sum(bytes_of[name] for name in CATEGORIES)

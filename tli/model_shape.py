@@ -1,0 +1,108 @@
+"""A decoder's sizes out of its config.json, without transformers: what its linear layers measure, and what a block weighs."""
+
+import dataclasses
+import re
+
+from tli.errors import TliError
+
+NF4_BYTES = 0.5 + 4 / 64
+
+# what a family's config.json leaves out where it is the family's usual value
+_USUAL = {
+    "llama": {"mlp_bias": False},
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32, "attention_bias": "q_proj,k_proj,v_proj"},
+    "qwen3": {"head_dim": 128, "num_key_value_heads": 32},
+    "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "num_attention_heads": 8, "attn_logit_softcapping": 50.0},
+    "gemma3_text": {"head_dim": 256, "num_key_value_heads": 4, "num_attention_heads": 8, "vocab_size": 262208},
+}
+LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes; ``norms`` in each block, ``head_norms`` where queries and keys have one, ``eager`` attention keeps its weights."""
+
+    family: str
+    blocks: int
+    width: int
+    hidden: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    vocabulary: int
+    biases: tuple[str, ...]
+
+    @classmethod
+    def from_config(cls, config: dict, name: str) -> "Shape":
+        """The shape that a ``config.json`` describes; of a model of text and images the decoder's.
+
+        Raises:
+            TliError: another family, or a size that is missing or no number.
+        """
+        # a config's own names for its text part, as transformers reads them
+        config = next((config[key] for key in ("text_config", "decoder", "text_encoder") if isinstance(config.get(key), dict)), config)
+        family = config.get("model_type")
+        if family not in _USUAL:
+            must = f"the model's family must be one that is known to truncate exactly ({', '.join(_USUAL)})"
+            raise TliError(name, must, family, "choose a model of these families")
+        config = _USUAL[family] | {key: value for key, value in config.items() if value is not None}
+        try:
+            width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+            head_dim, keys = int(config.get("head_dim", width // heads)), int(config.get("num_key_value_heads", heads))
+            sizes = [int(config[key]) for key in ("num_hidden_layers", "intermediate_size", "vocab_size")]
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise TliError(name, "config.json must give the model's sizes", repr(error), "check the file") from error
+        attention = config.get("attention_bias", False)
+        biases = tuple(attention.split(",")) if isinstance(attention, str) else ("q_proj", "k_proj", "v_proj", "o_proj") * bool(attention)
+        biases += ("gate_proj", "up_proj", "down_proj") * bool(config.get("mlp_bias", False))
+        return cls(family, sizes[0], width, sizes[1], heads, keys, head_dim, sizes[2], biases)
+
+    @property
+    def gemma(self) -> bool:
+        """Whether attention and MLP have a norm behind them, too."""
+        return self.family.startswith("gemma")
+
+    @property
+    def head_norms(self) -> bool:
+        return self.family in ("qwen3", "gemma3_text")
+
+    @property
+    def eager(self) -> bool:
+        """Whether attention keeps its T × T weights: soft-capping has no other form."""
+        return self.family == "gemma2"
+
+    @property
+    def queries(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        return self.key_heads * self.head_dim
+
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of each linear layer of a block, by its path in the block."""
+        d, i, q, kv = self.width, self.hidden, self.queries, self.keys
+        return dict(zip(LINEAR, ((q, d), (kv, d), (kv, d), (d, q), (i, d), (i, d), (d, i))))
+
+    def block_bytes(self, weights: str, element: int) -> int:
+        """Of one block's frozen weights: linear ones in the compute dtype or NF4, biases and norms in the compute dtype."""
+        linear = self.linear()
+        numbers = sum(n * k for n, k in linear.values())
+        biases = sum(n for path, (n, _) in linear.items() if path.rpartition(".")[2] in self.biases)
+        norms = (4 if self.gemma else 2) * self.width + 2 * self.head_dim * self.head_norms
+        return int(numbers * (NF4_BYTES if weights == "nf4" else element)) + element * (biases + norms)
+
+
+def targets_of(block: int, targets: str) -> tuple[str, ...]:
+    """The linear layers of this block that ``--targets`` means; what nothing matches is for the injector to refuse."""
+    if targets == "all-linear":
+        return LINEAR
+    if re.fullmatch(r"\w+(\s*,\s*\w+)*", targets):
+        names = [name.strip() for name in targets.split(",")]
+        return tuple(path for path in LINEAR if path.rpartition(".")[2] in names)
+    try:
+        pattern = re.compile(targets)
+    except re.error:
+        return ()
+    return tuple(path for path in LINEAR if pattern.fullmatch(path) or pattern.fullmatch(f"layers.{block}.{path}"))
