@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from tli.errors import TliError, run_command
-from tli.pairs import Pair, Pairs, PairWriter, WordKeys, same_word, stored
+from tli.pairs import Pair, Pairs, WordKeys, pair_writer, same_word, stored
 from tli.word_lists import further, read_rows
 
 SHIPPED = pathlib.Path(__file__).parent / "data" / "swahili-english.tsv"
@@ -40,21 +40,19 @@ def read_pairs(path: str | os.PathLike | None, source: str, target: str) -> Pair
 
 def merged(rows: Iterable[Pair]) -> Pairs:
     """One pair per source word, in the order of their first rows."""
-    writer = PairWriter()
-    for pair in rows:
-        writer.add(pair)
-    pairs = writer.pairs()
-    sources = pairs.keys().sources
-    order = np.argsort(sources, kind="stable")
-    starts = np.flatnonzero(np.concatenate([[True], sources[order][1:] != sources[order][:-1]])[: len(order)])
-    firsts, counts = order[starts], np.diff(starts, append=len(order))
-    if (counts == 1).all():
-        return pairs
-    numbers = firsts.copy()
-    for word in np.flatnonzero(counts > 1):
-        rows_of_word = order[starts[word] : starts[word] + counts[word]]
-        numbers[word] = writer.add(_merge([pairs[row] for row in rows_of_word]))
-    return writer.pairs().subset(numbers[np.argsort(firsts)])
+    with pair_writer() as writer:
+        for pair in rows:
+            writer.add(pair)
+        pairs = writer.pairs()
+        sources = pairs.keys().sources
+        order = np.argsort(sources, kind="stable")
+        starts = np.flatnonzero(np.concatenate([[True], sources[order][1:] != sources[order][:-1]])[: len(order)])
+        firsts, counts = order[starts], np.diff(starts, append=len(order))
+        numbers = firsts.copy()
+        for word in np.flatnonzero(counts > 1):
+            rows_of_word = pairs.subset(order[starts[word] : starts[word] + counts[word]])
+            numbers[word] = writer.add(_merge(list(rows_of_word)))
+        return writer.pairs().subset(numbers[np.argsort(firsts)])
 
 
 def _merge(rows: Sequence[Pair]) -> Pair:
@@ -117,7 +115,7 @@ def check_disjoint(trained: Sequence[Pair], held_out: Sequence[Pair]) -> None:
 
 
 def same_meaning(pairs: Sequence[Pair]) -> np.ndarray:
-    """``meaning_edges`` of pairs: int64 [E, 2]. It grows with the square of how many share a gloss: for batches, and for what is measured."""
+    """``meaning_edges`` of pairs. Their number grows with the square of how many share a gloss: for lists of bounded length."""
     return meaning_edges(stored(pairs).keys())
 
 

@@ -82,8 +82,9 @@ def tokenise(tokenizer, words: Iterable[str], window: int, prefix: str = "") -> 
     words, indptr, starts, occurs = iter(words), array("q", [0]), array("i"), np.zeros(0, bool)
     with disk_errors(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
         while texts := list(itertools.islice(words, _CHUNK_WORDS)):
-            # special tokens are left to us: some tokenizers add a BOS, some an EOS, some neither
-            encoded = tokenizer([prefix + text for text in texts], add_special_tokens=False, return_offsets_mapping=True)
+            # special tokens are left to us: some tokenizers add a BOS, some an EOS, some neither; lists of ones and zeros cost time
+            wanted = {"return_offsets_mapping": True, "return_attention_mask": False, "return_token_type_ids": False}
+            encoded = tokenizer([prefix + text for text in texts], add_special_tokens=False, **wanted)
             for text, word_ids, spans in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
                 own = sum(end > len(prefix) for _, end in spans)
                 if not own or len(word_ids) >= window:

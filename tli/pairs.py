@@ -5,11 +5,13 @@ pairs at once - who shares a word with whom - goes by the words' keys: 64-bit ha
 further gloss. Two words are the same word if they are equal after Unicode NFC and case folding.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import mmap
 import tempfile
+import typing
 import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -98,18 +100,16 @@ class Pairs(Sequence[Pair]):
 
 
 class PairWriter:
-    """Pairs on their way to disk: ``add`` them, then take ``pairs``; the file is gone when the last of these is."""
+    """Pairs on their way to disk: ``add`` them, then take ``pairs``. Use ``pair_writer``."""
 
-    def __init__(self):
-        with disk_errors(tempfile.gettempdir()):
-            self._file = tempfile.TemporaryFile()
+    def __init__(self, file: typing.BinaryIO):
+        self._file = file
         self._bounds, self._sources, self._indptr, self._glosses = array("q", [0]), array("Q"), array("q", [0]), array("Q")
 
     def add(self, pair: Pair) -> int:
         """Write the pair; returns its number."""
         record = json.dumps((pair.source, pair.target, pair.synonyms, pair.word_class, pair.loan)).encode() + b"\n"
-        with disk_errors(tempfile.gettempdir()):
-            self._file.write(record)
+        self._file.write(record)
         self._bounds.append(self._bounds[-1] + len(record))
         self._sources.append(_hash(pair.source))
         self._glosses.extend(map(_hash, pair.accepted))
@@ -118,8 +118,7 @@ class PairWriter:
 
     def pairs(self) -> Pairs:
         """All pairs so far, in the order in which they came."""
-        with disk_errors(tempfile.gettempdir()):
-            self._file.flush()
+        self._file.flush()
         # a file without a byte cannot be mapped
         text = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self._sources else b""
         bounds, indptr = np.array(self._bounds), np.array(self._indptr)
@@ -127,14 +126,21 @@ class PairWriter:
         return Pairs(text, bounds, keys, np.arange(len(keys.sources)))
 
 
+@contextlib.contextmanager
+def pair_writer() -> Iterator[PairWriter]:
+    """A writer to a temporary file, which is gone when the last pairs that were taken from it are."""
+    with disk_errors(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
+        yield PairWriter(file)
+
+
 def stored(pairs: Iterable[Pair]) -> Pairs:
     """The pairs on disk; what is there already is given back as it is."""
     if isinstance(pairs, Pairs):
         return pairs
-    writer = PairWriter()
-    for pair in pairs:
-        writer.add(pair)
-    return writer.pairs()
+    with pair_writer() as writer:
+        for pair in pairs:
+            writer.add(pair)
+        return writer.pairs()
 
 
 def same_word(word: str) -> str:

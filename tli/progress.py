@@ -17,8 +17,8 @@ from safetensors.torch import save
 from tli.config import TrainConfig, as_dict
 from tli.errors import TliError
 from tli.files import replacing
-from tli.lexicon import Pair
 from tli.lora import LoRALinear
+from tli.pairs import Pairs
 
 STATE_FILE = "training_state.safetensors"
 # options that change nothing about the numbers: a resumed run may differ in them
@@ -49,14 +49,16 @@ class Progress:
 class TrainingState:
     """The file from which an interrupted run goes on: adapters, AdamW's moments and the losses so far.
 
-    It carries a fingerprint of the configuration and of the taught pairs, so that no other run goes on from it.
+    It carries a fingerprint of the configuration and of the trained pairs, so that no other run goes on from it.
     """
 
-    def __init__(self, folder: pathlib.Path, config: TrainConfig, taught: list[Pair]):
+    def __init__(self, folder: pathlib.Path, config: TrainConfig, trained: Pairs):
         self.path = folder / STATE_FILE
         numbers = {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}
-        content = json.dumps([numbers, [dataclasses.astuple(pair) for pair in taught]], ensure_ascii=False)
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(numbers).encode())
+        for record in trained.records():
+            digest.update(record)
+        self.fingerprint = digest.hexdigest()
 
     def exists(self) -> bool:
         """Whether there is something to go on from."""

@@ -17,24 +17,28 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import pathlib
 import sys
 import time
 import types
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from tli import gradient_cache, layers, lexicon, lora, ops, provenance, report, starter
+from tli.batches import EpochBatches
 from tli.checkpoint import Checkpoint, open_checkpoint, sight
 from tli.errors import TliError, run_command
 from tli.files import claim_output, sha256
 from tli.hooked import recompute_blocks, run_hooked, whole
 from tli.objective import Objective, Pooling, pooling, token_norm_at_hand
 from tli.packing import TokenisedWords, tokenise
+from tli.pairs import Pairs
 from tli.progress import Progress, TrainingState, layer_bar, stop_signals, training_bar
 from tli.streaming import align_layers
-from tli.truncated import Batch, Placement, place, require_layer, run, to_batch, truncate
+from tli.truncated import Placement, place, require_layer, run, truncate
 
 _SAVE_EVERY_S = 20.0
 
@@ -55,13 +59,12 @@ def train(config: TrainConfig) -> dict:
     output = pathlib.Path(config.output).expanduser()
     trained, held_out = _read_pairs(config)
     partners = _partners(len(trained), config)
-    taught = [dataclasses.replace(trained[own], source=pair.source) for pair, own in zip(trained, partners, strict=True)]
-    state = TrainingState(output, config, taught)
+    state = TrainingState(output, config, trained)
     if not (config.resume and state.exists()):
         claim_output(output, config.overwrite)
 
     checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
-    words = _tokenise(config, checkpoint, trained + held_out)
+    words = _tokenise(config, checkpoint, [trained, held_out])
     placement = place(config.device, config.dtype, config.weights)
     console.print(ops.choose(config.impl, placement.dtype, placement.device))
 
@@ -76,7 +79,7 @@ def train(config: TrainConfig) -> dict:
         config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, placement, console))
     decoder = _model(config, checkpoint, words.rows, placement)
     lora.inject(decoder, adapter, None if config.arm == "full" else range(config.layer), seed=config.seed)
-    batches = EpochBatches(config, words, partners, lexicon.same_meaning(taught), placement)
+    batches = EpochBatches(config, words, partners, trained, placement)
     base_model = config.model or starter.NAME
 
     # the output is normalised already
@@ -95,7 +98,7 @@ def train(config: TrainConfig) -> dict:
     facts = _facts(done_config, checkpoint, decoder, placement, trained, held_out, output, progress)
     if not config.no_report:
         streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
-        splits = _splits(trained, held_out)
+        splits = _splits(trained, held_out, config.seed)
         # the embeddings, each block, and the output
         with layer_bar(console, checkpoint.blocks + 2) as done:
             alignments, facts["missing_output"] = align_layers(
@@ -107,7 +110,7 @@ def train(config: TrainConfig) -> dict:
     return facts
 
 
-def _read_pairs(config: TrainConfig) -> tuple[list[lexicon.Pair], list[lexicon.Pair]]:
+def _read_pairs(config: TrainConfig) -> tuple[Pairs, Pairs]:
     """Trained and held-out pairs, which share no word."""
     pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
     if config.held_out_pairs is None:
@@ -127,8 +130,9 @@ def _partners(pairs: int, config: TrainConfig) -> np.ndarray:
     return partners
 
 
-def _tokenise(config: TrainConfig, checkpoint: Checkpoint, pairs: list[lexicon.Pair]) -> TokenisedWords:
-    texts = [pair.source for pair in pairs] + [pair.target for pair in pairs]
+def _tokenise(config: TrainConfig, checkpoint: Checkpoint, splits: Sequence[Pairs]) -> TokenisedWords:
+    """All sources, then all targets."""
+    texts = (text for side in ("source", "target") for pairs in splits for text in map(operator.attrgetter(side), pairs))
     words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), config.prefix)
     return words.with_all_rows(checkpoint.config.vocab_size) if config.all_rows else words
 
@@ -137,13 +141,13 @@ def _choose_layer(
     config: TrainConfig,
     checkpoint: Checkpoint,
     words: TokenisedWords,
-    trained: list[lexicon.Pair],
+    trained: Pairs,
     pool: Pooling,
     placement: Placement,
     console,
 ) -> int:
     """The layer for ``auto``, by the trained pairs alone: held-out ones are to judge what comes of it."""
-    splits = {"trained": (np.arange(len(trained)), lexicon.same_meaning(trained))}
+    splits = {"trained": _measured(trained, 0, config.seed)}
     with layer_bar(console, checkpoint.blocks + 2) as done:
         alignments, _ = align_layers(checkpoint, words, splits, pool, placement, {"before": None}, done=done)
     gaps = {layer: alignment.per_pair("gap") for (_, _, layer), alignment in alignments.items()}
@@ -162,42 +166,6 @@ def _model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None,
     if config.checkpointing:
         recompute_blocks(decoder)
     return decoder
-
-
-class EpochBatches:
-    """Each epoch's batches, packed before the epoch begins: random pairs in parts of nearly equal size.
-
-    Words are numbered sources first (trained, then held out), then targets in the same order.
-    """
-
-    def __init__(self, config: TrainConfig, words: TokenisedWords, partners: np.ndarray, same: np.ndarray, placement: Placement):
-        if config.micro_batch is not None and config.micro_batch < 1:
-            raise TliError("--micro-batch", "a part of a batch must have at least 1 pair", config.micro_batch, "raise it, or leave it out")
-        if config.batch < 2 or config.epochs < 1:
-            got = f"batch {config.batch}, epochs {config.epochs}"
-            raise TliError("--batch, --epochs", "a batch must have at least 2 pairs, and a run at least 1 epoch", got, "raise them")
-        self.config, self.words, self.partners, self.same, self.placement = config, words, partners, same, placement
-        self.per_epoch = -(-len(partners) // config.batch)
-        self.total = self.per_epoch * config.epochs
-
-    def epoch(self, epoch: int, skip: int = 0) -> list[tuple[list[Batch], torch.Tensor]]:
-        """The epoch's batches from the ``skip``-th on, each in parts, with its pairs (i, j) that are no negatives: int64 [E, 2]."""
-        order = np.random.default_rng([self.config.seed, 0, epoch]).permutation(len(self.partners))
-        return [self._batch(pairs) for pairs in np.array_split(order, self.per_epoch)[skip:]]
-
-    def _batch(self, pairs: np.ndarray) -> tuple[list[Batch], torch.Tensor]:
-        parts = [self._part(part) for part in np.array_split(pairs, -(-len(pairs) // (self.config.micro_batch or len(pairs))))]
-        place_of = np.full(len(self.partners), -1)
-        place_of[pairs] = np.arange(len(pairs))
-        same = place_of[self.same]
-        same = same[(same >= 0).all(axis=1)]
-        # row by row, as the fused losses walk them
-        return parts, torch.from_numpy(same[np.lexsort(same.T[::-1])]).to(self.placement.device)
-
-    def _part(self, pairs: np.ndarray) -> Batch:
-        targets = self.partners[pairs] + len(self.words.lengths) // 2
-        packed = self.words.pack(np.concatenate([pairs, targets]), self.config.pool_bos)
-        return to_batch(packed, self.placement.dtype, self.placement.device)
 
 
 def _fit(config: TrainConfig, decoder, batches: EpochBatches, pool: Pooling, state: TrainingState, console) -> Progress:
@@ -257,13 +225,15 @@ def _seed_dropout(adapters: dict[str, lora.LoRALinear], config: TrainConfig, ste
             adapter.seed = int(np.random.SeedSequence([config.seed, 2, step, index]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _splits(trained: list[lexicon.Pair], held_out: list[lexicon.Pair]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _splits(trained: Pairs, held_out: Pairs, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The true pairs of each split, also where mismatched ones were taught, and those among them that mean the same."""
-    numbers = np.arange(len(trained) + len(held_out))
-    return {
-        "trained": (numbers[: len(trained)], lexicon.same_meaning(trained)),
-        "held_out": (numbers[len(trained) :], lexicon.same_meaning(held_out)),
-    }
+    return {"trained": _measured(trained, 0, seed), "held_out": _measured(held_out, len(trained), seed)}
+
+
+def _measured(pairs: Pairs, first: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers, from ``first`` on, of the pairs that are measured: all, or a sample; and those among them that mean the same."""
+    numbers = lexicon.sample(pairs, seed)
+    return first + numbers, lexicon.same_meaning(pairs.subset(numbers))
 
 
 def _facts(
@@ -271,8 +241,8 @@ def _facts(
     checkpoint: Checkpoint,
     decoder,
     placement: Placement,
-    trained: list,
-    held_out: list,
+    trained: Pairs,
+    held_out: Pairs,
     output: pathlib.Path,
     progress: Progress,
 ) -> dict:

@@ -131,7 +131,7 @@ def _jsonl_rows(path: pathlib.Path, source: str, target: str) -> Iterator[tuple[
     # not splitlines: a JSON string may hold U+2028
     for line, record in enumerate(_lines(path, newline="\n"), start=1):
         if record.strip():
-            yield line, _object_row(f"{path}:{line}", _parsed(path, record, line), source, target)
+            yield line, _object_row(f"{path}:{line}", _parsed(path, record.rstrip("\n"), line), source, target)
 
 
 _DIGITS = {digit: value for value, digit in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
