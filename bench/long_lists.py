@@ -19,16 +19,25 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from rich.console import Console
+from rich.table import Table
 
 from bench import record
 from bench.memory import resident
 from tli.config import TrainConfig, as_dict, option, parse
 from tli.errors import TliError, run_command
+from tli.figures import save_figure
 from tli.files import replacing
 
 STAGES = {"read": "reading", "split": "splitting", "hash": "hashing", "tokenise": "tokenising", "pack": "packing", "step": "a step"}
 FIGURE = record.ROOT / "docs" / "long-lists.png"
-_SYLLABLES = [c + v for c in "b ch d f g h j k l m n ng ny p r s sh t v w y z".split() for v in "aeiou"]
+_SYLLABLES = [
+    c + v
+    for c in ["b", "ch", "d", "f", "g", "h", "j", "k", "l", "m", "n", "ng", "ny", "p", "r", "s", "sh", "t", "v", "w", "y", "z"]
+    for v in "aeiou"
+]
 _WORDS = len(_SYLLABLES) ** 4
 # no common factor with the number of words, so that multiplying by it is a permutation
 _STRIDES = 83_492_791, 73_856_093
@@ -77,16 +86,21 @@ def measure(config: LongListsConfig) -> list[dict]:
         _write_model(folder / "model")
         for pairs in map(int, config.pairs.split(",")):
             write_list(folder / "list.tsv", pairs, config.seed)
-            options = {"batch": min(config.batch, pairs // 4), "seed": config.seed, "rank": 4, "layer": 1}
-            options |= {"pairs": str(folder / "list.tsv"), "model": str(folder / "model")}
-            command = [sys.executable, "-c", _HERE, json.dumps(options), str(config.steps)]
-            done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-            if done.returncode != 0:
-                last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-                raise TliError(f"a list of {pairs}", "the process must measure it", last, "choose shorter lists, or free memory")
+            options = {"pairs": str(folder / "list.tsv"), "model": str(folder / "model"), "layer": 1, "rank": 4}
+            options |= {"batch": min(config.batch, pairs // 2), "seed": config.seed}
             size = (folder / "list.tsv").stat().st_size
-            rows.append({"pairs": pairs, "list_bytes": size, **json.loads(done.stdout.splitlines()[-1])})
+            rows.append({"pairs": pairs, "list_bytes": size, **measure_in_a_process(options, config.steps)})
     return rows
+
+
+def measure_in_a_process(options: dict, steps: int) -> dict:
+    """What ``measure_here`` finds with these options of ``tli.train``, in a process of its own."""
+    command = [sys.executable, "-c", _HERE, json.dumps(options), str(steps)]
+    done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise TliError("long lists", "the process must measure its list", last, "choose shorter lists, or free memory")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _write_model(folder: pathlib.Path) -> None:
@@ -116,12 +130,12 @@ def measure_here(options: str, steps: str) -> None:
     from tli.progress import TrainingState
     from tli.truncated import place, run, truncate
 
-    config, seconds, own, most = TrainConfig(**json.loads(options)), {}, {}, [0]
+    config, seconds, own = TrainConfig(**json.loads(options)), {}, {}
     checkpoint, placement = open_checkpoint(config.model), place("cpu", "float32")
     # what the first list of any length makes the libraries load
     checkpoint.tokenizer()(["word"])
     lexicon.split_pairs([lexicon.Pair(f"a{i}", f"b{i}") for i in range(4)], 0.5, 0)
-    own["imports"] = resident("RssAnon")
+    most = own["imports"] = resident("RssAnon")
 
     @contextlib.contextmanager
     def stage(name: str) -> Iterator[None]:
@@ -130,8 +144,9 @@ def measure_here(options: str, steps: str) -> None:
         seconds[name], own[name] = time.perf_counter() - began, resident("RssAnon")
 
     def watch() -> None:
+        nonlocal most
         while not stop.wait(0.01):
-            most[0] = max(most[0], resident("RssAnon"))
+            most = max(most, resident("RssAnon"))
 
     stop = threading.Event()
     watcher = threading.Thread(target=watch, daemon=True)
@@ -167,5 +182,71 @@ def measure_here(options: str, steps: str) -> None:
     seconds["step"], own["step"] = time.perf_counter() - began, resident("RssAnon")
     stop.set()
     watcher.join()
-    per_pair = {name: value / {"step": taken, "pack": len(trained), "hash": len(trained)}.get(name, len(pairs)) for name, value in seconds.items()}
-    print(json.dumps({"seconds": seconds, "seconds_per_pair": per_pair, "own_bytes": own, "own_bytes_at_most": max(most[0], *own.values())}))
+    counts = {"step": taken, "pack": len(trained), "hash": len(trained)}
+    per_pair = {name: value / counts.get(name, len(pairs)) for name, value in seconds.items()}
+    print(json.dumps({"seconds": seconds, "seconds_per_pair": per_pair, "own_bytes": own, "own_bytes_at_most": max(most, *own.values())}))
+
+
+def table(rows: list[dict]) -> Table:
+    """The rows of ``measure``: microseconds a pair by stage, and own memory beyond that of the imports."""
+    shown = Table("pairs", *STAGES.values(), "own memory at most", "a pair beyond the first list", title="us a pair; MiB; bytes")
+    for row in rows:
+        times = [f"{1e6 * row['seconds_per_pair'][stage]:.2f}" for stage in STAGES]
+        more = (row["own_bytes_at_most"] - rows[0]["own_bytes_at_most"]) / max(1, row["pairs"] - rows[0]["pairs"])
+        shown.add_row(f"{row['pairs']:,}", *times, f"{_own(row) / _MIB:.1f}", f"{more:.0f}" if row is not rows[0] else "")
+    return shown
+
+
+def _own(row: dict) -> int:
+    return row["own_bytes_at_most"] - row["own_bytes"]["imports"]
+
+
+def draw(rows: list[dict]) -> Figure:
+    """Time per pair by stage, and own memory, against the number of pairs."""
+    figure = Figure(figsize=(10.8, 4.6), layout="constrained")
+    times, memory = figure.subplots(1, 2)
+    pairs = [row["pairs"] for row in rows]
+    dark, light, grey = "#08519c", "#e6861a", "0.35"
+    styles = {"step": (dark, "o", "-"), "tokenise": (light, "s", "-"), "read": (dark, "^", "--"), "pack": (light, "v", "--")}
+    styles |= {"split": (grey, "D", ":"), "hash": ("black", "x", ":")}
+    for stage, (colour, marker, line) in styles.items():
+        values = [1e6 * row["seconds_per_pair"][stage] for row in rows]
+        times.plot(pairs, values, label=STAGES[stage], color=colour, marker=marker, linestyle=line, markersize=5, linewidth=1.4)
+    times.set_yscale("log")
+    times.set_ylabel("microseconds a pair (log scale)")
+    memory.plot(pairs, [_own(row) / _MIB for row in rows], label="measured", color=dark, marker="o", markersize=5, linewidth=1.6)
+    bound = [(_own(rows[0]) + 100 * (number - pairs[0])) / _MIB for number in pairs]
+    memory.plot(pairs, bound, label="100 bytes a pair", color="black", linestyle=(0, (1, 1)), linewidth=1.8)
+    memory.set_ylabel("own memory beyond the imports' at most, MiB")
+    memory.set_ylim(bottom=0)
+    for panel in (times, memory):
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.set_xlabel("pairs in the list")
+        panel.spines[["top", "right"]].set_visible(False)
+    memory.legend(frameon=False, fontsize=9)
+    # above the highest curve
+    times.set_ylim(top=12 * times.get_ylim()[1])
+    times.legend(frameon=False, fontsize=9, ncols=3, loc="upper center")
+    figure.supxlabel("each list in a process of its own; tokens are the starter's, steps a tiny model's; one run each", fontsize=8)
+    return figure
+
+
+def bench(config: LongListsConfig) -> None:
+    """Measure, print, draw, and keep a record."""
+    rows = measure(config)
+    console = Console(width=140)
+    console.print(table(rows))
+    save_figure(config.figure, draw(rows))
+    path = record.write("long-lists", {"setting": as_dict(config), "lists": rows}, pathlib.Path(config.results))
+    console.print("written:", str(path), config.figure)
+
+
+def main() -> None:
+    """The command."""
+    bench(parse(LongListsConfig, "bench.long_lists"))
+
+
+if __name__ == "__main__":
+    run_command(main)

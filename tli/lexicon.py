@@ -48,6 +48,8 @@ def merged(rows: Iterable[Pair]) -> Pairs:
         order = np.argsort(sources, kind="stable")
         starts = np.flatnonzero(np.concatenate([[True], sources[order][1:] != sources[order][:-1]])[: len(order)])
         firsts, counts = order[starts], np.diff(starts, append=len(order))
+        if len(starts) == len(order):
+            return pairs
         numbers = firsts.copy()
         for word in np.flatnonzero(counts > 1):
             rows_of_word = pairs.subset(order[starts[word] : starts[word] + counts[word]])
@@ -153,10 +155,11 @@ def _connected(keys: WordKeys) -> np.ndarray:
         return np.zeros(0, np.int64)
     words = np.concatenate([keys.sources, keys.glosses])
     order = np.argsort(words, kind="stable")
+    words = words[order]
     # the pairs of a word lie side by side: each is joined with the next
-    again = words[order[1:]] == words[order[:-1]]
+    again = np.flatnonzero(words[1:] == words[:-1])
     owners = np.concatenate([np.arange(pairs), keys.gloss_owners()])
-    ends = owners[order[:-1][again]], owners[order[1:][again]]
+    ends = owners[order[again]], owners[order[again + 1]]
     graph = coo_array((np.ones(len(ends[0]), bool), ends), shape=(pairs, pairs)).tocsr()
     return connected_components(graph, directed=False)[1]
 

@@ -98,7 +98,8 @@ def tokenise(tokenizer, words: Iterable[str], window: int, prefix: str = "") -> 
             occurs[ids] = True
             file.write(ids.tobytes())
         file.flush()
-        return TokenisedWords(np.memmap(file, np.int32, "r"), np.array(indptr), np.array(starts), np.flatnonzero(occurs))
+        lists = np.frombuffer(indptr, np.int64), np.frombuffer(starts, np.int32)
+        return TokenisedWords(np.memmap(file, np.int32, "r"), *lists, np.flatnonzero(occurs))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,20 +65,21 @@ class WordKeys:
 
 
 class Pairs(Sequence[Pair]):
-    """Pairs that are read from disk one by one, as often as they are asked for. A slice is a view, and so is ``subset``."""
+    """Pairs that are read from disk one by one, as often as they are asked for. ``subset`` is a view, and so is a slice."""
 
-    def __init__(self, text: mmap.mmap | bytes, bounds: np.ndarray, keys: WordKeys, numbers: np.ndarray):
-        """Pair i is the record ``numbers[i]``: ``text`` from ``bounds[number]`` on; ``bounds`` and ``keys`` are of all records."""
+    def __init__(self, text: mmap.mmap | bytes, bounds: np.ndarray, keys: WordKeys, numbers: np.ndarray | None = None):
+        """Record i is ``text`` from ``bounds[i]`` on; ``bounds`` and ``keys`` are of all records, ``numbers`` of those that count."""
         self._text, self._bounds, self._keys, self._numbers = text, bounds, keys, numbers
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._keys.sources if self._numbers is None else self._numbers)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            return Pairs(self._text, self._bounds, self._keys, self._numbers[index])
-        number = self._numbers[index]
-        return _decoded(self._text[self._bounds[number] : self._bounds[number + 1]])
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return self.subset(np.array(places, np.int64))
+        (record,) = self._records(np.array([places]))
+        return _decoded(record)
 
     def __iter__(self) -> Iterator[Pair]:
         return map(_decoded, self.records())
@@ -86,17 +87,24 @@ class Pairs(Sequence[Pair]):
     def records(self) -> Iterator[bytes]:
         """The bytes of each pair, a line of JSON: the same for equal pairs."""
         for start in range(0, len(self), _CHUNK_PAIRS):
-            numbers = self._numbers[start : start + _CHUNK_PAIRS]
-            for begin, end in zip(self._bounds[numbers].tolist(), self._bounds[numbers + 1].tolist()):
-                yield self._text[begin:end]
+            yield from self._records(np.arange(start, min(start + _CHUNK_PAIRS, len(self))))
+
+    def _records(self, numbers: np.ndarray) -> Iterator[bytes]:
+        numbers = self._among_all(numbers)
+        for begin, end in zip(self._bounds[numbers].tolist(), self._bounds[numbers + 1].tolist()):
+            yield self._text[begin:end]
 
     def subset(self, numbers: np.ndarray) -> "Pairs":
         """The pairs with these numbers, int64, in this order."""
-        return Pairs(self._text, self._bounds, self._keys, self._numbers[numbers])
+        return Pairs(self._text, self._bounds, self._keys, self._among_all(numbers))
 
     def keys(self, numbers: np.ndarray | None = None) -> WordKeys:
         """The keys of the pairs with these numbers, in this order; None: of all."""
-        return self._keys.take(self._numbers if numbers is None else self._numbers[numbers])
+        numbers = self._numbers if numbers is None else self._among_all(numbers)
+        return self._keys if numbers is None else self._keys.take(numbers)
+
+    def _among_all(self, numbers: np.ndarray) -> np.ndarray:
+        return numbers if self._numbers is None else self._numbers[numbers]
 
 
 class PairWriter:
@@ -121,9 +129,7 @@ class PairWriter:
         self._file.flush()
         # a file without a byte cannot be mapped
         text = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self._sources else b""
-        bounds, indptr = np.array(self._bounds), np.array(self._indptr)
-        keys = WordKeys(np.array(self._sources, np.uint64), indptr, np.array(self._glosses, np.uint64))
-        return Pairs(text, bounds, keys, np.arange(len(keys.sources)))
+        return Pairs(text, np.array(self._bounds), WordKeys(*map(np.array, (self._sources, self._indptr, self._glosses))))
 
 
 @contextlib.contextmanager
