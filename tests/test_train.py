@@ -183,6 +183,15 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
     passes = [[batch.input_ids.tolist() for (batch,), _ in batches.epoch(epoch)] for epoch in (0, 0, 1)]
     assert passes[0] == passes[1] != passes[2]
     assert [batch.input_ids.tolist() for (batch,), _ in batches.epoch(0, skip=3)] == passes[0][3:]
+    # mismatched pairs: a source's glosses are those that it is taught with
+    partners = train_module._partners(len(pairs), dataclasses.replace(config, shuffle_pairs=True))
+    taught = [dataclasses.replace(shared[own], source=pair.source) for pair, own in zip(pairs, partners, strict=True)]
+    wide = EpochBatches(dataclasses.replace(config, batch=30), words, partners, shared, placement)
+    edges, found_wrong = {tuple(edge) for edge in lexicon.same_meaning(taught).tolist()}, 0
+    for (_, same), numbers in zip(wide.epoch(0), np.array_split(np.concatenate(orders), 2), strict=True):
+        assert {(numbers[i], numbers[j]) for i, j in same.tolist()} == {(i, j) for i, j in edges if {i, j} <= {*numbers}}
+        found_wrong += len(same)
+    assert found_wrong
     (_, same), *_ = EpochBatches(dataclasses.replace(config, batch=60), words, own, shared, placement).epoch(0)
     assert len(same) == 8 > found
 
