@@ -2,8 +2,9 @@
 
 Each list is measured in a process of its own, which does what ``tli.train`` does: read, split, hash, tokenise with the starter's tokenizer,
 pack every batch of an epoch, take steps. The steps are those of a tiny model with random weights: whether they cost the same in a long
-list as in a short one does not depend on the model. *Own memory* is what the kernel counts as anonymous (RssAnon), sampled every 10 ms;
-the lists' files, which are mapped, are not in it. Words are made up from syllables; all are different.
+list as in a short one does not depend on the model. Times are the processor's, over all threads, as the machine may be shared. *Own
+memory* is what the kernel counts as anonymous (RssAnon), sampled every 10 ms; the lists' files, which are mapped, are not in it. Words are
+made up from syllables, and all are different.
 """
 
 import contextlib
@@ -38,8 +39,8 @@ _SYLLABLES = [
     for c in ["b", "ch", "d", "f", "g", "h", "j", "k", "l", "m", "n", "ng", "ny", "p", "r", "s", "sh", "t", "v", "w", "y", "z"]
     for v in "aeiou"
 ]
-_WORDS = len(_SYLLABLES) ** 4
-# no common factor with the number of words, so that multiplying by it is a permutation
+# the largest prime below the number of words of four syllables: multiplying, modulo it, is a permutation, and mixes all syllables
+_WORDS = 146_409_997
 _STRIDES = 83_492_791, 73_856_093
 _HERE = "import sys; from bench.long_lists import measure_here; measure_here(*sys.argv[1:])"
 _MIB = 1 << 20
@@ -79,7 +80,7 @@ def _word(number: int) -> str:
 
 
 def measure(config: LongListsConfig) -> list[dict]:
-    """Of each list: seconds by stage, own bytes after the imports, after each stage and at most."""
+    """Of each list: seconds of processor time by stage, own bytes after the imports, after each stage and at most."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -133,15 +134,16 @@ def measure_here(options: str, steps: str) -> None:
     config, seconds, own = TrainConfig(**json.loads(options)), {}, {}
     checkpoint, placement = open_checkpoint(config.model), place("cpu", "float32")
     # what the first list of any length makes the libraries load
-    checkpoint.tokenizer()(["word"])
+    tokenizer = checkpoint.tokenizer()
+    tokenizer(["word"], return_offsets_mapping=True)
     lexicon.split_pairs([lexicon.Pair(f"a{i}", f"b{i}") for i in range(4)], 0.5, 0)
     most = own["imports"] = resident("RssAnon")
 
     @contextlib.contextmanager
     def stage(name: str) -> Iterator[None]:
-        began = time.perf_counter()
+        began = time.process_time()
         yield
-        seconds[name], own[name] = time.perf_counter() - began, resident("RssAnon")
+        seconds[name], own[name] = time.process_time() - began, resident("RssAnon")
 
     def watch() -> None:
         nonlocal most
@@ -159,7 +161,7 @@ def measure_here(options: str, steps: str) -> None:
         TrainingState(pathlib.Path(), config, trained)
     with stage("tokenise"):
         texts = itertools.chain(*((getattr(pair, side) for pair in part) for side in ("source", "target") for part in (trained, held_out)))
-        words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), config.prefix)
+        words = tokenise(tokenizer, texts, sight(checkpoint), config.prefix)
     batches = EpochBatches(config, words, np.arange(len(trained)), trained, placement)
     with stage("pack"):
         for _ in batches.epoch(0):
@@ -176,10 +178,10 @@ def measure_here(options: str, steps: str) -> None:
         gradient_cache.backward(parts, lambda part: pool(run(decoder, part), part), lambda vectors, same=same: objective(vectors, same))
         optimiser.step()
         if number == 0:
-            began = time.perf_counter()
+            began = time.process_time()
         else:
             taken += sum(len(part.sinks) for part in parts) // 2
-    seconds["step"], own["step"] = time.perf_counter() - began, resident("RssAnon")
+    seconds["step"], own["step"] = time.process_time() - began, resident("RssAnon")
     stop.set()
     watcher.join()
     counts = {"step": taken, "pack": len(trained), "hash": len(trained)}
@@ -188,7 +190,7 @@ def measure_here(options: str, steps: str) -> None:
 
 
 def table(rows: list[dict]) -> Table:
-    """The rows of ``measure``: microseconds a pair by stage, and own memory beyond that of the imports."""
+    """The rows of ``measure``: microseconds of processor time a pair by stage, and own memory beyond that of the imports."""
     shown = Table("pairs", *STAGES.values(), "own memory at most", "a pair beyond the first list", title="us a pair; MiB; bytes")
     for row in rows:
         times = [f"{1e6 * row['seconds_per_pair'][stage]:.2f}" for stage in STAGES]
@@ -213,10 +215,18 @@ def draw(rows: list[dict]) -> Figure:
         values = [1e6 * row["seconds_per_pair"][stage] for row in rows]
         times.plot(pairs, values, label=STAGES[stage], color=colour, marker=marker, linestyle=line, markersize=5, linewidth=1.4)
     times.set_yscale("log")
-    times.set_ylabel("microseconds a pair (log scale)")
+    times.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.15g}"))
+    times.set_ylabel("processor time a pair, microseconds (log scale)")
     memory.plot(pairs, [_own(row) / _MIB for row in rows], label="measured", color=dark, marker="o", markersize=5, linewidth=1.6)
-    bound = [(_own(rows[0]) + 100 * (number - pairs[0])) / _MIB for number in pairs]
-    memory.plot(pairs, bound, label="100 bytes a pair", color="black", linestyle=(0, (1, 1)), linewidth=1.8)
+    smooth = np.geomspace(pairs[0], pairs[-1])
+    memory.plot(
+        smooth,
+        (_own(rows[0]) + 100 * (smooth - pairs[0])) / _MIB,
+        label="100 bytes a pair",
+        color="black",
+        linestyle=(0, (1, 1)),
+        linewidth=1.8,
+    )
     memory.set_ylabel("own memory beyond the imports' at most, MiB")
     memory.set_ylim(bottom=0)
     for panel in (times, memory):
