@@ -77,7 +77,7 @@ class Pairs(Sequence[Pair]):
     def __getitem__(self, index):
         places = range(len(self))[index]
         if isinstance(places, range):
-            return self.subset(np.array(places, np.int64))
+            return self.subset(np.arange(places.start, places.stop, places.step))
         (record,) = self._records(np.array([places]))
         return _decoded(record)
 
