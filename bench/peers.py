@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from tli import lexicon
 from tli.config import TrainConfig
 from tli.errors import TliError
+from tli.pairs import Pair
 from tli.starter import starter_folder
 
 
-def drawn_pairs(config: TrainConfig) -> tuple[list[lexicon.Pair], list[lexicon.Pair]]:
+def drawn_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     """The batch, ``config.batch`` random pairs of the list, and the rest of the list."""
     pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
     if len(pairs) < config.batch:
@@ -95,11 +96,11 @@ class Tli(Subject):
 
     def __init__(self, config: TrainConfig):
         from tli import lora, ops
+        from tli.batches import EpochBatches
         from tli.checkpoint import open_checkpoint
         from tli.first_block import tabulate
         from tli.objective import Objective, pooling
         from tli.packing import tokenise
-        from tli.train import EpochBatches
         from tli.truncated import place, truncate
 
         self.config = config
@@ -115,7 +116,7 @@ class Tli(Subject):
         self.pool = pooling("final", checkpoint, placement.device)
         self.objective = Objective(config.loss, config.temperature, config.margin)
         # the pairs that are trained are the batch, so an epoch is one batch, packed anew each time
-        self.batches = EpochBatches(config, words, np.arange(len(batch)), lexicon.same_meaning(batch), placement)
+        self.batches = EpochBatches(config, words, np.arange(len(batch)), batch, placement)
         self.epoch = 0
         self._optimise(lora.trainable(self.decoder))
 

@@ -4,6 +4,7 @@ import os
 import pathlib
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,11 @@ from tli import lexicon
 interpreter.mend_bfloat16()
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+
+
+def tokens_of(words) -> np.ndarray:
+    """All words of a ``TokenisedWords`` as positions in its rows, int64 [words, longest]."""
+    return words.padded(np.arange(len(words)))[0]
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,14 @@ import torch
 from conftest import FAMILIES
 from tli_kernels.token_table import TokenTable
 
-from tli import first_block, lora, ops
+from tli import first_block, lora, memory_model, ops
+from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
 from tli.hooked import recompute_blocks
-from tli.lexicon import read_pairs, same_meaning
+from tli.lexicon import read_pairs
 from tli.objective import Objective, pooling
 from tli.packing import tokenise
-from tli.train import EpochBatches
 from tli.truncated import place, run, truncate
 
 TABLED = ("_ONEDNN", "_FUSED")
@@ -35,7 +35,7 @@ def gradients(model: str, word_list: str, tabled: bool, loss: str = "infonce", t
         adapter.lora_B.data.normal_(std=0.1, generator=generator)
         adapter.seed = seed
     pool, objective = pooling("final", checkpoint, placement.device), Objective(loss, 0.1, 0.4)
-    (part,), same = next(iter(EpochBatches(config, words, np.arange(len(pairs)), same_meaning(pairs), placement).epoch(0)))
+    (part,), same = next(iter(EpochBatches(config, words, np.arange(len(pairs)), pairs, placement).epoch(0)))
     value = objective(pool(run(decoder.train(), part), part), same)
     value.backward()
     return value, {path: (adapter.lora_A.grad, adapter.lora_B.grad) for path, adapter in lora.adapters(decoder).items()}
@@ -79,14 +79,14 @@ def test_the_weights_stay_where_they_are_smaller_and_where_every_bit_counts(make
 
     # 200 rows of 128 products against 48 x 128 weights
     monkeypatch.setattr(ops, "_chosen", ops._ONEDNN)
-    monkeypatch.setattr(first_block, "_MOST_BYTES", 200 * 128 * 4)
+    monkeypatch.setattr(memory_model, "MOST_TABLE_BYTES", 200 * 128 * 4)
     assert first_block.tabulate(loaded()) == 200 * 128 * 4
-    monkeypatch.setattr(first_block, "_MOST_BYTES", 200 * 128 * 4 - 1)
+    monkeypatch.setattr(memory_model, "MOST_TABLE_BYTES", 200 * 128 * 4 - 1)
     decoder = loaded()
     assert first_block.tabulate(decoder) is None
     assert not tables(decoder)
-    assert first_block.table_bytes(200, 128, 4, weight_bytes=200 * 128 * 4) == 200 * 128 * 4
-    monkeypatch.setattr(first_block, "_MOST_BYTES", 1 << 30)
+    assert memory_model.table_bytes(200, 128, 4, weight_bytes=200 * 128 * 4) == 200 * 128 * 4
+    monkeypatch.setattr(memory_model, "MOST_TABLE_BYTES", 1 << 30)
     monkeypatch.setattr(ops, "_chosen", ops._REFERENCE)
     assert first_block.tabulate(loaded()) is None
 

@@ -6,9 +6,10 @@ import torch
 
 import tli.train as train_module
 from tli import gradient_cache, lora
+from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
-from tli.lexicon import read_pairs, same_meaning
+from tli.lexicon import read_pairs
 from tli.objective import Objective, pooling
 from tli.packing import tokenise
 from tli.truncated import place, run, truncate
@@ -32,8 +33,8 @@ class Step:
             adapter.lora_B.data.normal_(std=0.1, generator=generator)
             adapter.seed = 7
         self.decoder.train()
-        batches = train_module.EpochBatches(config, words, np.arange(len(pairs)), same_meaning(pairs), placement)
-        self.parts, self.same = batches.epoch(0)[0]
+        batches = EpochBatches(config, words, np.arange(len(pairs)), pairs, placement)
+        self.parts, self.same = next(batches.epoch(0))
         self.pool = pooling("final", checkpoint, placement.device)
 
     def vectors(self, part):

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, tokens_of
 from peft import PeftModel
 from test_truncated import relative_error, whole_states
 from transformers import AutoModelForCausalLM
@@ -88,7 +88,7 @@ def test_full_hook_has_the_early_arms_loss_and_gradients_on_the_starter(starter)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_whole_model_gives_transformers_output(make_model, family):
     setting = Setting(make_model(family, tied=False, shards=True))
-    expected = whole_states(setting.folder, setting.words.rows[setting.words.tokens], setting.words.lengths)[-1]
+    expected = whole_states(setting.folder, setting.words.rows[tokens_of(setting.words)], setting.words.lengths)[-1]
     with torch.no_grad():
         states = run(whole(setting.checkpoint, setting.words.rows, CPU), setting.batch)
     assert relative_error(states, expected, setting.batch, setting.words.lengths) < 2e-5
@@ -99,7 +99,7 @@ def peft_step(setting: Setting, adapter, states_of) -> tuple[float, dict[str, to
     base = AutoModelForCausalLM.from_pretrained(setting.folder, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     lengths = torch.from_numpy(setting.words.lengths)
-    ids = torch.from_numpy(setting.words.rows[setting.words.tokens])
+    ids = torch.from_numpy(setting.words.rows[tokens_of(setting.words)])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     states = states_of(model.base_model.model.model, model(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states)
     # the first position, the sink, is left out

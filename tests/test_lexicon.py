@@ -16,9 +16,11 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from tli import lexicon
+from tli import dictionary_check
+from tli.dictionary_check import FREEDICT, check
 from tli.errors import TliError
-from tli.lexicon import FREEDICT, SHIPPED, Pair, check, check_disjoint, read_pairs, same_meaning, split_pairs
+from tli.lexicon import SHIPPED, check_disjoint, read_pairs, same_meaning, split_pairs
+from tli.pairs import Pair
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
@@ -85,13 +87,13 @@ def table(delimiter):
     ],
 )
 def test_every_format_gives_the_same_pairs(tmp_path, name, content):
-    assert read_pairs(str(written(tmp_path, name, content)), "swahili", "english") == ANIMALS
+    assert list(read_pairs(str(written(tmp_path, name, content)), "swahili", "english")) == ANIMALS
 
 
 def test_columns_are_the_ones_named(tmp_path):
     path = written(tmp_path, "words.csv", "word,Deutsch,english\npaka,Katze,cat\n")
-    assert read_pairs(path, "WORD", "deutsch") == [Pair("paka", "Katze")]
-    assert read_pairs(path, "english", "word") == [Pair("cat", "paka")]
+    assert list(read_pairs(path, "WORD", "deutsch")) == [Pair("paka", "Katze")]
+    assert list(read_pairs(path, "english", "word")) == [Pair("cat", "paka")]
 
 
 def test_quoted_field_keeps_its_comma_and_a_quoted_line_break_does_not_shift_the_lines(tmp_path):
@@ -103,7 +105,7 @@ def test_quoted_field_keeps_its_comma_and_a_quoted_line_break_does_not_shift_the
 
 def test_a_json_string_may_hold_a_line_separator(tmp_path):
     path = written(tmp_path, "words.jsonl", '{"swahili": "pa\u2028ka", "english": "cat"}\n')
-    assert read_pairs(path, "swahili", "english") == [Pair("pa ka", "cat")]
+    assert list(read_pairs(path, "swahili", "english")) == [Pair("pa ka", "cat")]
 
 
 # Cleaning
@@ -113,17 +115,17 @@ def test_duplicates_collapse_and_further_targets_become_synonyms(tmp_path):
     rows = ["kata\tcut\tslice", "paka\tcat\t", "Kata\tladle\tCUT; scoop", "kata\tcut\t", "punguza\tcut\t"]
     path = written(tmp_path, "words.tsv", "swahili\tenglish\tsynonyms\n" + "\n".join(rows))
     expected = [Pair("kata", "cut", ("slice", "ladle", "scoop")), Pair("paka", "cat"), Pair("punguza", "cut")]
-    assert read_pairs(path, "swahili", "english") == expected
+    assert list(read_pairs(path, "swahili", "english")) == expected
 
 
 def test_a_duplicate_fills_in_what_the_first_row_lacks(tmp_path):
     path = written(tmp_path, "words.tsv", "swahili\tenglish\tclass\tloan\npaka\tcat\npaka\tcat\tnoun\tno\npaka\tcat\tverb\tyes\n")
-    assert read_pairs(path, "swahili", "english") == [Pair("paka", "cat", (), "noun", False)]
+    assert list(read_pairs(path, "swahili", "english")) == [Pair("paka", "cat", (), "noun", False)]
 
 
 def test_one_word_in_two_unicode_forms_is_one_word(tmp_path):
     path = written(tmp_path, "words.tsv", "swahili\tenglish\ncafe\u0301\tcoffee\ncaf\u00e9\tcoffee\nca\u200bf\u00e9\ttea\n")
-    assert read_pairs(path, "swahili", "english") == [Pair("caf\u00e9", "coffee", ("tea",))]
+    assert list(read_pairs(path, "swahili", "english")) == [Pair("caf\u00e9", "coffee", ("tea",))]
 
 
 LETTERS = st.characters(codec="utf-8", exclude_categories=["Cc"])
@@ -134,13 +136,13 @@ PHRASE = st.text(LETTERS | st.sampled_from(" \t\u00a0\u200b\u0301aeK"), max_size
 @hypothesis.settings(max_examples=100, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None)
 def test_what_is_read_is_clean_and_reads_back_as_itself(tmp_path, rows):
     objects = [{"swahili": source, "english": target, "synonyms": synonyms} for source, target, synonyms in rows]
-    pairs = read_pairs(written(tmp_path, "words.json", json.dumps(objects)), "swahili", "english")
+    pairs = list(read_pairs(written(tmp_path, "words.json", json.dumps(objects)), "swahili", "english"))
     for word in (word for pair in pairs for word in (pair.source, *pair.accepted)):
         assert word == unicodedata.normalize("NFC", word)
         assert word == " ".join(word.split()) != ""
     assert len({pair.source.casefold() for pair in pairs}) == len(pairs)
     again = [{"swahili": pair.source, "english": pair.target, "synonyms": list(pair.synonyms)} for pair in pairs]
-    assert read_pairs(written(tmp_path, "again.json", json.dumps(again)), "swahili", "english") == pairs
+    assert list(read_pairs(written(tmp_path, "again.json", json.dumps(again)), "swahili", "english")) == pairs
 
 
 # Wrong files
@@ -231,7 +233,7 @@ ENTRIES = [
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_dictd_entries_become_pairs(tmp_path, packed):
-    assert read_pairs(dictd(tmp_path, ENTRIES, packed), "any", "other") == [
+    assert list(read_pairs(dictd(tmp_path, ENTRIES, packed), "any", "other")) == [
         Pair("kata", "cut", ("slice", "carve", "decision", "ladle"), "verb"),
         Pair("ng'ombe", "cow", (), "noun"),
         Pair("Desemba", "December", (), "noun"),
@@ -329,7 +331,7 @@ def test_a_split_shares_no_word_and_comes_as_near_as_whole_groups_can(linked, lo
     possible = [total for total in sums if 2 <= total <= len(pairs) - 2]
     nearest = min((abs(total - goal) for total in possible), default=None)
     try:
-        trained, out = split_pairs(pairs, held_out, seed)
+        trained, out = map(list, split_pairs(pairs, held_out, seed))
     except TliError:
         # only if a side would be too small, or the nearest sum is more than twice what was asked for
         assert nearest is None or nearest > goal and not (goal < 2 and 2 in possible)
@@ -342,7 +344,7 @@ def test_a_split_shares_no_word_and_comes_as_near_as_whole_groups_can(linked, lo
         rest = iter(pairs)
         # each pair is found after the one before it: the order is kept
         assert all(pair in rest for pair in side)
-    assert split_pairs(pairs, held_out, seed) == (trained, out)
+    assert tuple(map(list, split_pairs(pairs, held_out, seed))) == (trained, out)
 
 
 def test_a_giant_group_is_never_held_out_for_a_small_share():
@@ -552,6 +554,6 @@ def test_a_command_with_a_wrong_file_ends_with_2_and_one_line(tmp_path):
 
 
 def test_without_freedict_the_error_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(lexicon, "FREEDICT", tmp_path / "freedict-swh-eng.index")
+    monkeypatch.setattr(dictionary_check, "FREEDICT", tmp_path / "freedict-swh-eng.index")
     with pytest.raises(TliError, match="apt install dict-freedict-swh-eng"):
-        check(None, "swahili", "english", lexicon.FREEDICT)
+        check(None, "swahili", "english", dictionary_check.FREEDICT)

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, tokens_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -161,7 +161,7 @@ def test_merging_keeps_the_states_and_is_refused_in_4_bit(make_model, tokenizer)
 
 
 def peft_states(model, words, layer: int | str) -> torch.Tensor:
-    tokens = torch.from_numpy(words.rows[words.tokens])
+    tokens = torch.from_numpy(words.rows[tokens_of(words)])
     mask = torch.from_numpy(np.arange(tokens.shape[1]) < words.lengths[:, None])
     with torch.no_grad():
         states = model(tokens, attention_mask=mask.long(), output_hidden_states=True).hidden_states

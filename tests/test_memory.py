@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from tli import TliError, TrainConfig, gradient_cache, lexicon, lora, memory_fit, memory_model, ops, profiling, train
+from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
 from tli.config import MemoryConfig
 from tli.hooked import run_hooked
@@ -24,7 +25,8 @@ from tli.memory import memory
 from tli.model_shape import Shape
 from tli.objective import Objective, Pooling
 from tli.packing import tokenise
-from tli.train import EpochBatches, _memory_needed, _model
+from tli.train import _model
+from tli.training_memory import needed as memory_needed
 from tli.truncated import place
 from tli.truncated import run as run_model
 
@@ -43,11 +45,11 @@ class Step:
         texts = [pair.source for pair in self.pairs] + [pair.target for pair in self.pairs]
         words, placement = tokenise(checkpoint.tokenizer(), texts, 64, " "), place("cpu", dtype, config.weights)
         ops.choose(impl, placement.dtype, placement.device)
-        needed = _memory_needed(config, checkpoint, words, len(self.pairs), "rms", placement)
+        needed = memory_needed(config, checkpoint, words, len(self.pairs), "rms", placement)
         self.decoder = _model(config, checkpoint, words.rows, placement).train()
         adapter = lora.LoRAConfig(rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout)
         lora.inject(self.decoder, adapter, None if config.arm == "full" else range(config.layer))
-        self.batches = EpochBatches(config, words, np.arange(len(self.pairs)), lexicon.same_meaning(self.pairs), placement)
+        self.batches = EpochBatches(config, words, np.arange(len(self.pairs)), self.pairs, placement)
         (self.parts, self.same), *_ = self.batches.epoch(0)
         # of these words, not of others as many
         largest = max(self.parts, key=lambda part: part.input_ids.numel())
@@ -92,9 +94,11 @@ CASES = {
     "one-block": {"layer": 1},
     "nf4": {"weights": "nf4"},
     "parts": {"batch": 30, "micro_batch": 10},
-    "full": {"arm": "full", "batch": 20},
-    "full-hook": {"arm": "full-hook", "batch": 20},
-    "recomputed": {"arm": "full", "batch": 20, "checkpointing": True},
+    "full": {"arm": "full", "batch": 40},
+    "full-hook": {"arm": "full-hook", "batch": 40},
+    "recomputed": {"arm": "full", "batch": 40, "checkpointing": True},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16-nf4": {"dtype": "bfloat16", "weights": "nf4", "dropout": 0.0},
     "high-rank": {"rank": 32, "batch": 8},
 }
 
@@ -128,7 +132,8 @@ def test_weights_and_rows_are_what_the_model_holds(family, weights, make_model, 
     step = Step(make_model(family, **WIDE), word_list, rank=4, weights=weights)
     predicted, rows = memory_model.predict(step.needed), step.decoder.embed_tokens.weight.nbytes
     held = sum(tensor.nbytes for tensor in profiling._frozen(step.decoder)) - rows
-    assert predicted["embedding rows"] == rows
+    tables = [getattr(step.decoder.layers[0].self_attn, f"{name}_proj").weight for name in "qkv"]
+    assert predicted["embedding rows"] == rows + sum(table.products.nbytes for table in tables)
     # the token norm's weight is the pool's
     assert predicted["weights"] == held + 4 * 192
     assert step.needed.parameters == sum(parameter.numel() for parameter in step.parameters)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, tokens_of
 
 from tli import lora
 from tli.checkpoint import open_checkpoint
@@ -18,8 +18,8 @@ TARGETS = ["book", "bed", "child", "person", "water", "house"]
 
 def padded_words(decoder, words, token_norm, checkpoint, pool_bos):
     """Word states from one row per word, by plain operations."""
-    attended = torch.from_numpy(np.arange(words.tokens.shape[1]) < words.lengths[:, None])
-    states = decoder(input_ids=torch.from_numpy(words.tokens), attention_mask=attended.long(), use_cache=False).last_hidden_state
+    attended = torch.from_numpy(np.arange(tokens_of(words).shape[1]) < words.lengths[:, None])
+    states = decoder(input_ids=torch.from_numpy(tokens_of(words)), attention_mask=attended.long(), use_cache=False).last_hidden_state
     weight, eps = checkpoint.final_norm()
     if token_norm != "none":
         states = states / (states.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt()

@@ -76,8 +76,8 @@ def test_bins_of_real_words_are_well_filled(tokenizer):
 
 def test_tokens_come_behind_one_sink_whatever_the_tokenizer_adds(tokenizer):
     words = tokenise(tokenizer, ["kitabu", "book"], window=64)
-    for row, length, text in zip(words.tokens, words.lengths, ["kitabu", "book"], strict=True):
-        ids = words.rows[row[:length]]
+    for begin, end, text in zip(words.indptr, words.indptr[1:], ["kitabu", "book"]):
+        ids = words.ids[begin:end]
         assert ids[0] == tokenizer.bos_token_id
         assert tokenizer.decode(ids[1:]) == text
 
@@ -89,7 +89,7 @@ def test_the_words_own_tokens_begin_where_they_reach_into_it(tokenizer, prefix):
     for number, text in enumerate(["kitabu", "mtu"]):
         own = packed.input_ids.ravel()[packed.indices[packed.indptr[number] : packed.indptr[number + 1]]]
         assert tokenizer.decode(words.rows[own]).strip() == text
-        assert tokenizer.decode(words.rows[words.tokens[number, 1 : words.lengths[number]]]) == prefix + text
+        assert tokenizer.decode(words.ids[words.indptr[number] + 1 : words.indptr[number + 1]]) == prefix + text
 
 
 @pytest.mark.parametrize(("word", "got"), [("a" * 500, "500"), ("", "0")])

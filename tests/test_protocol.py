@@ -182,8 +182,8 @@ def test_the_final_norm_row_is_a_model_built_with_two_blocks(finished, model, sp
 
 def words_of(tokens: list[int]) -> controls.TokenisedWords:
     """Words of so many tokens each."""
-    lengths = np.array(tokens) + 1
-    return controls.TokenisedWords(np.zeros((len(tokens), lengths.max()), np.int64), lengths, np.ones_like(lengths), np.zeros(1, np.int64))
+    indptr = np.concatenate([[0], np.cumsum(np.array(tokens) + 1)])
+    return controls.TokenisedWords(np.zeros(indptr[-1], np.int64), indptr, np.ones(len(tokens), np.int64), np.zeros(1, np.int64))
 
 
 @pytest.mark.parametrize("length", [0.0, 1.0, 5.0, 343.0])

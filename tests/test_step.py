@@ -8,14 +8,14 @@ import torch
 from tli_kernels import launch
 
 from tli import lora, ops
+from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
 from tli.errors import TliError
-from tli.lexicon import read_pairs, same_meaning
+from tli.lexicon import read_pairs
 from tli.objective import pooling
 from tli.packing import tokenise
 from tli.step import Stepper, _padded, _Recording, _tensors, made_ahead
-from tli.train import EpochBatches
 from tli.truncated import Placement, place, run, truncate
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -42,12 +42,12 @@ class Replayed(Stepper):
 def make(stepper, model: str, word_list: str, placement: Placement, **options):
     """A stepper over a model of two blocks, and the batches of an epoch of 20 pairs."""
     config = TrainConfig(model=model, pairs=word_list, **{"rank": 4, "batch": 7, "dropout": 0.0, "warmup": 2, "epochs": 3, **options})
-    checkpoint, pairs = open_checkpoint(model), read_pairs(word_list, "swahili", "english")[:20]
+    checkpoint, pairs = open_checkpoint(model), list(read_pairs(word_list, "swahili", "english"))[:20]
     words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
     decoder = truncate(checkpoint, 2, words.rows, placement)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0, targets=config.targets, dropout=config.dropout))
     pool = pooling("final", checkpoint, placement.device)
-    batches = EpochBatches(config, words, np.arange(len(pairs)), same_meaning(pairs), placement)
+    batches = EpochBatches(config, words, np.arange(len(pairs)), pairs, placement)
     return stepper(config, decoder.train(), lambda part: pool(run(decoder, part), part), batches.total), batches
 
 

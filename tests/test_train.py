@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import tli.train as train_module
 from tli import TliError, TrainConfig, lexicon, lora, scan, train
+from tli.batches import EpochBatches
 from tli.config import ScanConfig, parse
 from tli.errors import run_command
 from tli.step import rate
@@ -163,22 +164,36 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
     from tli.truncated import place
 
     config = TrainConfig(**settings)
-    words = train_module._tokenise(config, open_checkpoint(settings["model"]), pairs)
-    same = np.array([[0, 7], [7, 0], [3, 4], [4, 3]])
-    batches = train_module.EpochBatches(config, words, np.arange(len(pairs)), same, place("cpu", "auto"))
-    sizes, found = [], 0
-    for (batch,), batch_same in batches.epoch(0):
+    words = train_module._tokenise(config, open_checkpoint(settings["model"]), [pairs])
+    own, placement = np.arange(len(pairs)), place("cpu", "auto")
+    # pairs 7, 20 and 4 come to share a gloss with 0, 0 and 3
+    shared = [dataclasses.replace(pair, synonyms=(pairs[{7: 0, 20: 0, 4: 3}.get(i, i)].target,)) for i, pair in enumerate(pairs)]
+    edges = {tuple(edge) for edge in lexicon.same_meaning(shared).tolist()}
+    assert edges == {(0, 7), (7, 0), (0, 20), (20, 0), (7, 20), (20, 7), (3, 4), (4, 3)}
+    batches, sizes, found = EpochBatches(config, words, own, shared, placement), [], 0
+    orders = np.array_split(np.random.default_rng([config.seed, 0, 0]).permutation(len(pairs)), 5)
+    for ((batch,), same), numbers in zip(batches.epoch(0), orders, strict=True):
         sizes.append((len(batch.indptr) - 1) // 2)
-        found += len(batch_same)
-        assert batch_same.shape[1] == 2
-        assert not len(batch_same) or batch_same.max() < sizes[-1]
+        # the list's edges, as far as they lie within the batch
+        assert {(numbers[i], numbers[j]) for i, j in same.tolist()} == {(i, j) for i, j in edges if {i, j} <= {*numbers}}
+        assert same.tolist() == sorted(same.tolist())
+        found += len(same)
     assert sum(sizes) == len(pairs)
     assert max(sizes) - min(sizes) <= 1
-    assert found in (0, 2, 4)
-    orders = [[batch.input_ids.tolist() for (batch,), _ in batches.epoch(epoch)] for epoch in (0, 0, 1)]
-    assert orders[0] == orders[1] != orders[2]
-    everything = train_module.EpochBatches(dataclasses.replace(config, batch=60), words, np.arange(len(pairs)), same, place("cpu", "auto"))
-    assert len(everything.epoch(0)[0][1]) == 4
+    passes = [[batch.input_ids.tolist() for (batch,), _ in batches.epoch(epoch)] for epoch in (0, 0, 1)]
+    assert passes[0] == passes[1] != passes[2]
+    assert [batch.input_ids.tolist() for (batch,), _ in batches.epoch(0, skip=3)] == passes[0][3:]
+    # mismatched pairs: a source's glosses are those that it is taught with
+    partners = train_module._partners(len(pairs), dataclasses.replace(config, shuffle_pairs=True))
+    taught = [dataclasses.replace(shared[own], source=pair.source) for pair, own in zip(pairs, partners, strict=True)]
+    wide = EpochBatches(dataclasses.replace(config, batch=30), words, partners, shared, placement)
+    edges, found_wrong = {tuple(edge) for edge in lexicon.same_meaning(taught).tolist()}, 0
+    for (_, same), numbers in zip(wide.epoch(0), np.array_split(np.concatenate(orders), 2), strict=True):
+        assert {(numbers[i], numbers[j]) for i, j in same.tolist()} == {(i, j) for i, j in edges if {i, j} <= {*numbers}}
+        found_wrong += len(same)
+    assert found_wrong
+    (_, same), *_ = EpochBatches(dataclasses.replace(config, batch=60), words, own, shared, placement).epoch(0)
+    assert len(same) == 8 > found
 
 
 def test_the_rate_warms_up_and_decays():
@@ -246,7 +261,7 @@ def wait_for(path: pathlib.Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("arm", ["early", "full"])
 def test_a_killed_run_resumes_to_the_bytes_of_one_that_was_not(settings, tmp_path, arm):
-    long = {**settings, "epochs": 30, "dropout": 0.1, "arm": arm}
+    long = {**settings, "epochs": 30, "dropout": 0.1, "arm": arm, "dtype": "float32"}
     process = start(long, save_every_s=0)
     wait_for(tmp_path / "out" / "training_state.safetensors", process)
     process.send_signal(signal.SIGKILL)

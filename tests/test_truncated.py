@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, tokens_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -43,13 +43,13 @@ def relative_error(packed: torch.Tensor, whole: torch.Tensor, batch, lengths) ->
 def test_every_family_gives_the_whole_models_states(make_model, tokenizer, family, tied):
     folder = make_model(family, tied=tied, shards=not tied)
     words = tokenise(tokenizer, WORDS, window=24)
-    ids = words.rows[words.tokens]
+    ids = words.rows[tokens_of(words)]
     whole = whole_states(folder, ids, words.lengths)
     attended = torch.from_numpy(np.arange(ids.shape[1]) < words.lengths[:, None])
     checkpoint = open_checkpoint(str(folder))
     for layer in (1, 2, 3):
         decoder = truncate(checkpoint, layer, words.rows, CPU)
-        padded = decoder(input_ids=torch.from_numpy(words.tokens), attention_mask=attended.long(), use_cache=False).last_hidden_state
+        padded = decoder(input_ids=torch.from_numpy(tokens_of(words)), attention_mask=attended.long(), use_cache=False).last_hidden_state
         assert torch.equal(padded[attended], whole[layer][attended])
         batch = to_batch(words.pack(np.arange(len(WORDS)), width=24), torch.float32, CPU.device)
         with torch.no_grad():
@@ -60,7 +60,7 @@ def test_every_family_gives_the_whole_models_states(make_model, tokenizer, famil
 def test_streaming_gives_every_layer_and_the_output(make_model, tokenizer, family):
     folder = make_model(family)
     words = tokenise(tokenizer, WORDS, window=24)
-    whole = whole_states(folder, words.rows[words.tokens], words.lengths)
+    whole = whole_states(folder, words.rows[tokens_of(words)], words.lengths)
     batch = to_batch(words.pack(np.arange(len(WORDS)), width=24), torch.float32, CPU.device)
     layers = {}
     reason = stream_layers(
@@ -78,13 +78,13 @@ def test_streaming_gives_every_layer_and_the_output(make_model, tokenizer, famil
 def test_the_starter_gives_the_whole_models_states(starter):
     checkpoint = open_checkpoint(str(starter))
     words = tokenise(checkpoint.tokenizer(), WORDS, window=100)
-    whole = whole_states(starter, words.rows[words.tokens], words.lengths)
+    whole = whole_states(starter, words.rows[tokens_of(words)], words.lengths)
     batch = to_batch(words.pack(np.arange(len(WORDS))), torch.float32, CPU.device)
     layers = {}
     stream_layers(checkpoint, batch, words.rows, CPU, [None], lambda layer, states: layers.__setitem__(layer, states[0]))
     decoder = truncate(checkpoint, 2, words.rows, CPU)
-    attended = torch.from_numpy(np.arange(words.tokens.shape[1]) < words.lengths[:, None])
-    padded = decoder(input_ids=torch.from_numpy(words.tokens), attention_mask=attended.long(), use_cache=False).last_hidden_state
+    attended = torch.from_numpy(np.arange(tokens_of(words).shape[1]) < words.lengths[:, None])
+    padded = decoder(input_ids=torch.from_numpy(tokens_of(words)), attention_mask=attended.long(), use_cache=False).last_hidden_state
     assert torch.equal(padded[attended], whole[2][attended])
     assert torch.equal(run(decoder, batch), layers[2])
     for layer in (0, 1, 2, 15, 29, "output"):

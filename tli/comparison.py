@@ -19,6 +19,7 @@ from tli.clipscore import Scores, ref_clip_scores
 from tli.lora import Adapter
 from tli.objective import Pooling
 from tli.packing import tokenise
+from tli.pairs import Pair
 from tli.records import DIFFERENCE, Layer
 from tli.resampling import bootstrap_interval, word_clusters
 from tli.significance import P_VALUES, compare_groups, compare_rows, correct
@@ -53,7 +54,7 @@ class _Enough(Exception):
 
 def measure_layers(
     checkpoint: Checkpoint,
-    splits: dict[str, list[lexicon.Pair]],
+    splits: dict[str, Sequence[Pair]],
     layers: Sequence[Layer],
     pooling: Pooling,
     placement: Placement,
@@ -111,7 +112,7 @@ def measure_layers(
 
 
 def assess(
-    found: dict[tuple[str, str | None, Layer], Measured], splits: dict[str, list[lexicon.Pair]], seed: int, margin: float
+    found: dict[tuple[str, str | None, Layer], Measured], splits: dict[str, Sequence[Pair]], seed: int, margin: float
 ) -> tuple[list[dict], list[dict]]:
     """All means with their intervals, and all tests, of what ``measure_layers`` found.
 

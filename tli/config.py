@@ -216,7 +216,7 @@ class ScanConfig:
         choices=("all", "trained", "held_out"),
     )
     held_out: float = option(0.1, "words", "share of the pairs that training keeps out")
-    sample: int | None = option(None, "words", "take so many of these pairs, at random (default: all)")
+    sample: int | None = option(None, "words", "take so many of these pairs, at random (default: all, of more than 5,000 as many as that)")
     seed: int = option(0, "words", "fixes the split, the sample and the intervals")
 
     token_norm: str = option(

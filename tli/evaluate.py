@@ -23,6 +23,7 @@ import tli
 from tli import evaluation, lexicon, paired_table
 from tli.errors import TliError, run_command
 from tli.files import claim_output, sha256, write_text
+from tli.pairs import Pairs
 from tli.records import Layer
 from tli.tables import Table, show
 
@@ -85,6 +86,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     pool_bos = agreed(known, "eval_pool_bos", False) if config.sink is None else config.sink == "in"
     seed = known[0].option("seed", 0) if config.seed is None else config.seed
     splits, lists = _read_lists(config, known)
+    splits = {split: pairs.subset(lexicon.sample(pairs, seed)) for split, pairs in splits.items()}
     models = dict.fromkeys([config.model] if config.model else [recorded.model_name() for recorded in known])
     if len(models) > 1:
         raise TliError(
@@ -149,7 +151,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     return facts
 
 
-def _read_lists(config: EvaluateConfig, known: "list[Recorded]") -> tuple[dict[str, list[lexicon.Pair]], dict]:
+def _read_lists(config: EvaluateConfig, known: "list[Recorded]") -> tuple[dict[str, Pairs], dict]:
     """The pairs by list, "trained" and "held_out", or "all" where nobody knows which were trained; and facts about them."""
     from tli.recorded import agreed
 

@@ -141,7 +141,9 @@ def _values(facts: dict, adapter: str, split: str, of: str, full: bool) -> Table
     }
     layers = facts["layers"]
     chance = {metric: found["before", layers[0], metric]["chance"] for metric in ("p_at_1", "mrr")}
-    title = f"{of}{_SPLITS[split].replace(' ', '-')} pairs (n={facts['pairs'][split]}), before -> after"
+    n, listed = found["before", layers[0], "gap"]["n"], facts["pairs"][split]
+    drawn = f" of {listed}, drawn at random" if n < listed else ""
+    title = f"{of}{_SPLITS[split].replace(' ', '-')} pairs (n={n}{drawn}), before -> after"
     title += f"; chance: P@1 {_small(chance['p_at_1'])}, MRR {_small(chance['mrr'])}"
     referenced = next((r["n"] for (_, _, metric), r in found.items() if metric == "ref_clipscore"), 0)
     if referenced and (full or len(layers) <= _FEW_LAYERS):

@@ -12,25 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tli import ops
+from tli.memory_model import table_bytes
 from tli.truncated import return_freed_memory
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-# of the tables, where the weights that they replace are smaller
-_MOST_BYTES = 64 << 20
 _AT_ONCE = 1024
-
-
-def table_bytes(rows: int, outputs: int, bytes_per_number: int, weight_bytes: int) -> int | None:
-    """How large the tables of so many tokens are, or None where they would take more memory than they are worth.
-
-    Args:
-        rows:              V, the embedding rows that are kept
-        outputs:           out-features of block 0's q, k and v together
-        bytes_per_number:  of the compute dtype
-        weight_bytes:      what the weights of q, k and v take, as they are held
-    """
-    wanted = rows * outputs * bytes_per_number
-    return wanted if wanted <= max(_MOST_BYTES, weight_bytes) else None
 
 
 def tabulate(decoder: nn.Module) -> int | None:

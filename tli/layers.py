@@ -20,10 +20,10 @@ from tli.alignment import cosines, csls, measure
 from tli.checkpoint import Checkpoint
 from tli.errors import TliError
 from tli.geometry import centred, geometry, standardised
-from tli.lexicon import Pair
 from tli.lora import Adapter
 from tli.objective import Pooling
 from tli.packing import DEFAULT_WIDTH, TokenisedWords
+from tli.pairs import Pair
 from tli.records import Layer
 from tli.resampling import bootstrap_interval, word_clusters
 from tli.streaming import stream_layers, token_lengths
@@ -87,7 +87,7 @@ def scan_layers(
     Raises:
         TliError: an adapter that does not fit the model, a pair without a stranger, states that are not finite.
     """
-    numbers = np.arange(len(words.lengths))
+    numbers = np.arange(len(words))
     batch, with_bos = (to_batch(words.pack(numbers, pool_bos, width), placement.dtype, placement.device) for pool_bos in (False, True))
     scans: dict[tuple[str, Layer], LayerScan] = {}
 
@@ -190,7 +190,7 @@ def strata(pairs: Sequence[Pair], words: TokenisedWords) -> dict[str, np.ndarray
 
     A loan word or a shared sub-token is the same string in both languages; the number of a pair's tokens is that of both words.
     """
-    own = [set(row[start:end].tolist()) for row, start, end in zip(words.tokens, words.starts, words.lengths)]
+    own = [set(words.ids[begin + start : end].tolist()) for begin, start, end in zip(words.indptr, words.starts, words.indptr[1:])]
     shared = np.array([bool(source & target) for source, target in zip(own, own[len(pairs) :])])
     tokens = (words.lengths - words.starts).reshape(2, -1).sum(0)
     loans = np.array([pair.loan is True for pair in pairs]), np.array([pair.loan is False for pair in pairs])

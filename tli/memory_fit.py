@@ -32,7 +32,7 @@ def largest_part(words: TokenisedWords, trained: int, batch: int, micro_batch: i
     found = []
     for _ in range(_DRAWS):
         drawn = random.permutation(trained)[:size]
-        bins, width = words.pack(np.concatenate([drawn, drawn + len(words.lengths) // 2]), pool_bos).input_ids.shape
+        bins, width = words.pack(np.concatenate([drawn, drawn + len(words) // 2]), pool_bos).input_ids.shape
         found.append(Part(size, bins, width))
     return max(found, key=lambda part: part.nodes)
 

@@ -14,7 +14,7 @@ kept(x)·Aᵀ, a frozen one nothing. Imports neither torch nor transformers: it 
 import dataclasses
 import math
 
-from tli.model_shape import Shape, targets_of
+from tli.model_shape import NF4_BYTES, Shape, targets_of
 
 CATEGORIES = ("weights", "embedding rows", "activations", "gradients and optimiser", "workspace", "words")
 MB = 10**6
@@ -28,8 +28,11 @@ TOKENIZER_BYTES_PER_BYTE, TOKENIZER_BYTES_PER_ENTRY = 12.5, 1500
 FIRST_STEPS_BYTES, HOLES, HOLES_OF_LARGE, GRADIENT_HOLES, MAPPED_BYTES = 60 * MB, 0.8, 0.2, 6, 32 << 20
 # not measured: no GPU was at hand. A context with kernels of torch and Triton; cuBLAS's workspace, which torch allocates
 CUDA_CONTEXT_BYTES, CUBLAS_BYTES = 450 * MB, 8_519_680
-# of numbers decoded at a time on a CPU (kernels/onednn.py), of cosines in a block (kernels/blocked.py)
-_DECODED, _COSINES = 1 << 22, 1 << 24
+# of tables, where the weights that they replace are smaller; of a pair of the list (bench/long_lists.py)
+MOST_TABLE_BYTES, PAIR_BYTES = 64 << 20, 100
+# of numbers decoded at a time on a CPU (kernels/onednn.py), of cosines in a block (kernels/blocked.py), of keys by which dropout keeps
+# (kernels/reference.py)
+_DECODED, _COSINES, _KEYS = 1 << 22, 1 << 24, 1 << 17
 # of a common card, where sums are split so that each has work
 _PROCESSORS = 108
 
@@ -53,7 +56,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run as far as memory goes; ``device`` is cpu (oneDNN or the reference ops) or gpu (the fused ops)."""
+    """A run as far as memory goes; ``device`` is cpu (oneDNN's products) or gpu (the fused ops), or ``exact``: the reference ops."""
 
     shape: Shape
     part: Part
@@ -72,6 +75,7 @@ class Run:
     device: str = "cpu"
     element: int = 4
     token_norm: bool = True
+    exact: bool = False
     tokenizer_bytes: int | None = None
 
     @property
@@ -92,6 +96,11 @@ class Run:
         return self.device == "gpu"
 
     @property
+    def eager(self) -> bool:
+        """Whether attention keeps its T × T weights: for soft-capping, and in 16 bits on a CPU."""
+        return self.shape.eager or (self.element < 4 and not self.fused and not self.exact)
+
+    @property
     def in_parts(self) -> bool:
         return self.micro_batch is not None and self.micro_batch < self.batch
 
@@ -104,13 +113,14 @@ class Run:
 def predict(run: Run) -> dict[str, int]:
     """Bytes by category at the run's largest moment: ``CATEGORIES``, and what the process or the CUDA context takes beside them."""
     shape, parameters = run.shape, run.parameters
-    weights = run.blocks * shape.block_bytes(run.weights, run.element) - first_block_saving(run)
+    tables, replaced = _tables(run)
+    weights = run.blocks * shape.block_bytes(run.weights, run.element) - replaced
     # the norm behind the last block, and the token norm's copy of it
     weights += run.element * shape.width * (run.arm != "early") + 4 * shape.width * run.token_norm
     held, workspace, gradients = max(_moments(run).values(), key=sum)
     bytes_of = {
         "weights": weights,
-        "embedding rows": run.element * run.rows * shape.width + first_block_table_bytes(run),
+        "embedding rows": run.element * run.rows * shape.width + tables,
         "activations": held,
         # AdamW keeps two moments beside each parameter, all in fp32
         "gradients and optimiser": 12 * parameters + gradients,
@@ -174,8 +184,9 @@ def held_by_block(run: Run, block: int) -> float:
     adapted = {path.rpartition(".")[2] for path in run.adapted(block)}
     # whether a gradient reaches what goes in
     flows = any(run.adapted(below) for below in range(block))
-    saved = sum(4 * t * run.rank * _low_rank_parts(run, shape.linear()[path][1]) for path in run.adapted(block))
-    if run.dropout and not run.fused and e < 4:
+    low = 4 if run.fused else e
+    saved = sum(low * t * run.rank * _low_rank_parts(run, shape.linear()[path][1]) for path in run.adapted(block))
+    if run.dropout and run.exact:
         # the reference ops keep the dropped copy and its mask
         saved += sum((e + 1) * t * shape.linear()[path][1] for path in run.adapted(block))
     saved += 4 * t * d * flows + e * t * d * bool(adapted & {"q_proj", "k_proj", "v_proj"})
@@ -187,7 +198,7 @@ def held_by_block(run: Run, block: int) -> float:
     saved += e * t * q * (4 if attends else "o_proj" in adapted)
     if attends:
         weights = part.bins * shape.heads * part.width**2
-        saved += weights * (e + 4 + e * (e < 4)) if shape.eager else 4 * t * shape.heads
+        saved += weights * (e + 4 + e * (e < 4)) if run.eager else 4 * t * shape.heads
     flows = attends or flows or "o_proj" in adapted
     saved += 4 * t * d * flows * (2 if shape.gemma else 1) + e * t * d * bool(adapted & {"gate_proj", "up_proj"})
     into_gate, into_up = flows or "gate_proj" in adapted, flows or "up_proj" in adapted
@@ -202,14 +213,20 @@ def _mlp_workspace(run: Run) -> float:
     adapted = "mlp.down_proj" in run.adapted(run.layer - 1 if run.arm == "full-hook" else run.blocks - 1)
     # of the product and its two factors; down_proj's adapter has let go of the product
     inside = e * t * i * (3 - adapted)
+    # the gradients of its own factors, while the last of them is made
+    factors = 4 * run.rank * (i + run.shape.width) * adapted
     if run.fused:
         return max(inside, e * t * i + _product_parts(run, i, run.shape.width))
-    if e < 4:
+    if run.exact:
         return inside
     if run.weights == "nf4":
-        inside = max(inside, 2 * e * t * i + 4 * min(_DECODED, run.shape.width * i))
-    # dx, the low-rank term's, and three rounds of 32-bit numbers that decide what dropout keeps
-    return max(inside, (2 * e + 12) * t * i) if run.dropout and adapted else inside
+        # dx is summed in fp32
+        kept = e * t * i * bool(run.dropout and adapted)
+        inside = max(inside, (4 + e) * t * i + kept + e * min(_DECODED, run.shape.width * i))
+    if not (run.dropout and adapted):
+        return inside + factors
+    # dx, the low-rank term's, and what dropout keeps; or that while it is made
+    return max(inside + factors, 3 * e * t * i + factors, e * t * i + (8 + e) * min(t * i, _KEYS))
 
 
 def _splits(terms: int, least: int, tiles: int) -> int:
@@ -260,20 +277,32 @@ def _kept_workspace(run: Run) -> int:
     return CUBLAS_BYTES + decoded
 
 
-def first_block_table_bytes(run: Run) -> int:
-    """Of the table from which block 0's q, k and v of each distinct token are looked up: none, they are computed."""
-    return 0
+def table_bytes(rows: int, outputs: int, element: int, weight_bytes: int) -> int | None:
+    """How large the tables of block 0's q, k and v products are, or None where they would take more memory than they are worth.
+
+    Args:
+        rows:          V, the embedding rows that are kept: a product for each
+        outputs:       out-features of q, k and v together
+        element:       bytes of a number in the compute dtype
+        weight_bytes:  what the weights that they replace take, as they are held
+    """
+    wanted = rows * outputs * element
+    return wanted if wanted <= max(MOST_TABLE_BYTES, weight_bytes) else None
 
 
-def first_block_saving(run: Run) -> int:
-    """Of the weights that such a table replaces."""
-    return 0
+def _tables(run: Run) -> tuple[int, int]:
+    """Bytes of the tables in the place of block 0's q, k and v weights (tli/first_block.py), and of those weights and biases."""
+    replaced = {path: run.shape.linear()[f"self_attn.{path}"] for path in ("q_proj", "k_proj", "v_proj")}
+    weights = int(sum(n * k for n, k in replaced.values()) * (NF4_BYTES if run.weights == "nf4" else run.element))
+    tables = None if run.exact else table_bytes(run.rows, sum(n for n, _ in replaced.values()), run.element, weights)
+    biases = run.element * sum(n for path, (n, _) in replaced.items() if path in run.shape.biases)
+    return (0, 0) if tables is None else (tables, weights + biases)
 
 
 def words_bytes(run: Run) -> int:
-    """Of the tokenised list and an epoch's packed batches: for each node its row of the mask, five numbers, and the words' own."""
-    nodes = run.part.nodes / run.part.pairs * run.list_pairs
-    return int(nodes * (run.part.width * run.element + 5 * 8) + run.list_pairs * (2 * 8 * 8 + 1500 * (not run.fused)))
+    """Of the words: of each pair where it lies on disk and its words' keys; of a batch's nodes a row of the mask and five numbers."""
+    nodes = run.part.of(run.batch).nodes
+    return int(nodes * (run.part.width * run.element + 5 * 8) + run.list_pairs * PAIR_BYTES)
 
 
 def process_bytes(run: Run) -> int:

@@ -15,66 +15,91 @@ everything below is arithmetic on the lcp array. A bin that begins at a word rep
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+import tempfile
+from array import array
+from collections.abc import Iterable
 
 import numpy as np
 
-from tli.errors import TliError
+from tli.errors import TliError, disk_errors
 
 DEFAULT_WIDTH = 128
+_CHUNK_WORDS = 2048
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenisedWords:
-    """Words as rows of token numbers, sink first.
+    """Words as token ids, sink first, one behind the other.
 
-    tokens   int64 [words, longest]  positions in ``rows``; 0 behind a word's end
-    lengths  int64 [words]           tokens of each word, sink included
-    starts   int64 [words]           the first token that is the word's own
-    rows     int64 [V]               the token ids that occur, ascending: the embedding rows to keep
+    ids     int32 [tokens]     token ids; of many words in a file, mapped
+    indptr  int64 [words + 1]  where each word begins in ``ids``
+    starts  int32 [words]      the first of its tokens that is the word's own
+    rows    int64 [V]          the token ids that the model keeps embedding rows of, ascending; all that occur are there
     """
 
-    tokens: np.ndarray
-    lengths: np.ndarray
+    ids: np.ndarray
+    indptr: np.ndarray
     starts: np.ndarray
     rows: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [words]: tokens of each word, sink included."""
+        return np.diff(self.indptr)
+
     def with_all_rows(self, vocabulary: int) -> "TokenisedWords":
         """The same words over the whole embedding table: tokens are token ids."""
-        return dataclasses.replace(self, tokens=self.rows[self.tokens], rows=np.arange(vocabulary))
+        return dataclasses.replace(self, rows=np.arange(vocabulary))
+
+    def padded(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the words with these numbers as positions in ``rows``, int64 [words, longest], and their lengths; 0 behind an end."""
+        lengths = self.indptr[words + 1] - self.indptr[words]
+        depth = np.arange(lengths.max(initial=0))
+        inside = depth < lengths[:, None]
+        tokens = np.zeros(inside.shape, np.int64)
+        tokens[inside] = np.searchsorted(self.rows, self.ids[(self.indptr[words, None] + depth)[inside]])
+        return tokens, lengths
 
     def pack(self, words: np.ndarray, pool_bos: bool = False, width: int = DEFAULT_WIDTH, width_step: int = 1) -> "PackedWords":
         """Pack the words with these numbers, in this order; ``pool_bos`` takes the sink, and all else, into the pool."""
-        starts = self.starts[words] * (not pool_bos)
-        return pack(self.tokens[words], self.lengths[words], starts, width, width_step)
+        return pack(*self.padded(words), self.starts[words] * (not pool_bos), width, width_step)
 
 
-def tokenise(tokenizer, words: Sequence[str], window: int, prefix: str = "") -> TokenisedWords:
+def tokenise(tokenizer, words: Iterable[str], window: int, prefix: str = "") -> TokenisedWords:
     """Tokenise each word, behind ``prefix``, behind one sink: the tokenizer's BOS, or its EOS where it has no BOS.
 
-    A token that lies in the prefix alone is context; the word's own tokens begin with the first that reaches into it.
+    A token that lies in the prefix alone is context; the word's own tokens begin with the first that reaches into it. Words are taken
+    some at a time, and their tokens go to a temporary file: of a million words none is held.
 
     Raises:
         TliError: a word without tokens, or with more than ``window``.
     """
     sink = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    # special tokens are left to us: some tokenizers add a BOS, some an EOS, some neither
-    encoded = tokenizer([prefix + word for word in words], add_special_tokens=False, return_offsets_mapping=True)
-    ids, starts = encoded["input_ids"], []
-    for word, word_ids, spans in zip(words, ids, encoded["offset_mapping"], strict=True):
-        own = sum(end > len(prefix) for _, end in spans)
-        if not own or len(word_ids) >= window:
-            shown = word if len(word) <= 40 else word[:40] + "..."
-            got = len(word_ids) if own else 0
-            raise TliError(
-                f"word {shown!r}", f"a word must have 1 to {window - 1} tokens (the model's window)", got, "shorten or remove it"
-            )
-        starts.append(1 + len(word_ids) - own)
-    lengths = np.array([1 + len(word_ids) for word_ids in ids])
-    rows, numbers = np.unique(np.concatenate([[sink, *word_ids] for word_ids in ids]), return_inverse=True)
-    tokens = np.zeros((len(ids), lengths.max()), np.int64)
-    tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = numbers
-    return TokenisedWords(tokens, lengths, np.array(starts), rows)
+    words, indptr, starts, occurs = iter(words), array("q", [0]), array("i"), np.zeros(0, bool)
+    with disk_errors(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
+        while texts := list(itertools.islice(words, _CHUNK_WORDS)):
+            # special tokens are left to us: some tokenizers add a BOS, some an EOS, some neither; lists of ones and zeros cost time
+            wanted = {"return_offsets_mapping": True, "return_attention_mask": False, "return_token_type_ids": False}
+            encoded = tokenizer([prefix + text for text in texts], add_special_tokens=False, **wanted)
+            for text, word_ids, spans in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                own = sum(end > len(prefix) for _, end in spans)
+                if not own or len(word_ids) >= window:
+                    shown = text if len(text) <= 40 else text[:40] + "..."
+                    must = f"a word must have 1 to {window - 1} tokens (the model's window)"
+                    raise TliError(f"word {shown!r}", must, len(word_ids) if own else 0, "shorten or remove it")
+                indptr.append(indptr[-1] + 1 + len(word_ids))
+                starts.append(1 + len(word_ids) - own)
+            ids = np.array([token for word_ids in encoded["input_ids"] for token in (sink, *word_ids)], np.int32)
+            occurs = np.pad(occurs, (0, max(0, int(ids.max()) + 1 - len(occurs))))
+            occurs[ids] = True
+            file.write(ids.tobytes())
+        file.flush()
+        lists = np.frombuffer(indptr, np.int64), np.frombuffer(starts, np.int32)
+        return TokenisedWords(np.memmap(file, np.int32, "r"), *lists, np.flatnonzero(occurs))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,9 +76,10 @@ class Profile:
         curves_sum = np.sum([curves[name] for name in _STEP], axis=0)
         top = int(curves_sum.argmax())
         adapters = 12 * sum(parameter.numel() for parameter in parameters)
-        rows = _bytes(decoder.embed_tokens.weight)
+        embedding = _bytes(decoder.embed_tokens.weight)
+        rows = embedding + sum(_bytes(weight.products) for weight in _weights(decoder) if isinstance(weight, ops.TokenTable))
         bytes_of = {
-            "weights": sum(_bytes(tensor) for tensor in _frozen(decoder)) - rows,
+            "weights": sum(_bytes(tensor) for tensor in _frozen(decoder)) - embedding,
             "embedding rows": rows,
             "activations": int(curves["activations"][top]),
             "gradients and optimiser": adapters + int(curves["gradients"][top]),
@@ -103,11 +104,14 @@ class Profile:
 def _frozen(decoder: nn.Module) -> list[torch.Tensor]:
     """The decoder's frozen tensors, each once; of a packed weight its parts."""
     found = {id(parameter): parameter for parameter in decoder.parameters() if not parameter.requires_grad}
-    for module in decoder.modules():
-        weight = getattr(module, "weight", None)
+    for weight in _weights(decoder):
         if isinstance(weight, ops.NF4Weight):
             found |= {id(part): part for part in (weight.codes, weight.absmax, weight.nested_absmax) if part is not None}
     return list(found.values())
+
+
+def _weights(decoder: nn.Module) -> list:
+    return [weight for module in decoder.modules() if (weight := getattr(module, "weight", None)) is not None]
 
 
 def _bytes(tensor: torch.Tensor) -> int:

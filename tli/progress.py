@@ -17,8 +17,8 @@ from safetensors.torch import save
 from tli.config import TrainConfig, as_dict
 from tli.errors import TliError
 from tli.files import replacing
-from tli.lexicon import Pair
 from tli.lora import LoRALinear
+from tli.pairs import Pairs
 
 STATE_FILE = "training_state.safetensors"
 # options that change nothing about the numbers: a resumed run may differ in them
@@ -49,14 +49,27 @@ class Progress:
 class TrainingState:
     """The file from which an interrupted run goes on: adapters, AdamW's moments and the losses so far.
 
-    It carries a fingerprint of the configuration and of the taught pairs, so that no other run goes on from it.
+    It carries a fingerprint of the configuration and of the trained pairs, so that no other run goes on from it.
     """
 
-    def __init__(self, folder: pathlib.Path, config: TrainConfig, taught: list[Pair]):
+    def __init__(self, folder: pathlib.Path, config: TrainConfig, trained: Pairs):
         self.path = folder / STATE_FILE
         numbers = {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}
-        content = json.dumps([numbers, [dataclasses.astuple(pair) for pair in taught]], ensure_ascii=False)
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(numbers).encode())
+        for record in trained.records():
+            digest.update(record)
+        self.fingerprint = digest.hexdigest()
+        # what the run computes in, where its options leave that open
+        self.dtype = config.dtype
+
+    def begun_in(self) -> str | None:
+        """The dtype that the interrupted run computed in, so that it goes on in that; None without one."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return file.metadata().get("dtype")
+        except (SafetensorError, OSError):
+            # ``restore`` says what is wrong with it
+            return None
 
     def exists(self) -> bool:
         """Whether there is something to go on from."""
@@ -73,7 +86,8 @@ class TrainingState:
             tensors[name] = parameter.detach()
             for moment in _MOMENTS:
                 tensors[f"{name}.{moment}"] = optimiser.state[parameter][moment]
-        metadata = {"fingerprint": self.fingerprint, "seconds": str(progress.seconds), "first_step_at": str(progress.first_step_at)}
+        metadata = {"fingerprint": self.fingerprint, "dtype": self.dtype}
+        metadata |= {"seconds": str(progress.seconds), "first_step_at": str(progress.first_step_at)}
         with replacing(self.path) as temporary:
             temporary.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
 

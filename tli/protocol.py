@@ -10,6 +10,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from tli.figures import draw_protocol, save_figure
 from tli.files import claim_output, sha256, write_text
 from tli.grid import REPORT, Cell, cells_bar, run_cells
 from tli.objective import pooling
+from tli.pairs import Pair
 from tli.protocol_controls import adapters_everywhere, save_random_model, sink_only, tokenise_pairs
 from tli.protocol_report import PUBLISHED, markdown, sentence, show, verdict
 from tli.recorded import read_recorded
@@ -142,6 +144,8 @@ def protocol(config: ProtocolConfig) -> dict:
         must = f"the model must have at least {deepest} blocks, as hidden states 1 to {deepest} are compared"
         raise TliError("--model", must, checkpoint.blocks, "choose a deeper model")
     facts = _facts(config, checkpoint, splits, deepest)
+    # what is measured here must be what the cells' own reports measure
+    splits = {split: part.subset(lexicon.sample(part, config.seed)) for split, part in splits.items()}
     _claim(output, facts, config.overwrite)
 
     folder, random_folder = output / "cells", _random_folder(output)
@@ -181,7 +185,7 @@ def _random_folder(output: pathlib.Path) -> pathlib.Path:
     return output / "random-weights"
 
 
-def _facts(config: ProtocolConfig, checkpoint: Checkpoint, splits: dict[str, list], deepest: int) -> dict:
+def _facts(config: ProtocolConfig, checkpoint: Checkpoint, splits: dict[str, Sequence[Pair]], deepest: int) -> dict:
     """What must be the same for a stopped protocol to go on: plain JSON values."""
     file = pathlib.Path(config.pairs or lexicon.SHIPPED)
     local = None if checkpoint.folder is None else checkpoint.folder.resolve().name
@@ -219,7 +223,7 @@ def _claim(output: pathlib.Path, facts: dict, overwrite: bool) -> None:
     write_text(file, json.dumps(facts, indent=1) + "\n")
 
 
-def _numbers(switch: Switch, report: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: dict[str, list]) -> dict:
+def _numbers(switch: Switch, report: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: dict[str, Sequence[Pair]]) -> dict:
     """A row's measurements and tests, from the report of the cell in ``folder`` or beyond it."""
     options = report["config"]
     row = {"cell": folder.name, "layer": options["layer"], "seconds": report["training"]["seconds"]}
@@ -230,7 +234,7 @@ def _numbers(switch: Switch, report: dict, folder: pathlib.Path, checkpoint: Che
         check = adapters_everywhere(options, checkpoint, splits["trained"])
         return row | {"parameters": check["parameters"], "check": check}
     if switch.way == "null":
-        words = tokenise_pairs(checkpoint, splits["trained"] + splits["held_out"], options["prefix"])
+        words = tokenise_pairs(checkpoint, [*splits["trained"], *splits["held_out"]], options["prefix"])
         return measure_null(words, splits, checkpoint.config.hidden_size, options["seed"])
     return row
 
@@ -244,7 +248,7 @@ def of_report(report: dict) -> dict:
     }
 
 
-def measure_anew(options: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: dict[str, list]) -> dict:
+def measure_anew(options: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: dict[str, Sequence[Pair]]) -> dict:
     """The numbers of the adapter in ``folder``: base and adapter, measured with these options of ``tli.train``."""
     placement = place(options["device"], options["dtype"], options["weights"])
     ops.choose(options["impl"], placement.dtype, placement.device)
@@ -260,7 +264,7 @@ def measure_anew(options: dict, folder: pathlib.Path, checkpoint: Checkpoint, sp
     return {"measurements": _records(found, seed), "tests": tests}
 
 
-def measure_null(words, splits: dict[str, list], width: int, seed: int) -> dict:
+def measure_null(words, splits: dict[str, Sequence[Pair]], width: int, seed: int) -> dict:
     """The numbers of words that have nothing but a sink in common; ``expected`` is the formula's mean over the true pairs."""
     source, target, cosine = sink_only(words, width, SINK_LENGTH, seed)
     found, expected, first = {}, {}, 0

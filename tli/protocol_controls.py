@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,12 +13,13 @@ from tli.checkpoint import Checkpoint, sight
 from tli.hooked import run_hooked, whole
 from tli.objective import Objective, pooling
 from tli.packing import TokenisedWords, tokenise
+from tli.pairs import Pair
 from tli.truncated import place, run, to_batch, truncate
 
 _CHECKED_STEPS = 8
 
 
-def tokenise_pairs(checkpoint: Checkpoint, pairs: list[lexicon.Pair], prefix: str) -> TokenisedWords:
+def tokenise_pairs(checkpoint: Checkpoint, pairs: Sequence[Pair], prefix: str) -> TokenisedWords:
     """All sources, then all targets."""
     return tokenise(checkpoint.tokenizer(), [pair.source for pair in pairs] + [pair.target for pair in pairs], sight(checkpoint), prefix)
 
@@ -66,7 +68,7 @@ def sink_only(words: TokenisedWords, width: int, length: float, seed: int) -> tu
     return source, target, (length**2 / ((length**2 + m) * (length**2 + n)).sqrt()).numpy()
 
 
-def adapters_everywhere(options: dict, checkpoint: Checkpoint, pairs: list[lexicon.Pair]) -> dict:
+def adapters_everywhere(options: dict, checkpoint: Checkpoint, pairs: Sequence[Pair]) -> dict:
     """Whether adapters in all blocks learn what those below the layer do: some steps of both, from the same start, side by side.
 
     The whole model, a hook at the layer and adapters in every block, takes the steps of the truncated model. Above the layer no

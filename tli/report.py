@@ -204,10 +204,17 @@ def _summary(report: dict) -> str:
     chance = "" if training["chance_loss"] is None else f" (chance {training['chance_loss']:.3f})"
     return (
         f"{_hub_name(model['name'])}, {model['blocks']} blocks; {pairs['name']}: {pairs['trained']:,} pairs trained"
-        f"{', shuffled into false ones' if report['shuffled'] else ''}, {pairs['held_out']:,} held out; "
+        f"{', shuffled into false ones' if report['shuffled'] else ''}, {pairs['held_out']:,} held out{_samples(report)}; "
         f"{adapter['parameters']:,} adapter parameters, {training['steps']:,} steps in {training['seconds']:.1f} s, "
         f"{training['words_per_second']:,.0f} words/s; loss {training['loss_first']:.3f} -> {training['loss_last']:.3f}{chance}."
     )
+
+
+def _samples(report: dict) -> str:
+    """What is said of splits of which a random part was measured."""
+    sizes = {record["split"]: record["n"] for record in report["measurements"]}
+    parts = [f"{n:,} {SPLITS[split]}" for split, n in sizes.items() if n < report["pairs"][split]]
+    return f" (measured: a random sample, {' and '.join(parts)})" if parts else ""
 
 
 def _value_rows(report: dict, layer: Layer, metrics: tuple[str, ...], between: str) -> list[list[str]]:

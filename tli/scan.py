@@ -17,8 +17,6 @@ import json
 import pathlib
 import time
 
-import numpy as np
-
 from tli import layers, lexicon, ops, provenance, starter
 from tli.checkpoint import open_checkpoint, sight
 from tli.errors import TliError, run_command
@@ -26,6 +24,7 @@ from tli.figures import draw_scan, save_figure
 from tli.files import claim_output, sha256, write_text
 from tli.objective import pooling, token_norm_at_hand
 from tli.packing import tokenise
+from tli.pairs import Pairs
 from tli.progress import layer_bar
 from tli.recorded import read_recorded, require_fit
 from tli.scan_report import show, verdict
@@ -48,7 +47,7 @@ def scan(config: ScanConfig) -> dict:
     began = time.monotonic()
     console = Console(stderr=True, highlight=False)
     output = pathlib.Path(config.output).expanduser()
-    pairs = _pairs(config)
+    pairs, listed = _pairs(config)
     same = lexicon.same_meaning(pairs)
     adapted = None if config.adapter is None else read_recorded(config.adapter)
     streams = {"base": None} if adapted is None else {"base": None, "adapter": adapted.adapter}
@@ -74,7 +73,7 @@ def scan(config: ScanConfig) -> dict:
         "config": {**as_dict(config), "token_norm": token_norm},
         "model": provenance.model_facts(name, checkpoint, hashed(max(layer for _, layer in scans if layer != "output"))),
         "adapter": None if adapted is None else adapted.facts(),
-        "pairs": {"name": list_file.name, "sha256": sha256(list_file), "scanned": len(pairs)},
+        "pairs": {"name": list_file.name, "sha256": sha256(list_file), "listed": listed, "scanned": len(pairs)},
         "missing_output": missing_output,
         "choice": {
             "gap": layers.choose_layer(layers.of_stream(scans, "base", "word", "gap"), same, config.seed),
@@ -95,16 +94,16 @@ def scan(config: ScanConfig) -> dict:
     return report
 
 
-def _pairs(config: ScanConfig) -> list[lexicon.Pair]:
-    """The pairs of the chosen split, or a random sample of them, in the order of the list."""
+def _pairs(config: ScanConfig) -> tuple[Pairs, int]:
+    """The pairs of the chosen split, or a random sample of them, in the order of the list, and how many the split has."""
     pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
     if config.split != "all":
         pairs = dict(zip(("trained", "held_out"), lexicon.split_pairs(pairs, config.held_out, config.seed), strict=True))[config.split]
     if config.sample is None:
-        return pairs
+        return pairs.subset(lexicon.sample(pairs, config.seed)), len(pairs)
     if not 2 <= config.sample <= len(pairs):
         raise TliError("--sample", f"a sample must have from 2 to {len(pairs)} pairs, as many as there are", config.sample, "change it")
-    return [pairs[i] for i in np.sort(np.random.default_rng([config.seed, 3]).permutation(len(pairs))[: config.sample])]
+    return pairs.subset(lexicon.sample(pairs, config.seed, config.sample)), len(pairs)
 
 
 def main() -> None:

@@ -120,7 +120,9 @@ def show(report: dict, console: rich.console.Console) -> None:
 
     stream = "base" if report["adapter"] is None else "adapter"
     of = "" if report["adapter"] is None else f", with the adapter {report['adapter']['name']}"
-    console.print(Text(f"{report['model']['name']}{of}; {report['pairs']['name']}: {report['pairs']['scanned']:,} pairs\n"))
+    scanned, listed = (report["pairs"][name] for name in ("scanned", "listed"))
+    pairs = f"{scanned:,} pairs" + (f" of {listed:,}, drawn at random" if scanned < listed else "")
+    console.print(Text(f"{report['model']['name']}{of}; {report['pairs']['name']}: {pairs}\n"))
     norm = _NORMS[report["config"]["token_norm"]]
     about = f"Mean cosines. BOS in: token states as they are, BOS pooled (the paper's). BOS out: token states {norm}, BOS left out."
     marks = f"*: the gap's choice, p: the paper's{', both of the base' * (stream == 'adapter')}"

@@ -5,6 +5,7 @@ turn comes, sends every stream of states through it, and drops it. Streams diffe
 base), so a comparison before and after training reads the weights once.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -134,7 +135,7 @@ def align_layers(
     Args:
         checkpoint:  an open checkpoint
         words:       all words, sources of all pairs first, then targets
-        splits:      name -> (int64 pair numbers, their ``same_meaning``)
+        splits:      name -> (int64 pair numbers, their ``same_meaning``); words of no other pair are looked at
         pooling:     token states -> word states; at ``output``, where states are normalised already, without its norm
         placement:   as for ``truncate``
         streams:     name -> adapter, or None for the base
@@ -144,15 +145,19 @@ def align_layers(
     Returns:
         The alignment by (split, stream, layer), and why the pass ended before ``output``, or None.
     """
-    batch = to_batch(words.pack(np.arange(len(words.lengths)), pool_bos), placement.dtype, placement.device)
+    measured = np.concatenate([pairs for pairs, _ in splits.values()])
+    packed = words.pack(np.concatenate([measured, measured + len(words) // 2]), pool_bos)
+    batch = to_batch(packed, placement.dtype, placement.device)
+    ends = list(itertools.accumulate((len(pairs) for pairs, _ in splits.values()), initial=0))
     alignments = {}
 
     def visit(layer: int | str, states: Sequence[Tensor]) -> None:
         for stream, nodes in zip(streams, states, strict=True):
             source, target = pooling.at(layer)(nodes, batch).chunk(2)
             share = sink_share(nodes, batch).view(2, -1).mean(0).cpu().numpy()
-            for split, (pairs, same) in splits.items():
-                alignments[split, stream, layer] = measure(source[pairs], target[pairs], same, share[pairs])
+            for (split, (_, same)), *part in zip(splits.items(), ends, ends[1:]):
+                own = slice(*part)
+                alignments[split, stream, layer] = measure(source[own], target[own], same, share[own])
         done()
 
     return alignments, stream_layers(checkpoint, batch, words.rows, placement, list(streams.values()), visit)

@@ -23,7 +23,7 @@ import numpy as np
 import tli
 from tli import lexicon, study_report
 from tli.errors import TliError, disk_errors, run_command
-from tli.files import sha256, write_text
+from tli.files import replacing, sha256, write_text
 from tli.grid import Cell, cells_bar, run_cells
 
 SETTINGS_FILE = "study.json"
@@ -143,17 +143,16 @@ def _write_lists(folder: pathlib.Path, config: StudyConfig) -> None:
     pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
     rest, judged = lexicon.split_pairs(pairs, config.search_share, _SEARCH_SPLIT)
     for name, part in (("grid", rest), ("search", judged)):
-        rows = [
-            {
-                config.source: pair.source,
-                config.target: pair.target,
-                "synonyms": list(pair.synonyms),
-                "class": pair.word_class,
-                "loan": {True: "yes", False: "no", None: ""}[pair.loan],
-            }
-            for pair in part
-        ]
-        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        with replacing(folder / f"{name}.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
+            for pair in part:
+                row = {
+                    config.source: pair.source,
+                    config.target: pair.target,
+                    "synonyms": pair.synonyms,
+                    "class": pair.word_class,
+                    "loan": {True: "yes", False: "no", None: ""}[pair.loan],
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _cell(config: StudyConfig, folder: pathlib.Path, device: str, blocks: int, name: str, arm: str, rank: int, **options) -> Cell:

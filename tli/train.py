@@ -18,26 +18,30 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import pathlib
 import sys
 import time
 import types
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from tli import layers, lexicon, lora, ops, profiling, provenance, report, starter, training_memory
+from tli.batches import EpochBatches
 from tli.checkpoint import Checkpoint, open_checkpoint, sight
-from tli.errors import TliError, run_command
+from tli.errors import run_command
 from tli.files import claim_output, sha256
 from tli.first_block import tabulate
 from tli.hooked import recompute_blocks, run_hooked, whole
 from tli.objective import Pooling, pooling, token_norm_at_hand
 from tli.packing import TokenisedWords, tokenise
+from tli.pairs import Pairs
 from tli.progress import Progress, TrainingState, layer_bar, stop_signals, training_bar
 from tli.step import Stepper, made_ahead, require_finite
 from tli.streaming import align_layers
-from tli.truncated import Batch, Placement, attend_in_steps, place, require_layer, run, to_batch, truncate
+from tli.truncated import Placement, attend_in_steps, place, require_layer, run, truncate
 
 _SAVE_EVERY_S = 20.0
 
@@ -58,16 +62,17 @@ def train(config: TrainConfig) -> dict:
     output = pathlib.Path(config.output).expanduser()
     trained, held_out = _read_pairs(config)
     partners = _partners(len(trained), config)
-    taught = [dataclasses.replace(trained[own], source=pair.source) for pair, own in zip(trained, partners, strict=True)]
-    state = TrainingState(output, config, taught)
+    state = TrainingState(output, config, trained)
     if not (config.resume and state.exists()):
         claim_output(output, config.overwrite)
 
     checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
-    words = _tokenise(config, checkpoint, trained + held_out)
+    words = _tokenise(config, checkpoint, [trained, held_out])
     # what is measured is measured exactly; the reference ops are for comparing every bit
     fast = config.dtype == "auto" and config.impl == "auto"
-    placement, exact = (place(config.device, dtype, config.weights) for dtype in ("fastest" if fast else config.dtype, config.dtype))
+    dtype = (config.resume and state.begun_in()) or ("fastest" if fast else config.dtype)
+    placement, exact = (place(config.device, name, config.weights) for name in (dtype, config.dtype))
+    state.dtype = str(placement.dtype).removeprefix("torch.")
     console.print(ops.choose(config.impl, placement.dtype, placement.device))
 
     adapter = lora.LoRAConfig(
@@ -79,7 +84,7 @@ def train(config: TrainConfig) -> dict:
     pool = pooling(token_norm, checkpoint, placement.device)
     if config.layer == "auto":
         config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, exact, console))
-    batches = EpochBatches(config, words, partners, lexicon.same_meaning(taught), placement)
+    batches = EpochBatches(config, words, partners, trained, placement)
     require_layer(checkpoint, config.layer)
     needed = training_memory.needed(config, checkpoint, words, len(trained), token_norm, placement)
     training_memory.require_room(needed, placement)
@@ -106,7 +111,7 @@ def train(config: TrainConfig) -> dict:
         facts["memory"] = training_memory.measured(needed, profile, decoder, batches.bytes(), output, console)
     if not config.no_report:
         streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
-        splits = _splits(trained, held_out)
+        splits = _splits(trained, held_out, config.seed)
         # the embeddings, each block, and the output
         with layer_bar(console, checkpoint.blocks + 2) as done:
             alignments, facts["missing_output"] = align_layers(checkpoint, words, splits, pool, exact, streams, config.eval_pool_bos, done)
@@ -116,7 +121,7 @@ def train(config: TrainConfig) -> dict:
     return facts
 
 
-def _read_pairs(config: TrainConfig) -> tuple[list[lexicon.Pair], list[lexicon.Pair]]:
+def _read_pairs(config: TrainConfig) -> tuple[Pairs, Pairs]:
     """Trained and held-out pairs, which share no word."""
     pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
     if config.held_out_pairs is None:
@@ -136,8 +141,9 @@ def _partners(pairs: int, config: TrainConfig) -> np.ndarray:
     return partners
 
 
-def _tokenise(config: TrainConfig, checkpoint: Checkpoint, pairs: list[lexicon.Pair]) -> TokenisedWords:
-    texts = [pair.source for pair in pairs] + [pair.target for pair in pairs]
+def _tokenise(config: TrainConfig, checkpoint: Checkpoint, splits: Sequence[Pairs]) -> TokenisedWords:
+    """All sources, then all targets."""
+    texts = (text for side in ("source", "target") for pairs in splits for text in map(operator.attrgetter(side), pairs))
     words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), config.prefix)
     return words.with_all_rows(checkpoint.config.vocab_size) if config.all_rows else words
 
@@ -146,13 +152,13 @@ def _choose_layer(
     config: TrainConfig,
     checkpoint: Checkpoint,
     words: TokenisedWords,
-    trained: list[lexicon.Pair],
+    trained: Pairs,
     pool: Pooling,
     placement: Placement,
     console,
 ) -> int:
     """The layer for ``auto``, by the trained pairs alone: held-out ones are to judge what comes of it."""
-    splits = {"trained": (np.arange(len(trained)), lexicon.same_meaning(trained))}
+    splits = {"trained": _measured(trained, 0, config.seed)}
     with layer_bar(console, checkpoint.blocks + 2) as done:
         alignments, _ = align_layers(checkpoint, words, splits, pool, placement, {"before": None}, done=done)
     gaps = {layer: alignment.per_pair("gap") for (_, _, layer), alignment in alignments.items()}
@@ -170,48 +176,6 @@ def _model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None,
     if config.checkpointing:
         recompute_blocks(decoder)
     return decoder
-
-
-class EpochBatches:
-    """Each epoch's batches, packed before the epoch begins: random pairs in parts of nearly equal size.
-
-    Words are numbered sources first (trained, then held out), then targets in the same order.
-    """
-
-    def __init__(self, config: TrainConfig, words: TokenisedWords, partners: np.ndarray, same: np.ndarray, placement: Placement):
-        if config.micro_batch is not None and config.micro_batch < 1:
-            raise TliError("--micro-batch", "a part of a batch must have at least 1 pair", config.micro_batch, "raise it, or leave it out")
-        if config.batch < 2 or config.epochs < 1:
-            got = f"batch {config.batch}, epochs {config.epochs}"
-            raise TliError("--batch, --epochs", "a batch must have at least 2 pairs, and a run at least 1 epoch", got, "raise them")
-        self.config, self.words, self.partners, self.same, self.placement = config, words, partners, same, placement
-        self.per_epoch = -(-len(partners) // config.batch)
-        self.total = self.per_epoch * config.epochs
-
-    def epoch(self, epoch: int, skip: int = 0) -> list[tuple[list[Batch], torch.Tensor]]:
-        """The epoch's batches from the ``skip``-th on, each in parts, with its pairs (i, j) that are no negatives: int64 [E, 2]."""
-        order = np.random.default_rng([self.config.seed, 0, epoch]).permutation(len(self.partners))
-        return [self._batch(pairs) for pairs in np.array_split(order, self.per_epoch)[skip:]]
-
-    def bytes(self) -> int:
-        """Of an epoch's packed batches and of the tokenised words."""
-        parts = [part for batch, _ in self.epoch(0) for part in batch]
-        own = sum(array.nbytes for array in vars(self.words).values()) if self.placement.device.type == "cpu" else 0
-        return sum(tensor.nbytes for part in parts for tensor in part.tensors()) + own
-
-    def _batch(self, pairs: np.ndarray) -> tuple[list[Batch], torch.Tensor]:
-        parts = [self._part(part) for part in np.array_split(pairs, -(-len(pairs) // (self.config.micro_batch or len(pairs))))]
-        place_of = np.full(len(self.partners), -1)
-        place_of[pairs] = np.arange(len(pairs))
-        same = place_of[self.same]
-        same = same[(same >= 0).all(axis=1)]
-        # row by row, as the fused losses walk them
-        return parts, torch.from_numpy(same[np.lexsort(same.T[::-1])]).to(self.placement.device)
-
-    def _part(self, pairs: np.ndarray) -> Batch:
-        targets = self.partners[pairs] + len(self.words.lengths) // 2
-        packed = self.words.pack(np.concatenate([pairs, targets]), self.config.pool_bos, width_step=self.placement.width_step)
-        return to_batch(packed, self.placement.dtype, self.placement.device)
 
 
 def _fit(
@@ -254,13 +218,15 @@ def _fit(
     return progress
 
 
-def _splits(trained: list[lexicon.Pair], held_out: list[lexicon.Pair]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _splits(trained: Pairs, held_out: Pairs, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The true pairs of each split, also where mismatched ones were taught, and those among them that mean the same."""
-    numbers = np.arange(len(trained) + len(held_out))
-    return {
-        "trained": (numbers[: len(trained)], lexicon.same_meaning(trained)),
-        "held_out": (numbers[len(trained) :], lexicon.same_meaning(held_out)),
-    }
+    return {"trained": _measured(trained, 0, seed), "held_out": _measured(held_out, len(trained), seed)}
+
+
+def _measured(pairs: Pairs, first: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers, from ``first`` on, of the pairs that are measured: all, or a sample; and those among them that mean the same."""
+    numbers = lexicon.sample(pairs, seed)
+    return first + numbers, lexicon.same_meaning(pairs.subset(numbers))
 
 
 def _facts(
@@ -268,8 +234,8 @@ def _facts(
     checkpoint: Checkpoint,
     decoder,
     placement: Placement,
-    trained: list,
-    held_out: list,
+    trained: Pairs,
+    held_out: Pairs,
     output: pathlib.Path,
     progress: Progress,
 ) -> dict:

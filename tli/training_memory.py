@@ -29,6 +29,7 @@ def needed(
         list_pairs=trained,
         rows=len(words.rows),
         weights=config.weights if ops.holds_nf4() else "full",
+        exact=not ops.holds_tables(),
         device="gpu" if placement.device.type == "cuda" else "cpu",
         element=placement.dtype.itemsize,
         token_norm=token_norm != "none",

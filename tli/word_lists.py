@@ -1,0 +1,245 @@
+"""Lists of word pairs, read row by row and cleaned: TSV, CSV, JSON, JSONL or a dictd dictionary.
+
+Whatever the format, a reader yields ``(line, row)``, a row being a mapping from column names in lower case to values; from there on all
+formats go one way: clean, make a ``Pair``. TSV, CSV and JSONL are read line by line, so they may be of any length; JSON and dictd
+dictionaries are read whole.
+"""
+
+import csv
+import gzip
+import json
+import os
+import pathlib
+import re
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator
+
+from tli.errors import TliError
+from tli.pairs import Pair, same_word
+
+# characters that mark no letter: soft hyphen, zero-width space, word joiner, byte order mark
+_INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_LOAN = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False, "": None}
+
+
+def read_rows(path: pathlib.Path, source: str, target: str) -> Iterator[Pair]:
+    """The pair of every row, cleaned, in the order of the file; rows of one source word are not merged.
+
+    Arguments and columns as for ``lexicon.read_pairs``.
+
+    Raises:
+        TliError: with the file and the line of what is wrong.
+    """
+    if same_word(source) == same_word(target):
+        raise TliError("--target", "source and target must be two columns", repr(target), "name another with --source or --target")
+    suffix = path.suffix.lower()
+    if suffix not in _READERS and os.path.exists(path) and not os.path.isdir(path):
+        raise TliError(path, f"the format must show in the suffix, one of {' '.join(_READERS)}", repr(suffix), "rename or convert the file")
+    line = None
+    # a missing file of any suffix is named as missing
+    for line, row in _READERS.get(suffix, _table_rows)(path, source, target):
+        yield _pair(f"{path}:{line}", row, source, target)
+    if line is None:
+        raise TliError(f"{path}:1", "the list must hold at least one pair", "none", "add pairs or name another file")
+
+
+def _lines(path: pathlib.Path, newline: str) -> Iterator[str]:
+    """The lines of a text file with their ends; ``newline`` as for ``open``."""
+    try:
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            yield from file
+    except OSError as error:
+        raise _unreadable(path, error, "name a word list: .tsv .csv .json .jsonl or dictd .index") from error
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path) from error
+
+
+def _unreadable(path: pathlib.Path, error: OSError, remedy: str) -> TliError:
+    return TliError(path, "the path must be that of a readable file", (error.strerror or str(error)).lower(), remedy)
+
+
+def _not_utf8(path: pathlib.Path) -> TliError:
+    """Where the file is not UTF-8: the decoder knows a place in its buffer only, and no character reaches over a line's end."""
+    with open(path, "rb") as file:
+        for line, record in enumerate(file, start=1):
+            try:
+                record.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return TliError(f"{path}:{line}", "the file must be UTF-8", f"byte 0x{record[error.start]:02x}", "save it as UTF-8")
+    return TliError(path, "the file must stay as it is while it is read", "a change", "run again")
+
+
+def _table_rows(path: pathlib.Path, source: str, target: str) -> Iterator[tuple[int, dict]]:
+    delimiter, separated_by = (",", "a comma") if path.suffix.lower() == ".csv" else ("\t", "a tab")
+    reader, header, line = csv.reader(_lines(path, newline=""), delimiter=delimiter, strict=True), None, 1
+    try:
+        for fields in reader:
+            where = f"{path}:{line}"
+            if fields and header is None:
+                header = [same_word(name.strip()) for name in fields]
+                missing = [name for name in (source, target) if header.count(same_word(name)) != 1]
+                if missing:
+                    must = f"the header must have the columns {source} and {target} once each, {separated_by} between them"
+                    raise TliError(where, must, f"the columns {', '.join(map(repr, fields))}", "name yours with --source and --target")
+            elif fields:
+                row = dict(zip(header, fields))
+                if len(fields) > len(header) or not {same_word(source), same_word(target)} <= row.keys():
+                    must = f"the row must have the header's {len(header)} columns, {separated_by} between them"
+                    raise TliError(where, must, f"{len(fields)}: {', '.join(map(repr, fields))}", "mend the row")
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise TliError(f"{path}:{line}", "the row must be well-formed", str(error), "close or double its quotation marks") from error
+
+
+def _object_row(where: str, row: object, source: str, target: str) -> dict:
+    if not isinstance(row, dict):
+        raise TliError(where, "every row must be an object", json.dumps(row)[:80], f'write {{"{source}": ..., "{target}": ...}}')
+    folded = {same_word(name): value for name, value in row.items()}
+    if not {same_word(source), same_word(target)} <= folded.keys():
+        got = f"the keys {', '.join(map(repr, row)) or '(none)'}"
+        raise TliError(where, f"every row must have the keys {source} and {target}", got, "name yours with --source and --target")
+    return folded
+
+
+def _parsed(path: pathlib.Path, text: str, first_line: int) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = first_line + getattr(error, "lineno", 1) - 1
+        raise TliError(f"{path}:{line}", "the file must be valid JSON", str(error).lower(), "mend it there") from error
+
+
+def _json_rows(path: pathlib.Path, source: str, target: str) -> Iterator[tuple[int, dict]]:
+    text = "".join(_lines(path, newline=""))
+    document = _parsed(path, text, 1)
+    if not isinstance(document, list):
+        kind = "an object" if isinstance(document, dict) else json.dumps(document)[:80]
+        raise TliError(f"{path}:1", "the file must be a list of objects", kind, "put the rows in [ ]")
+    # json.loads keeps no positions: walk through the text, known to be valid by now, for the line of each row
+    decoder, between, line, counted, end = json.JSONDecoder(), re.compile(r"[,\s]*"), 1, 0, text.index("[") + 1
+    for _ in document:
+        start = between.match(text, end).end()
+        line, counted = line + text.count("\n", counted, start), start
+        row, end = decoder.raw_decode(text, start)
+        yield line, _object_row(f"{path}:{line}", row, source, target)
+
+
+def _jsonl_rows(path: pathlib.Path, source: str, target: str) -> Iterator[tuple[int, dict]]:
+    # not splitlines: a JSON string may hold U+2028
+    for line, record in enumerate(_lines(path, newline="\n"), start=1):
+        if record.strip():
+            yield line, _object_row(f"{path}:{line}", _parsed(path, record.rstrip("\n"), line), source, target)
+
+
+_DIGITS = {digit: value for value, digit in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
+_CLASSES = {
+    "n": "noun", "v": "verb", "adj": "adjective", "adv": "adverb", "num": "numeral", "pron": "pronoun",
+    "conj": "conjunction", "prep": "preposition", "interj": "interjection",
+}  # fmt: skip
+
+
+def _dictd_rows(path: pathlib.Path, source: str, target: str) -> Iterator[tuple[int, dict]]:
+    """One row per headword that has a gloss of its own; inflected forms that only point to another entry have none."""
+    data = _dictd_data(path)
+    for line, record in enumerate(_lines(path, newline="\n"), start=1):
+        if not record.strip() or record.startswith(("00database", "00-database")):
+            continue
+        where, (headword, *numbers) = f"{path}:{line}", record.rstrip("\r\n").split("\t")
+        if len(numbers) < 2 or not all(number and _DIGITS.keys() >= set(number) for number in numbers[:2]):
+            must = "an index line must be a headword, an offset and a length in base 64, a tab between them"
+            raise TliError(where, must, repr(record[:80]), "install or build the dictionary again")
+        start, length = (sum(_DIGITS[digit] << 6 * place for place, digit in enumerate(reversed(number))) for number in numbers[:2])
+        if start + length > len(data):
+            got = f"bytes {start} to {start + length} of {len(data)}"
+            raise TliError(where, "the entry must lie within the dictionary", got, "use the .index and the .dict of one edition")
+        try:
+            entry = data[start : start + length].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise TliError(where, "the entry must be UTF-8", f"byte 0x{error.object[error.start]:02x}", "convert the dictionary") from error
+        word, word_class, glosses = _dictd_entry(headword, entry)
+        if glosses:
+            yield line, {same_word(source): word, same_word(target): glosses[0], "synonyms": glosses[1:], "class": word_class}
+
+
+def _dictd_data(path: pathlib.Path) -> bytes:
+    plain, packed = path.with_suffix(".dict"), path.with_suffix(".dict.dz")
+    file, remedy = (plain, "make it readable") if os.path.exists(plain) else (packed, f"put it, or {plain.name}, beside {path.name}")
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise _unreadable(file, error, remedy) from error
+    try:
+        return data if file == plain else gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise TliError(packed, "the dictionary must be a whole gzip file", str(error).lower(), "install or download it again") from error
+
+
+def _dictd_entry(headword: str, entry: str) -> tuple[str, str, list[str]]:
+    """Word, class and glosses of an entry in FreeDict's layout.
+
+    The first line is ``word /pronunciation/ <class>``, or several spellings before the first slash; the lines below hold
+    glosses, or a number alone; what is indented is a note. The index has the words in lower case and without apostrophes.
+    """
+    head, *body = entry.strip("\n").split("\n")
+    spellings = re.split(r"\s+[/<\[(]", head)[0].split(", ")
+    word = next((spelling for spelling in spellings if letters(spelling) == letters(headword)), headword)
+    word_class = "".join(re.findall(r"<([^,>]+)", head)[:1])
+    glosses = re.split("[;,\n]", without_notes("\n".join(line for line in body if not line[:1].isspace())))
+    glosses = [gloss.strip() for gloss in glosses if not re.fullmatch(r"\s*(\d+\.)?\s*", gloss)]
+    return word, _CLASSES.get(word_class, word_class), [re.sub(r"^\d+\.\s*", "", gloss) for gloss in glosses]
+
+
+def without_notes(text: str) -> str:
+    """The text without its parentheses, which may be nested."""
+    while (shorter := re.sub(r"\([^()]*\)", " ", text)) != text:
+        text = shorter
+    return text
+
+
+_READERS = {".tsv": _table_rows, ".csv": _table_rows, ".json": _json_rows, ".jsonl": _jsonl_rows, ".index": _dictd_rows}
+
+
+def _pair(where: str, row: dict, source: str, target: str) -> Pair:
+    synonyms = [] if row.get("synonyms") is None else row["synonyms"]
+    if isinstance(synonyms, str):
+        synonyms = [part for part in synonyms.split(";") if part.strip()]
+    if not isinstance(synonyms, list):
+        raise TliError(where, "synonyms must be a list or a string with semicolons", json.dumps(synonyms), "write them so")
+    loan = "" if row.get("loan") is None else str(row["loan"]).strip().casefold()
+    if loan not in _LOAN:
+        raise TliError(where, "loan must be yes or no", repr(row["loan"]), "write one of these or leave it empty")
+    word_class = "" if row.get("class") is None else _clean(where, "class", row["class"])
+    glosses = [_word(where, target, row[same_word(target)]), *(_word(where, "synonyms", gloss) for gloss in synonyms)]
+    return Pair(_word(where, source, row[same_word(source)]), glosses[0], further(glosses), word_class, _LOAN[loan])
+
+
+def _word(where: str, name: str, value: object) -> str:
+    word = _clean(where, name, value)
+    if not word:
+        raise TliError(where, f"{name} must hold a word", "an empty one", "fill it in or remove the row")
+    return word
+
+
+def _clean(where: str, name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TliError(where, f"{name} must be a string", json.dumps(value), "put the word in quotes")
+    word = " ".join(unicodedata.normalize("NFC", _INVISIBLE.sub("", value)).split())
+    if _UNPRINTABLE.search(word):
+        raise TliError(where, f"{name} must be printable", ascii(word), "remove the control characters")
+    return word
+
+
+def further(glosses: Iterable[str]) -> tuple[str, ...]:
+    """The glosses after the first that say something new; of spellings that differ in case the first one stays."""
+    distinct: dict[str, str] = {}
+    for gloss in glosses:
+        distinct.setdefault(same_word(gloss), gloss)
+    return tuple(distinct.values())[1:]
+
+
+def letters(word: str) -> str:
+    """What is left of a word when all that is no letter or digit is taken out, in folded case."""
+    return "".join(letter for letter in same_word(word) if letter.isalnum())
