@@ -167,7 +167,7 @@ RUNS = st.fixed_dictionaries(
 )
 
 
-@given(RUNS, st.sampled_from((("cpu", 4), ("gpu", 2))), st.integers(2, 512))
+@given(RUNS, st.sampled_from((("cpu", 4), ("cpu", 2), ("gpu", 2))), st.integers(2, 512))
 @settings(max_examples=60, deadline=None)
 def test_what_is_to_save_memory_does(options, device, size):
     run = some_run(**options, device=device[0], element=device[1])
@@ -243,7 +243,9 @@ def test_the_command_needs_config_alone_and_no_torch(make_model, word_list, tmp_
     assert done.stderr.splitlines()[-1] == "[]"
     facts = json.loads(done.stdout)
     assert not facts["counted"]
-    assert [(run["device"], run["weights"]) for run in facts["runs"]] == [(d, w) for d in ("cpu", "gpu") for w in ("full", "nf4")]
+    assert [(run["device"], run["weights"]) for run in facts["runs"]] == [
+        (d, w) for d in ("cpu fp32", "cpu bf16", "gpu bf16") for w in ("full", "nf4")
+    ]
     for run in facts["runs"]:
         assert run["total"] == sum(run["bytes"].values())
 

@@ -28,7 +28,8 @@ SIZES_GB = (2, 4, 6, 8, 12, 16, 24)
 # where nothing can be counted: nodes of a pair in batches of 64 to 512, and tokens of a pair in the list; measured on the
 # shipped list with two tokenizers (3.2 to 3.6 and 1.5 to 2.0)
 _NODES_PER_PAIR, _TOKENS_PER_PAIR = 3.6, 2.0
-_DEVICES = {"cpu": 4, "gpu": 2}
+# of a number, by device: on a CPU training computes in what its processor multiplies fastest (tli/processor.py)
+_DEVICES = {"cpu fp32": 4, "cpu bf16": 2, "gpu bf16": 2}
 
 
 def memory(config: MemoryConfig) -> dict:
@@ -62,15 +63,15 @@ def memory(config: MemoryConfig) -> dict:
     )
     runs, fits = [], []
     for device, element in _DEVICES.items():
+        run = dataclasses.replace(run, device=device[:3], element=element)
         for weights in ("full", "nf4"):
-            bytes_of = predict(dataclasses.replace(run, device=device, element=element, weights=weights))
+            bytes_of = predict(dataclasses.replace(run, weights=weights))
             runs.append({"device": device, "weights": weights, "bytes": bytes_of})
             runs[-1] |= {"total": total(bytes_of), "allocations": allocations(bytes_of)}
-    for device, element in _DEVICES.items():
         for size in SIZES_GB:
             for arm in ("early", "full"):
                 for weights in ("full", "nf4"):
-                    this = dataclasses.replace(run, device=device, element=element, weights=weights, arm=arm)
+                    this = dataclasses.replace(run, weights=weights, arm=arm)
                     changed = change_to_fit(this, size * 10**9, free=("micro_batch", "checkpointing"))
                     options = None if changed is None else as_flags(changed)
                     fits.append({"device": device, "gb": size, "arm": arm, "weights": weights, "options": options})
@@ -142,7 +143,7 @@ def _estimated(shape: Shape, pairs: int, batch: int) -> tuple[Part, int]:
 
 def _tables(facts: dict) -> list[Table]:
     config, runs = facts["config"], facts["runs"]
-    names = {"cpu": "CPU", "gpu": "GPU"}
+    names = {device: device.replace("cpu", "CPU").replace("gpu", "GPU") for device in _DEVICES}
     categories = list(dict.fromkeys(name for run in runs for name in run["bytes"]))
     rows = [[name, *(f"{run['bytes'][name] / 1e6:,.0f}" if name in run["bytes"] else "" for run in runs)] for name in categories]
     rows.append(["all", *(f"{run['total'] / 1e6:,.0f}" for run in runs)])
@@ -151,14 +152,14 @@ def _tables(facts: dict) -> list[Table]:
     title = (
         f"{facts['model']['name']}, {config['arm']} arm, layer {config['layer']}, rank {config['rank']}, {facts['batch']} pairs a step"
         f"{parts}: {facts['nodes']:,.0f} nodes at once, {facts['rows']:,} embedding rows "
-        f"({counted}). MB at most; CPU in fp32, GPU in bf16"
+        f"({counted}). MB at most"
     )
-    tables = [Table(title, ["", *(f"{names[run['device']]} {run['weights']}" for run in runs)], rows)]
+    tables = [Table(title, ["", *(f"{names[run['device']]}\n{run['weights']}" for run in runs)], rows)]
     arms = [(arm, weights) for arm in ("early", "full") for weights in ("full", "nf4")]
     for device, called in names.items():
         cells = {(fit["gb"], fit["arm"], fit["weights"]): fit["options"] for fit in facts["fits"] if fit["device"] == device}
         rows = [[f"{size} GB", *(_cell(cells[size, *arm]) for arm in arms)] for size in SIZES_GB]
-        title = f"what fits on a {called} with so much memory free, and the options that it takes"
+        title = f"what fits in so much free memory, {called}, and the options that it takes"
         tables.append(Table(title, ["", *(f"{arm} arm, {weights}" for arm, weights in arms)], rows))
     return tables
 
