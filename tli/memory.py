@@ -154,7 +154,8 @@ def _tables(facts: dict) -> list[Table]:
         f"{parts}: {facts['nodes']:,.0f} nodes at once, {facts['rows']:,} embedding rows "
         f"({counted}). MB at most"
     )
-    tables = [Table(title, ["", *(f"{names[run['device']]}\n{run['weights']}" for run in runs)], rows)]
+    heads = {device: name.replace(" ", "\n") for device, name in names.items()}
+    tables = [Table(title, ["", *(f"{heads[run['device']]}\n{run['weights']}" for run in runs)], rows)]
     arms = [(arm, weights) for arm in ("early", "full") for weights in ("full", "nf4")]
     for device, called in names.items():
         cells = {(fit["gb"], fit["arm"], fit["weights"]): fit["options"] for fit in facts["fits"] if fit["device"] == device}
