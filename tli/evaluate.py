@@ -213,7 +213,9 @@ def _differences(used: dict, known: "list[Recorded]") -> list[dict]:
             found.append({"adapter": recorded.name, "setting": None, "here": None, "training": None})
             continue
         trained = {name: recorded.option(name, value) for name, value in used.items()}
-        trained["dtype"] = recorded.report.get("machine", {}).get("dtype", used["dtype"])
+        machine = recorded.report.get("machine", {})
+        # what it was measured in; older reports measured in what they trained in
+        trained["dtype"] = machine.get("measured_in", machine.get("dtype", used["dtype"]))
         differing = [name for name in used if used[name] != trained[name]]
         found += [{"adapter": recorded.name, "setting": name, "here": used[name], "training": trained[name]} for name in differing]
     return found

@@ -107,6 +107,7 @@ def train(config: TrainConfig) -> dict:
     # what was done, where the options left it open
     done_config = dataclasses.replace(config, token_norm=token_norm)
     facts = _facts(done_config, checkpoint, decoder, placement, trained, held_out, output, progress)
+    facts["machine"]["measured_in"] = str(exact.dtype).removeprefix("torch.")
     if profile is not None:
         facts["memory"] = training_memory.measured(needed, profile, decoder, batches.bytes(), output, console)
     if not config.no_report:
