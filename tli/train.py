@@ -26,17 +26,17 @@ import numpy as np
 import torch
 
 from tli import layers, lexicon, lora, ops, provenance, report, starter
+from tli.arms import arm_model
 from tli.checkpoint import Checkpoint, open_checkpoint, sight
 from tli.errors import TliError, run_command
 from tli.files import claim_output, sha256
-from tli.first_block import tabulate
-from tli.hooked import recompute_blocks, run_hooked, whole
+from tli.hooked import run_hooked
 from tli.objective import Pooling, pooling, token_norm_at_hand
 from tli.packing import TokenisedWords, tokenise
 from tli.progress import Progress, TrainingState, layer_bar, stop_signals, training_bar
 from tli.step import Stepper, made_ahead, require_finite
 from tli.streaming import align_layers
-from tli.truncated import Batch, Placement, attend_in_steps, place, require_layer, run, to_batch, truncate
+from tli.truncated import Batch, Placement, place, run, to_batch
 
 _SAVE_EVERY_S = 20.0
 
@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> dict:
     pool = pooling(token_norm, checkpoint, placement.device)
     if config.layer == "auto":
         config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, exact, console))
-    decoder = _model(config, checkpoint, words.rows, placement)
+    decoder = arm_model(config, checkpoint, words.rows, placement)
     lora.inject(decoder, adapter, None if config.arm == "full" else range(config.layer), seed=config.seed)
     batches = EpochBatches(config, words, partners, lexicon.same_meaning(taught), placement)
     base_model = config.model or starter.NAME
@@ -152,21 +152,6 @@ def _choose_layer(
     chosen = layers.choose_layer(gaps, splits["trained"][1], config.seed)
     console.print(f"layer {chosen}: that is where the trained pairs' gap is surely the largest before training")
     return chosen
-
-
-def _model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> torch.nn.Module:
-    """The arm's model: it ends at the layer, or is whole."""
-    if config.arm == "early":
-        decoder = truncate(checkpoint, config.layer, rows, placement)
-    else:
-        require_layer(checkpoint, config.layer)
-        decoder = whole(checkpoint, rows, placement)
-    tabulate(decoder)
-    if placement.device.type == "cpu" and placement.dtype == torch.bfloat16 and config.impl == "auto":
-        attend_in_steps(decoder)
-    if config.checkpointing:
-        recompute_blocks(decoder)
-    return decoder
 
 
 class EpochBatches:
