@@ -51,9 +51,14 @@ def measure_here(name: str, config: str) -> None:
     print(json.dumps({"imported_bytes": imported, "built_bytes": built, "peak_bytes": resident("VmHWM")}))
 
 
-def resident(what: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as status:
-        return int(re.search(rf"{what}:\s*(\d+) kB", status.read())[1]) * 1024
+def resident(what: str, process: int | str = "self") -> int:
+    """A line of the process's status, VmRSS, VmHWM or RssAnon, in bytes; 0 of a process that has ended."""
+    try:
+        with open(f"/proc/{process}/status", encoding="ascii") as status:
+            found = re.search(rf"{what}:\s*(\d+) kB", status.read())
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(found[1]) * 1024 if found else 0
 
 
 def table(rows: list[dict]) -> Table:

@@ -31,9 +31,13 @@ parser.add_argument("--seed", type=int, default=0)
 options = parser.parse_args()
 torch.manual_seed(options.seed)
 
-# its output is behind the final norm
+# its output is behind the final norm; text is to be read as text, also by a model that has a chat template
 blocks = Transformer(
-    options.model, config_kwargs={"num_hidden_layers": options.layer}, model_kwargs={"dtype": getattr(torch, options.dtype)}
+    options.model,
+    config_kwargs={"num_hidden_layers": options.layer},
+    model_kwargs={"dtype": getattr(torch, options.dtype)},
+    modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    module_output_name="token_embeddings",
 )
 
 
