@@ -107,10 +107,8 @@ def tli_train(flags: list[str]) -> Run:
     return run("python -m tli.train", [sys.executable, "-m", "tli.train", *flags])
 
 
-def write_lists(
-    pairs: list[lexicon.Pair], folder: pathlib.Path, limit: int | None = None, seed: int = 0
-) -> tuple[pathlib.Path, pathlib.Path]:
-    """Two lists of columns source and target: pairs to train, no two of which mean the same, and some to hold out."""
+def write_lists(pairs: list[lexicon.Pair], folder: pathlib.Path, batch: int, limit: int | None = None, seed: int = 0) -> Lists:
+    """Two lists of columns source and target: whole batches of pairs to train, no two of which mean the same, and some to hold out."""
     trained, held_out = lexicon.split_pairs(pairs, 0.1, seed)
     numbers = distinct_pairs(trained, np.random.default_rng(seed).permutation(len(trained)))[:limit]
     # a last, smaller batch would be one in the scripts and spread over all by tli
