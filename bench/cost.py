@@ -44,7 +44,7 @@ class CostConfig:
     """Measure a training step's seconds and memory against layer, rank, pairs and model, and draw them."""
 
     layers: str = option("1,2,4,8,16,30", "bench", "layers, a comma list; empty leaves the series out")
-    ranks: str = option("1,4,16,64,256", "bench", "ranks, likewise")
+    ranks: str = option("1,4,16,64,192", "bench", "ranks, likewise; the starter has room for 192")
     batches: str = option("16,64,256,1024,2048", "bench", "pairs per step, likewise")
     shapes: str = option("smollm2-135m,llama-3.2-1b,gemma-3-4b,qwen3-4b,llama-3-8b", "bench", "shapes of bench.synthetic, likewise")
     layer: int = option(2, "bench", "the layer where another thing changes")

@@ -100,8 +100,8 @@ def _watch(own: list[int]) -> None:
 def floor(config: TrainConfig, nodes: int) -> dict:
     """The fewest multiplications of a step, and how long they take where nothing else is to be done.
 
-    Each weight multiplies each node once forward and once backward, but block 0's q, k and v, whose products are looked up by token and into
-    which no gradient goes; adapters, attention and norms are left out. The rate is ``product_rate`` of the config's dtype.
+    Each weight multiplies each node once forward and once backward, but block 0's q, k and v, whose products are looked up by token and
+    into which no gradient goes; adapters, attention and norms are left out. The rate is ``product_rate`` of the config's dtype.
     """
     from tli.checkpoint import open_checkpoint
     from tli.starter import starter_folder
@@ -176,17 +176,8 @@ def _table(rows: list[dict], least: dict | None) -> Table:
         cells = [f"{median:.2f}", f"{ratios[0]:.2f}", *peaks, f"{ratios[1]:.2f}"]
         shown.add_row(row["subject"], row["dtype"], f"{row['losses'][0]:.5f}", *cells, f"{row['load_seconds']:.0f}")
     if least:
-        shown.add_row(
-            "floor",
-            rows[0]["dtype"],
-            "",
-            f"{least['seconds']:.2f}",
-            f"{least['seconds'] / statistics.median(own['seconds']):.2f}",
-            "",
-            "",
-            "",
-            "",
-        )
+        ratio = least["seconds"] / statistics.median(own["seconds"])
+        shown.add_row("floor", own["dtype"], "", f"{least['seconds']:.2f}", f"{ratio:.2f}", "", "", "", "")
     return shown
 
 
