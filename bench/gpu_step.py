@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from bench import record
 from bench.gpu import card
+from bench.large import step_work
 from bench.peers import PeftBitsandbytes, PeftTruncated, Subject, Tli, truncated_config
 from tli.config import TrainConfig, argument, as_dict, option, parse
 from tli.errors import TliError, run_command
@@ -161,7 +162,15 @@ def build(name: str, kinds: dict, config: TrainConfig, device: torch.device) -> 
     losses = [subject.step() for _ in range(_WARM_STEPS)]
     settled(device)
     peak = allocated(device, peak=True) - before
-    return subject, {"subject": name, "function": function, "losses": losses, "load_seconds": loaded, "held_bytes": held, "peak_bytes": peak, **nodes}
+    return subject, {
+        "subject": name,
+        "function": function,
+        "losses": losses,
+        "load_seconds": loaded,
+        "held_bytes": held,
+        "peak_bytes": peak,
+        **nodes,
+    }
 
 
 def agree(rows: list[dict]) -> None:
@@ -171,7 +180,9 @@ def agree(rows: list[dict]) -> None:
         low, high = min(first.values()), max(first.values())
         # not > so that a NaN fails, too
         if not high - low <= LOSS_TOLERANCE * abs(high):
-            raise TliError("losses", f"the same function must begin with the same loss, to {LOSS_TOLERANCE:g}", first, "find out which is wrong")
+            raise TliError(
+                "losses", f"the same function must begin with the same loss, to {LOSS_TOLERANCE:g}", first, "find out which is wrong"
+            )
 
 
 def interleave(subjects: dict[str, Subject], rounds: int, device: torch.device, watch: Watch) -> dict[str, list[float]]:
@@ -203,7 +214,9 @@ def measured(kinds: dict, config: TrainConfig, rounds: int, device: torch.device
             # a peer that does not run here must not take the others with it
             row = {"subject": name, "failed": f"{type(error).__name__}: {error}"[:300]}
         rows.append(row)
-        console.print(name, row.get("failed") or f"loss {row['losses'][0]:.4f}, {row['peak_bytes'] / 1e9:.2f} GB, {watch.left():.0f} s left")
+        console.print(
+            name, row.get("failed") or f"loss {row['losses'][0]:.4f}, {row['peak_bytes'] / 1e9:.2f} GB, {watch.left():.0f} s left"
+        )
     agree([row for row in rows if "failed" not in row])
     seconds = interleave(subjects, rounds, device, watch)
     for row in rows:
@@ -214,14 +227,10 @@ def measured(kinds: dict, config: TrainConfig, rounds: int, device: torch.device
 
 def floor(config: TrainConfig, nodes: int, device: torch.device) -> dict:
     """The least that a step can take: its multiplications at the rate of a large product, or its weights at that of a copy."""
-    from bench.large import step_flops
-    from tli.checkpoint import open_checkpoint
-
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    checkpoint = open_checkpoint(config.model)
-    flops, weights = step_flops(checkpoint.config, config.layer, nodes)
+    flops, weights = step_work(config, nodes)
     rate = 2 * size**3 / _best(lambda: a @ b, device)
     copied = 2 * a.nbytes / _best(lambda: b.copy_(a), device)
     by_rate, by_copy = flops / rate, 2 * weights * dtype.itemsize / copied
@@ -249,7 +258,8 @@ def goals(rows: list[dict], full: list[dict], least: dict | None) -> list[dict]:
         found.append({"goal": goal, "bound": bound, "got": got, "met": met})
 
     def ratio(name: str, ours: str, what: str) -> float | None:
-        return of[name][what] / of[ours][what] if name in of and ours in of else None
+        # a CPU's allocator counts nothing
+        return of[name][what] / of[ours][what] if name in of and ours in of and of[ours][what] else None
 
     best = min((name for name in ("tli bf16", "tli NF4") if name in of), key=lambda name: of[name]["seconds"], default="")
     for goal, peer, bound in GOALS:
@@ -257,7 +267,7 @@ def goals(rows: list[dict], full: list[dict], least: dict | None) -> list[dict]:
     if least:
         add("times the floor, at most", 2, of[best]["seconds"] / least["seconds"] if best else None, at_least=False)
     add("GB of memory in NF4, at most", 0.5, of["tli NF4"]["peak_bytes"] / 1e9 if "tli NF4" in of else None, at_least=False)
-    add("of the whole peer's memory, at most", 0.1, ratio("tli NF4", "peft + bitsandbytes whole, hook", "peak_bytes"), at_least=False)
+    add("of the whole peer's memory, at most", 0.1, ratio("tli NF4", "peft + bitsandbytes whole, hook", "peak_bytes"), False)
     ours, peer = FULL
     add("full arm: times faster than peft + bitsandbytes", 1.5, ratio(peer, ours, "seconds"), at_least=True)
     add("full arm: of peft + bitsandbytes's memory, at most", 1, ratio(ours, peer, "peak_bytes"), at_least=False)
@@ -275,7 +285,9 @@ def tables(rows: list[dict], full: list[dict], least: dict | None, reached: list
                 table.add_row(row["subject"], row.get("failed", "not timed"))
                 continue
             sizes = [f"{row[key] / 1e9:.2f}" for key in ("held_bytes", "peak_bytes")]
-            table.add_row(row["subject"], f"{row['seconds'] * 1e3:.2f}", f"{row['seconds'] / own:.2f}", *sizes, f"{row['load_seconds']:.0f}")
+            table.add_row(
+                row["subject"], f"{row['seconds'] * 1e3:.2f}", f"{row['seconds'] / own:.2f}", *sizes, f"{row['load_seconds']:.0f}"
+            )
         if least and part is rows:
             table.add_row("floor", f"{least['seconds'] * 1e3:.2f}")
         shown.append(table)
@@ -290,7 +302,9 @@ def main() -> None:
     """The command."""
     config, console = parse(GpuStepConfig, "bench.gpu_step"), Console(width=140)
     if not (torch.cuda.is_available() or config.rehearse):
-        raise TliError("bench.gpu_step", "there must be a GPU to measure", "none that torch sees", "run it where one is, or --rehearse it here")
+        raise TliError(
+            "bench.gpu_step", "there must be a GPU to measure", "none that torch sees", "run it where one is, or --rehearse it here"
+        )
     device = torch.device("cpu" if config.rehearse else "cuda")
     folder = record.ROOT / "runs" / "rehearsal" if config.rehearse else pathlib.Path(config.results)
     run = {"device": str(device), "dtype": "float32" if config.rehearse else "bfloat16", "warmup": 0, "schedule": "constant"}

@@ -2,17 +2,22 @@
 
 FOLDER is what ``python -m bench.synthetic --like llama-3-8b --blocks 0 FOLDER`` writes (16 GB). Each subject runs in a process of its own:
 
-    tli                 the first L blocks in fp32
-    tli-nf4             the same, packed in NF4
-    peft-bitsandbytes   the whole model in NF4 with peft's LoRA in the first L blocks, a hook behind block L: the paper's way
+    tli                         the first L blocks in the dtype that training chooses here
+    tli-float32                 the same in float32
+    tli-nf4, tli-nf4-float32    both, packed in NF4
+    peft-bitsandbytes           the whole model in NF4 with peft's LoRA in the first L blocks, a hook behind block L: the paper's way; it
+                                computes in float32
+    peft-bitsandbytes-bfloat16  the same, computing in bfloat16
 
 A process reports the loss of each step, its seconds, and its peak memory: all that was resident (VmHWM), and the part of it that is its
-own (RssAnon, looked at every 20 ms), since pages of a mapped checkpoint leave when somebody needs the room. tli-nf4 and
-peft-bitsandbytes compute the same function, so their first losses must agree; tli's differs from them by the rounding. The floor is the
-step's multiplications, counted, at the rate at which this machine multiplies large fp32 matrices. One record goes to ``bench/results/``.
+own (RssAnon, looked at every 20 ms), since pages of a mapped checkpoint leave when somebody needs the room. tli-nf4-float32 and
+peft-bitsandbytes compute the same function, so their first losses must agree; the others differ from them by rounding, and are shown. The
+floor is the step's multiplications, counted, at the rate at which this machine multiplies large matrices of tli's dtype. One record goes to
+``bench/results/``.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
@@ -26,11 +31,19 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import memory, record
+from bench.step import dtypes
 from tli.config import TrainConfig, argument, as_dict, option, parse
 from tli.errors import TliError, run_command
 
-# name -> steps that are timed, behind one that is not; a peer's whole forward takes minutes
-STEPS = {"tli": 5, "tli-nf4": 3, "peft-bitsandbytes": 1}
+# name -> which subject, its weights, its dtype (None: what training chooses), and how many steps are timed; a peer's forward takes minutes
+SUBJECTS = {
+    "tli": ("tli", "full", None, 5),
+    "tli-float32": ("tli", "full", "float32", 5),
+    "tli-nf4": ("tli", "nf4", None, 3),
+    "tli-nf4-float32": ("tli", "nf4", "float32", 3),
+    "peft-bitsandbytes": ("peft-bitsandbytes", "nf4", "float32", 1),
+    "peft-bitsandbytes-bfloat16": ("peft-bitsandbytes", "nf4", "bfloat16", 1),
+}
 LOSS_TOLERANCE = 1e-3
 _HERE = "import sys; from bench.large import measure_here; measure_here(*sys.argv[1:])"
 
@@ -43,25 +56,25 @@ class LargeConfig:
     batch: int = option(64, "bench", "pairs per step")
     layer: int = option(2, "bench", "hidden state to align")
     rank: int = option(16, "bench", "LoRA rank, in all linear layers")
-    subjects: str = option(",".join(STEPS), "bench", "a comma list of these")
+    subjects: str = option(",".join(SUBJECTS), "bench", "a comma list of these")
     results: str = option(str(record.RESULTS.relative_to(record.ROOT)), "bench", "folder for the record")
 
 
-def measure(name: str, config: TrainConfig, warm: int) -> dict:
-    """What the subject's process says of itself."""
-    command = [sys.executable, "-c", _HERE, name, json.dumps(as_dict(config)), str(warm)]
+def measure(name: str, config: TrainConfig, warm: int, steps: int) -> dict:
+    """What a process of the subject ``tli`` or ``peft-bitsandbytes`` says of itself: ``warm`` steps that are not timed, then ``steps``."""
+    command = [sys.executable, "-c", _HERE, name, json.dumps(as_dict(config)), str(warm), str(steps)]
     done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise TliError(name, "the process must take its steps", last, "free memory, or leave it out with --subjects")
-    return {"subject": name, **json.loads(done.stdout.splitlines()[-1])}
+        raise TliError(name, "the process must take its steps", last, "free memory, or leave it out")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_here(name: str, config: str, warm: str) -> None:
+def measure_here(name: str, config: str, warm: str, steps: str) -> None:
     """What the process of one subject does."""
     from bench.peers import PeftBitsandbytes, Tli
 
-    subject_class = PeftBitsandbytes if name == "peft-bitsandbytes" else Tli
+    subject_class = {subject.name: subject for subject in (Tli, PeftBitsandbytes)}[name]
     own = [0]
     threading.Thread(target=_watch, args=(own,), daemon=True).start()
     subject_class.imports()
@@ -69,15 +82,13 @@ def measure_here(name: str, config: str, warm: str) -> None:
     subject = subject_class(TrainConfig(**json.loads(config)))
     loaded = time.monotonic() - began
     losses, seconds = [], []
-    for step in range(int(warm) + STEPS[name]):
+    for _ in range(int(warm) + int(steps)):
         began = time.monotonic()
         losses.append(subject.step())
-        if step >= int(warm):
-            seconds.append(time.monotonic() - began)
-    nodes = sum(part.input_ids.numel() for part in subject.batches.epoch(0)[0][0]) if name != "peft-bitsandbytes" else None
-    facts = {"losses": losses, "seconds": seconds, "load_seconds": loaded, "peak_bytes": memory.resident("VmHWM"), "own_peak_bytes": own[0]}
-    facts["nodes"] = nodes
-    print(json.dumps(facts))
+        seconds.append(time.monotonic() - began)
+    facts = {"losses": losses, "seconds": seconds[int(warm) :], "load_seconds": loaded}
+    facts |= {"peak_bytes": memory.resident("VmHWM"), "own_peak_bytes": own[0]}
+    print(json.dumps(facts | {"nodes": subject.nodes() if name == "tli" else None}))
 
 
 def _watch(own: list[int]) -> None:
@@ -86,35 +97,52 @@ def _watch(own: list[int]) -> None:
         time.sleep(0.02)
 
 
-def floor(config: TrainConfig, nodes: int) -> dict:
-    """The fewest multiplications of a step, and how long they take where nothing else is to be done.
+def step_work(config: TrainConfig, nodes: int) -> tuple[int, int]:
+    """The fewest floating-point operations of a step on so many nodes, and the weights that they multiply with.
 
-    Each weight multiplies each node once forward and once backward, but block 0's q, k and v, into which no gradient goes; adapters,
-    attention and norms are left out. The rate is the best of ten products of 1024 x 4096 x 4096.
+    Each weight multiplies each node once forward and once backward, but block 0's q, k and v, whose products are looked up by token and
+    into which no gradient goes; adapters, attention and norms are left out.
     """
     from tli.checkpoint import open_checkpoint
+    from tli.starter import starter_folder
 
-    checkpoint = open_checkpoint(config.model)
-    width, hidden = checkpoint.config.hidden_size, checkpoint.config.intermediate_size
-    head = checkpoint.config.head_dim
-    queries, keys = head * checkpoint.config.num_attention_heads, head * checkpoint.config.num_key_value_heads
+    shape = open_checkpoint(config.model or str(starter_folder())).config
+    width, hidden = shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.head_dim * shape.num_attention_heads, shape.head_dim * shape.num_key_value_heads
     block = 2 * width * queries + 2 * width * keys + 3 * width * hidden
-    flops = 2 * nodes * (2 * config.layer * block - width * (queries + 2 * keys))
-    a, b = torch.randn(1024, 4096), torch.randn(4096, 4096)
-    seconds = []
-    for _ in range(10):
-        began = time.monotonic()
-        torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-        seconds.append(time.monotonic() - began)
-    rate = 2 * 1024 * 4096 * 4096 / min(seconds)
+    weights = config.layer * block - width * (queries + 2 * keys)
+    return 4 * nodes * weights, weights
+
+
+def floor(config: TrainConfig, nodes: int) -> dict:
+    """``step_work`` and how long it takes where nothing else is to be done: at ``product_rate`` of the config's dtype."""
+    from tli.truncated import place
+
+    flops, _ = step_work(config, nodes)
+    rate = product_rate(place(config.device, config.dtype).dtype)
     return {"flops": flops, "flops_per_second": rate, "seconds": flops / rate}
+
+
+@functools.cache
+def product_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of the best of ten products of 1024 x 4096 x 4096."""
+    from tli import ops
+
+    x, weight = torch.randn(1024, 4096).to(dtype), torch.randn(4096, 4096).to(dtype)
+    seconds = []
+    # the first one makes oneDNN's program
+    for _ in range(11):
+        began = time.monotonic()
+        ops.processor_product(x, weight)
+        seconds.append(time.monotonic() - began)
+    return 2 * 1024 * 4096 * 4096 / min(seconds[1:])
 
 
 def agree(rows: list[dict]) -> None:
     """Raise ``TliError`` unless those that compute the same function begin with the same loss."""
     first = {row["subject"]: row["losses"][0] for row in rows}
-    if {"tli-nf4", "peft-bitsandbytes"} <= first.keys():
-        ours, theirs = first["tli-nf4"], first["peft-bitsandbytes"]
+    if {"tli-nf4-float32", "peft-bitsandbytes"} <= first.keys():
+        ours, theirs = first["tli-nf4-float32"], first["peft-bitsandbytes"]
         if abs(ours - theirs) > LOSS_TOLERANCE * abs(theirs):
             raise TliError("losses", f"both must begin with the same loss, to {LOSS_TOLERANCE}", f"{ours} and {theirs}", "find out why")
 
@@ -123,17 +151,20 @@ def main() -> None:
     """The command."""
     config = parse(LargeConfig, "bench.large")
     console, names = Console(width=120), config.subjects.split(",")
-    if unknown := [name for name in names if name not in STEPS]:
-        raise TliError("--subjects", f"each must be one of {', '.join(STEPS)}", ", ".join(unknown), "choose among these")
-    settings = {"model": config.folder, "layer": config.layer, "rank": config.rank, "dropout": 0.0, "batch": config.batch}
+    if unknown := [name for name in names if name not in SUBJECTS]:
+        raise TliError("--subjects", f"each must be one of {', '.join(SUBJECTS)}", ", ".join(unknown), "choose among these")
+    settings = {"model": config.folder, "layer": config.layer, "rank": config.rank, "batch": config.batch, "device": "cpu"}
+    chosen = dtypes("cpu")[-1]
     rows = []
     for name in names:
-        train = TrainConfig(**settings, weights="full" if name == "tli" else "nf4")
-        rows.append(measure(name, train, warm=0 if name == "peft-bitsandbytes" else 1))
-        console.print(f"{name}: {statistics.median(rows[-1]['seconds']):.2f} s, loss {rows[-1]['losses'][0]:.6f}")
+        which, weights, dtype, steps = SUBJECTS[name]
+        train = TrainConfig(**settings, weights=weights, dtype=dtype or chosen, dropout=0.0, warmup=0, schedule="constant")
+        facts = measure(which, train, warm=int(which == "tli"), steps=steps)
+        rows.append({"subject": name, "dtype": dtype or chosen, **facts})
+        console.print(f"{name}: {statistics.median(facts['seconds']):.2f} s, loss {facts['losses'][0]:.6f}")
     agree(rows)
     nodes = next((row["nodes"] for row in rows if row["nodes"]), None)
-    least = floor(TrainConfig(**settings), nodes) if nodes else None
+    least = floor(TrainConfig(**settings, dtype=chosen), nodes) if nodes else None
     console.print(_table(rows, least))
     content = {"setting": as_dict(config), "model": json.loads((pathlib.Path(config.folder) / "config.json").read_text())}
     path = record.write("large", content | {"rows": rows, "floor": least}, pathlib.Path(config.results))
@@ -142,7 +173,7 @@ def main() -> None:
 
 def _table(rows: list[dict], least: dict | None) -> Table:
     shown = Table(title="one step, seconds (median) and peak memory")
-    for column in ("", "seconds", "times tli's", "resident, GB", "own, GB", "times tli's", "loading, s"):
+    for column in ("", "dtype", "loss", "seconds", "times tli's", "resident, GB", "own, GB", "times tli's", "loading, s"):
         shown.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     own = rows[0]
     for row in rows:
@@ -150,9 +181,10 @@ def _table(rows: list[dict], least: dict | None) -> Table:
         ratios = median / statistics.median(own["seconds"]), row["own_peak_bytes"] / own["own_peak_bytes"]
         peaks = [f"{row[key] / 1e9:.2f}" for key in ("peak_bytes", "own_peak_bytes")]
         cells = [f"{median:.2f}", f"{ratios[0]:.2f}", *peaks, f"{ratios[1]:.2f}"]
-        shown.add_row(row["subject"], *cells, f"{row['load_seconds']:.0f}")
+        shown.add_row(row["subject"], row["dtype"], f"{row['losses'][0]:.5f}", *cells, f"{row['load_seconds']:.0f}")
     if least:
-        shown.add_row("floor", f"{least['seconds']:.2f}", f"{least['seconds'] / statistics.median(own['seconds']):.2f}", "", "", "", "")
+        ratio = least["seconds"] / statistics.median(own["seconds"])
+        shown.add_row("floor", own["dtype"], "", f"{least['seconds']:.2f}", f"{ratio:.2f}", "", "", "", "")
     return shown
 
 

@@ -4,6 +4,7 @@ A process imports what its subject needs, builds it, and takes three steps of th
 high-water mark of resident memory (VmHWM). ``ru_maxrss`` would not do: a process inherits that from the one that started it.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -24,7 +25,7 @@ _HERE = "import sys; from bench.memory import measure_here; measure_here(*sys.ar
 
 def measure(config: TrainConfig, names: list[str]) -> list[dict]:
     """Of each subject: resident bytes once its imports are done, once its model and batch are there, and at most."""
-    return [{"subject": name, "batch": config.batch, **_measure(config, name)} for name in names]
+    return [{"subject": name, "dtype": config.dtype, "batch": config.batch, **_measure(config, name)} for name in names]
 
 
 def _measure(config: TrainConfig, name: str) -> dict:
@@ -50,34 +51,43 @@ def measure_here(name: str, config: str) -> None:
     print(json.dumps({"imported_bytes": imported, "built_bytes": built, "peak_bytes": resident("VmHWM")}))
 
 
-def resident(what: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as status:
-        return int(re.search(rf"{what}:\s*(\d+) kB", status.read())[1]) * 1024
+def resident(what: str, process: int | str = "self") -> int:
+    """A line of the process's status, VmRSS, VmHWM or RssAnon, in bytes; 0 of a process that has ended."""
+    try:
+        with open(f"/proc/{process}/status", encoding="ascii") as status:
+            found = re.search(rf"{what}:\s*(\d+) kB", status.read())
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(found[1]) * 1024 if found else 0
 
 
 def table(rows: list[dict]) -> Table:
-    """The rows of ``measure``, each peak beside its ratio to that of peft-truncated at the same batch."""
-    shown = Table(
-        "batch", "subject", "imports alone", "built", f"peak of {STEPS} steps", "of peft-truncated's", title="resident memory, MiB"
-    )
-    truncated = {row["batch"]: row["peak_bytes"] for row in rows if row["subject"] == "peft-truncated"}
+    """The rows of ``measure``, each peak beside its ratio to peft-truncated's, in its leaner dtype, at the same batch."""
+    columns = ("batch", "subject", "dtype", "imports alone", "built", f"peak of {STEPS} steps", "of peft-truncated's")
+    shown = Table(*columns, title="resident memory, MiB")
+    truncated: dict[int, int] = {}
+    for row in rows:
+        if row["subject"] == "peft-truncated":
+            truncated[row["batch"]] = min(row["peak_bytes"], truncated.get(row["batch"], row["peak_bytes"]))
     for row in rows:
         sizes = [f"{row[name] / _MIB:,.0f}" for name in ("imported_bytes", "built_bytes", "peak_bytes")]
-        shown.add_row(str(row["batch"]), row["subject"], *sizes, f"{row['peak_bytes'] / truncated[row['batch']]:.2f}")
+        share = f"{row['peak_bytes'] / truncated[row['batch']]:.2f}" if row["batch"] in truncated else ""
+        shown.add_row(str(row["batch"]), row["subject"], row["dtype"], *sizes, share)
     return shown
 
 
 def main() -> None:
     """The command."""
-    from bench.peers import SUBJECTS
-    from bench.step import StepConfig, train_configs
+    from bench.step import StepConfig, dtypes, taking_part, train_configs
     from tli.config import parse
 
     config = parse(StepConfig, "bench.memory")
-    rows = [row for one in train_configs(config) for row in measure(one, list(SUBJECTS))]
+    names, _ = taking_part(config)
+    settings = [dataclasses.replace(one, dtype=dtype) for one in train_configs(config) for dtype in dtypes(one.device)]
+    rows = [row for one in settings for row in measure(one, names)]
     console = Console(width=140)
     console.print(table(rows))
-    content = {"setting": as_dict(config), **record.material(train_configs(config)[0]), "memory": rows}
+    content = {"setting": as_dict(config), **record.material(settings[0]), "memory": rows}
     console.print("written:", str(record.write("memory", content, pathlib.Path(config.results))))
 
 

@@ -5,17 +5,15 @@ protocol. A seed draws its own split, so the spread over seeds is that of the wo
 """
 
 import dataclasses
-import json
 import pathlib
 import statistics
 import tempfile
-import time
 
 from rich.console import Console
 from rich.table import Table
 
 from bench import record
-from bench.step import tli_train
+from bench.command import tli_train
 from tli.config import TrainConfig, as_dict, option, parse
 from tli.errors import TliError, run_command
 
@@ -38,9 +36,8 @@ def run(variant: str, seed: int, layer: int, rank: int) -> dict:
     """One run of the command: what it measured at layer L and at the output, and how long it took in all."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--layer", str(layer), "--rank", str(rank), "--seed", str(seed), "--json", "--output", f"{folder}/run", *VARIANTS[variant]]
-        began = time.monotonic()
-        report = json.loads(tli_train(flags))
-        seconds = time.monotonic() - began
+        done = tli_train(flags)
+    report = done.said
     measured = {
         f"{m['split']} {m['when']} {m['layer']} {m['metric']}": m["value"]
         for m in report["measurements"]
@@ -50,7 +47,7 @@ def run(variant: str, seed: int, layer: int, rank: int) -> dict:
     return {
         "variant": variant,
         "seed": seed,
-        "seconds": seconds,
+        "seconds": done.seconds,
         "training": report["training"],
         "adapter": report["adapter"],
         "measured": measured,

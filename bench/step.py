@@ -1,69 +1,90 @@
-"""``python -m bench.step``: tli's training step beside its peers', their memory, and how soon a run begins.
+"""``python -m bench.step``: tli's training step beside its peers', and their memory.
 
-First all subjects must agree, in loss and in every adapter's gradient, and in the loss after a step; else nothing is timed.
-Then come rounds. Each takes one step of every subject, and a second one of tli's own, in a new random order, so whatever
-else the machine does falls on all alike. A ratio is the median over rounds of (its seconds / tli's seconds in the same round);
-that of ``tli again`` would be 1 on a silent machine, and its spread is the noise that the others carry, too.
+First all subjects must agree in float32, in loss and in every adapter's gradient, and in the loss after a step; else nothing is timed.
+Then each is timed in float32 and, where tli would train in another dtype here, in that one, too; how far it then is from float32 stands
+beside. Rounds take one step of every subject in every dtype, and a second one of tli's own, in a new random order, so whatever else the
+machine does falls on all alike. A ratio is the median over rounds of (its seconds / the seconds of tli in its default dtype in the same
+round); that of ``tli again`` would be 1 on a silent machine, and its spread is the noise that the others carry, too. A goal is judged
+by each peer's faster dtype.
 
-Memory and start are measured in processes of their own. One record of it all goes to ``bench/results/``.
+Memory is measured in processes of their own. One record of it all goes to ``bench/results/``.
 """
 
 import dataclasses
 import gc
-import json
 import os
 import pathlib
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from bench import memory, record
 from bench.peers import SUBJECTS, Subject
 from tli.config import TrainConfig, as_dict, option, parse
 from tli.errors import TliError, run_command
+from tli.truncated import place
 
 AGAIN = "tli again"
+# times faster per step than each, at least
+GOALS = {"peft-truncated": 5, "peft-hook": 40, "sentence-transformers": 5}
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 # B starts at zero, which would leave A without a gradient to compare
 _START_OF_B = 0.02
 
+# a subject and its dtype
+Key = tuple[str, str]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """Compare tli's training step with peft's, truncated and whole."""
+    """Compare tli's training step with peft's, truncated and whole, and with sentence-transformers'."""
 
     batches: str = option("64,128,256", "bench", "pairs per step, a comma list")
     layer: int = option(2, "bench", "hidden state to align")
-    rank: int = option(16, "bench", "LoRA rank, in all linear layers")
+    rank: int = option(16, "bench", "LoRA rank")
+    targets: str = option("all-linear", "bench", "all-linear, or a comma list of linear layers")
+    loss: str = option("infonce", "bench", "infonce or hinge", choices=("infonce", "hinge"))
+    subjects: str = option(",".join(SUBJECTS), "bench", "a comma list of these; what is not installed is left out")
     rounds: int = option(9, "bench", "rounds of timed steps")
-    runs: int = option(5, "bench", "starts of tli.train and of its --help")
+    device: str = option("cpu", "bench", "cpu, cuda or cuda:N")
     model: str | None = option(None, "bench", "checkpoint (default: the starter)")
     pairs: str | None = option(None, "bench", "word pairs (default: the shipped list)")
     results: str = option(str(record.RESULTS.relative_to(record.ROOT)), "bench", "folder for the record")
 
 
 def train_configs(config: StepConfig) -> list[TrainConfig]:
-    """One training configuration for each batch."""
+    """One training configuration in float32 for each batch."""
     try:
         batches = [int(batch) for batch in config.batches.split(",")]
     except ValueError:
         raise TliError("--batches", "the value must be a comma list of numbers", repr(config.batches), "write, say, 64,128") from None
-    return [
-        TrainConfig(model=config.model, pairs=config.pairs, layer=config.layer, rank=config.rank, dropout=0.0, batch=batch)
-        for batch in batches
-    ]
+    same = {name: getattr(config, name) for name in ("model", "pairs", "layer", "rank", "targets", "loss", "device")}
+    # the learning rate is lr at every step, as the peers have it
+    return [TrainConfig(**same, dropout=0.0, warmup=0, schedule="constant", dtype="float32", batch=batch) for batch in batches]
 
 
-def prepare(config: TrainConfig) -> dict[str, Subject]:
-    """Every subject, all with the same adapters: tli's A, and a small random B."""
-    subjects = {name: subject_class(config) for name, subject_class in SUBJECTS.items()}
+def taking_part(config: StepConfig) -> tuple[list[str], list[str]]:
+    """The subjects that are to be measured, tli first, and those that are wanted and not installed."""
+    names = ["tli", *(name for name in config.subjects.split(",") if name != "tli")]
+    if unknown := [name for name in names if name not in SUBJECTS]:
+        raise TliError("--subjects", f"each must be one of {', '.join(SUBJECTS)}", ", ".join(unknown), "choose among these")
+    return [name for name in names if SUBJECTS[name].installed()], [name for name in names if not SUBJECTS[name].installed()]
+
+
+def dtypes(device: str) -> list[str]:
+    """The dtypes that are timed, tli's default last: float32, and the one that training chooses here, where that is another."""
+    return list(dict.fromkeys(["float32", str(place(device, "fastest").dtype).removeprefix("torch.")]))
+
+
+def prepare(config: TrainConfig, names: list[str]) -> dict[str, Subject]:
+    """These subjects, all with the same adapters: tli's A, and a small random B."""
+    distinct = "sentence-transformers" in names
+    subjects = {name: SUBJECTS[name](config, distinct) for name in names}
     generator = torch.Generator().manual_seed(config.seed)
     start = {
         path: (a.detach().clone(), torch.randn(b.shape, generator=generator) * _START_OF_B)
@@ -74,126 +95,130 @@ def prepare(config: TrainConfig) -> dict[str, Subject]:
     return subjects
 
 
-def agree(subjects: dict[str, Subject]) -> list[dict]:
+@dataclasses.dataclass(frozen=True)
+class _Probe:
+    """What a subject computes: its loss, its gradients, and its loss after a step."""
+
+    loss: float
+    gradients: dict[tuple[str, int], Tensor]
+    loss_after_step: float
+
+
+def agree(subjects: dict[str, Subject], rounded: dict[str, Subject] | None = None) -> list[dict]:
     """How far each subject is from tli, relatively: in its loss, its worst gradient, and its loss after a step.
 
+    Args:
+        subjects:  all of them in float32, tli among them
+        rounded:   the same in another dtype: they are compared with float32's tli, too, and not judged
+
     Raises:
-        TliError: one that is further than 1e-4 in a loss or 1e-3 in a gradient.
+        TliError: one of ``subjects`` that is further than 1e-4 in a loss or 1e-3 in a gradient.
     """
-    losses, gradients = {}, {}
-    for name, subject in subjects.items():
-        loss = subject.loss()
-        loss.backward()
-        losses[name] = loss.item()
-        gradients[name] = {(path, i): factor.grad.clone() for path, pair in subject.adapters().items() for i, factor in enumerate(pair)}
-    for subject in subjects.values():
-        subject.step()
-    with torch.no_grad():
-        after = {name: subject.loss().item() for name, subject in subjects.items()}
-    rows = []
-    for name in subjects:
-        worst = max(((gradients[name][key] - own).norm() / own.norm()).item() for key, own in gradients["tli"].items())
-        errors = {
-            "loss_error": abs(losses[name] / losses["tli"] - 1),
-            "gradient_error": worst,
-            "loss_after_step_error": abs(after[name] / after["tli"] - 1),
-        }
-        for error, value in errors.items():
+    probes = {name: _probe(subject) for name, subject in subjects.items()}
+    rows = [_errors(subjects[name], probe, probes["tli"]) for name, probe in probes.items()]
+    for row in rows:
+        for error in ("loss_error", "gradient_error", "loss_after_step_error"):
             tolerance = GRADIENT_TOLERANCE if error == "gradient_error" else LOSS_TOLERANCE
             # not <= so that a NaN fails, too
-            if not value <= tolerance:
+            if not row[error] <= tolerance:
                 must = f"{error.replace('_', ' ')} against tli must be at most {tolerance:g}"
-                raise TliError(name, must, f"{value:.2g}", "find out which is wrong: nothing is timed before they agree")
-        rows.append({"subject": name, "loss": losses[name], "loss_after_step": after[name], **errors})
-    return rows
+                raise TliError(row["subject"], must, f"{row[error]:.2g}", "find out which is wrong: nothing is timed before they agree")
+    return rows + [_errors(subject, _probe(subject), probes["tli"]) for subject in (rounded or {}).values()]
 
 
-def interleave(subjects: dict[str, Subject], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each subject's step in each round; ``tli again`` is tli's second step of the round."""
-    turns = {**subjects, AGAIN: subjects["tli"]}
-    seconds = {name: [] for name in turns}
-    order = np.random.default_rng(0)
-    for _ in range(rounds):
-        for name in order.permutation(list(turns)):
-            began = time.perf_counter()
-            turns[name].step()
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
+def _probe(subject: Subject) -> _Probe:
+    loss = subject.loss()
+    loss.backward()
+    gradients = {(path, i): factor.grad.clone() for path, pair in subject.adapters().items() for i, factor in enumerate(pair)}
+    subject.step()
+    with torch.no_grad():
+        return _Probe(loss.item(), gradients, subject.loss().item())
 
 
-def summary(seconds: dict[str, list[float]]) -> list[dict]:
-    """Median seconds of each subject, and the median, lowest and highest of its rounds' ratios to tli."""
-    rows = []
-    for name, own in seconds.items():
-        ratios = [mine / tli for mine, tli in zip(own, seconds["tli"], strict=True)]
-        ratio = {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
-        rows.append({"subject": name, "seconds": statistics.median(own), **ratio, "rounds": own})
-    return rows
-
-
-def start(config: StepConfig, runs: int) -> dict:
-    """Seconds from the command to the end of its first optimiser step, and of ``--help``: medians, the page cache warm."""
-    with tempfile.TemporaryDirectory() as folder:
-
-        def first_step(run: int) -> float:
-            flags = ["--no-report", "--epochs=1", "--json", f"--output={folder}/{run}", f"--layer={config.layer}", f"--rank={config.rank}"]
-            chosen = [f"--{name}={value}" for name, value in (("model", config.model), ("pairs", config.pairs)) if value is not None]
-            began = time.time()
-            return json.loads(tli_train([*flags, *chosen]))["training"]["first_step_at"] - began
-
-        def help_shown(run: int) -> float:
-            began = time.perf_counter()
-            tli_train(["--help"])
-            return time.perf_counter() - began
-
-        # the first of each warms the page cache
-        first_steps, helps = ([measured(run) for run in range(runs + 1)][1:] for measured in (first_step, help_shown))
+def _errors(subject: Subject, probe: _Probe, truth: _Probe) -> dict:
+    worst = max(((probe.gradients[key].float() - own).norm() / own.norm()).item() for key, own in truth.gradients.items())
     return {
-        "first_step_seconds": statistics.median(first_steps),
-        "help_seconds": statistics.median(helps),
-        "first_step_runs": first_steps,
-        "help_runs": helps,
+        "subject": subject.name,
+        "dtype": subject.config.dtype,
+        "loss": probe.loss,
+        "loss_after_step": probe.loss_after_step,
+        "loss_error": abs(probe.loss / truth.loss - 1),
+        "gradient_error": worst,
+        "loss_after_step_error": abs(probe.loss_after_step / truth.loss_after_step - 1),
     }
 
 
-def tli_train(flags: list[str]) -> str:
-    """Standard output of ``python -m tli.train`` with these flags, run to its end in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tli.train", *flags], cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    if done.returncode != 0:
-        raise TliError("python -m tli.train", "the run must end well", done.stderr.strip()[-200:], "run it by hand to see why")
-    return done.stdout
+def interleave(subjects: dict[Key, Subject], rounds: int, own: Key) -> dict[Key, list[float]]:
+    """Seconds of each subject's step in each round; ``tli again`` is the second step of ``own`` in the round."""
+    turns = {**subjects, (AGAIN, own[1]): subjects[own]}
+    seconds, keys = {key: [] for key in turns}, list(turns)
+    order = np.random.default_rng(0)
+    for _ in range(rounds):
+        for number in order.permutation(len(keys)):
+            began = time.perf_counter()
+            turns[keys[number]].step()
+            if torch.cuda.is_available():
+                # a GPU's optimiser may still be at it
+                torch.cuda.synchronize()
+            seconds[keys[number]].append(time.perf_counter() - began)
+    return seconds
 
 
-def goals(steps: list[dict], peaks: list[dict], begun: dict) -> list[dict]:
-    """Each goal with what was got."""
+def summary(seconds: dict[Key, list[float]], own: Key) -> list[dict]:
+    """Median seconds of each subject, and the median, lowest and highest of its rounds' ratios to those of ``own``."""
+    rows = []
+    for (name, dtype), mine in seconds.items():
+        ratios = [its / tli for its, tli in zip(mine, seconds[own], strict=True)]
+        ratio = {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+        rows.append({"subject": name, "dtype": dtype, "seconds": statistics.median(mine), **ratio, "rounds": mine})
+    return rows
+
+
+def measure(config: TrainConfig, names: list[str], rounds: int) -> tuple[list[dict], list[dict]]:
+    """Agreement and timed steps of one batch: every subject in every dtype of ``dtypes``."""
+    kinds = dtypes(config.device)
+    prepared = {dtype: prepare(dataclasses.replace(config, dtype=dtype), names) for dtype in kinds}
+    agreement = agree(prepared["float32"], prepared[kinds[-1]] if len(kinds) > 1 else None)
+    subjects = {(name, dtype): subject for dtype, made in prepared.items() for name, subject in made.items()}
+    own = ("tli", kinds[-1])
+    steps = summary(interleave(subjects, rounds, own), own)
+    return [{"batch": config.batch, **row} for row in agreement], [{"batch": config.batch, **row} for row in steps]
+
+
+def goals(steps: list[dict], peaks: list[dict]) -> list[dict]:
+    """Each goal with what was got, each peer at its best dtype."""
     rows = []
 
     def add(goal: str, bound: float, got: float, at_least: bool) -> None:
         rows.append({"goal": goal, "bound": bound, "got": got, "met": got >= bound if at_least else got <= bound})
 
-    for row in steps:
-        if row["subject"] in ("peft-truncated", "peft-hook"):
-            bound = 4 if row["subject"] == "peft-truncated" else 30
-            add(f"times faster per step than {row['subject']}, batch {row['batch']}, at least", bound, row["ratio"], at_least=True)
-    peak_of = {(row["subject"], row["batch"]): row["peak_bytes"] for row in peaks}
-    for (name, batch), peak in peak_of.items():
-        if name == "tli":
-            add(f"of peft-truncated's peak memory, batch {batch}, at most", 0.6, peak / peak_of["peft-truncated", batch], at_least=False)
-    add("seconds from the command to the first optimiser step, at most", 5, begun["first_step_seconds"], at_least=False)
-    add("seconds of --help, at most", 0.5, begun["help_seconds"], at_least=False)
+    for batch in dict.fromkeys(row["batch"] for row in steps):
+        for name, bound in GOALS.items():
+            ratios = [row["ratio"] for row in steps if (row["batch"], row["subject"]) == (batch, name)]
+            if ratios:
+                add(f"times faster per step than {name}, batch {batch}, at least", bound, min(ratios), at_least=True)
+    for batch in dict.fromkeys(row["batch"] for row in peaks):
+        of = {name: [row["peak_bytes"] for row in peaks if (row["batch"], row["subject"]) == (batch, name)] for name in GOALS | {"tli": 0}}
+        if of["tli"] and of["peft-truncated"]:
+            # tli's default dtype comes last
+            share = of["tli"][-1] / min(of["peft-truncated"])
+            add(f"of peft-truncated's peak memory, batch {batch}, at most", 0.6, share, at_least=False)
     return rows
 
 
-def _show(console: Console, agreement: list[dict], steps: list[dict], reached: list[dict]) -> None:
-    shown = Table("batch", "subject", "median s", "times tli's", "lowest", "highest", "loss off by", "gradient off by", title="one step")
-    off = {(row["batch"], row["subject"]): row for row in agreement}
+def show(console: Console, agreement: list[dict], steps: list[dict], reached: list[dict], missing: list[str]) -> None:
+    """Print the tables of a session."""
+    shown = Table(
+        "batch", "subject", "dtype", "median s", "times tli's", "lowest", "highest", "loss", "off by", "gradient", title="one step"
+    )
+    off = {(row["batch"], row["subject"], row["dtype"]): row for row in agreement}
     for row in steps:
-        errors = off.get((row["batch"], row["subject"]))
+        errors = off.get((row["batch"], row["subject"], row["dtype"]))
         ratios = [f"{row[name]:.2f}" for name in ("ratio", "ratio_low", "ratio_high")]
-        agreed = [f"{errors[name]:.0e}" for name in ("loss_error", "gradient_error")] if errors else []
-        shown.add_row(str(row["batch"]), row["subject"], f"{row['seconds']:.4f}", *ratios, *agreed)
+        agreed = [f"{errors['loss']:.5f}", *(f"{errors[name]:.0e}" for name in ("loss_error", "gradient_error"))] if errors else []
+        shown.add_row(str(row["batch"]), row["subject"], row["dtype"], f"{row['seconds']:.4f}", *ratios, *agreed)
+    for name in missing:
+        shown.add_row("", name, "not installed")
     console.print(shown)
     shown = Table("goal", "bound", "got", "met", title="goals")
     for row in reached:
@@ -205,33 +230,31 @@ def main() -> None:
     """The command."""
     config = parse(StepConfig, "bench.step")
     console = Console(width=140)
+    names, missing = taking_part(config)
     load = {"before": os.getloadavg()}
     agreement, steps, peaks = [], [], []
     for one in train_configs(config):
-        subjects = prepare(one)
-        agreement += [{"batch": one.batch, **row} for row in agree(subjects)]
-        console.print(f"batch {one.batch}: the subjects agree; timing {config.rounds} rounds")
-        steps += [{"batch": one.batch, **row} for row in summary(interleave(subjects, config.rounds))]
+        console.print(f"batch {one.batch}: agreement, then {config.rounds} rounds of {', '.join(names)}")
+        rows = measure(one, names, config.rounds)
+        agreement += rows[0]
+        steps += rows[1]
         # the processes that are measured next should have the memory
-        del subjects
         gc.collect()
     for one in train_configs(config):
         console.print(f"batch {one.batch}: memory")
-        peaks += memory.measure(one, list(SUBJECTS))
-    console.print("start")
-    begun = start(config, config.runs)
-    reached = goals(steps, peaks, begun)
+        peaks += [row for dtype in dtypes(one.device) for row in memory.measure(dataclasses.replace(one, dtype=dtype), names)]
+    reached = goals(steps, peaks)
     load["after"] = os.getloadavg()
-    _show(console, agreement, steps, reached)
+    show(console, agreement, steps, reached, missing)
     console.print(memory.table(peaks))
     content = {
         "setting": as_dict(config),
         **record.material(train_configs(config)[0]),
         "load_average": load,
+        "not_installed": missing,
         "agreement": agreement,
         "step": steps,
         "memory": peaks,
-        "start": begun,
         "goals": reached,
     }
     console.print("written:", str(record.write("step", content, pathlib.Path(config.results))))

@@ -1,7 +1,8 @@
 """``python -m bench.synthetic --like llama-3-8b FOLDER``: a checkpoint of a real model's shape with random weights, for timing.
 
 Config, tensor names, dtype (bf16), shards and their index are those of the real one; of the shards only those are written that the
-first ``--blocks`` blocks need. In these, tensors of later blocks are holes in the file: they take no room and nobody reads them.
+first ``--blocks`` blocks need. In these, tensors of later blocks are holes in the file: they take no room and nobody reads them. The final
+norm is written where its shard is.
 The tokenizer is Llama 3's own, out of the PyPI wheel ``llama-models``, so the words have the real numbers of tokens; for the other
 models it stands in for theirs. What such a checkpoint says about words is nothing: its weights are noise.
 """
@@ -91,6 +92,8 @@ def write(config: SyntheticConfig) -> pathlib.Path:
         for file, names in shards.items():
             real = [name for name in names if config.blocks == 0 or name.startswith(wanted)]
             if real:
+                # the final norm, where its shard is written anyway: a hole would be a norm of zeros
+                real += [name for name in names if name == "model.norm.weight"]
                 _write_shard(folder / file, {name: shapes[name] for name in names}, set(real), config.seed, plain["initializer_range"])
         _write_tokenizer(folder)
     weight_map = {name: file for file, names in shards.items() for name in names}

@@ -12,8 +12,7 @@ import os
 import pytest
 
 from bench import record
-from bench.peers import SUBJECTS
-from bench.step import AGAIN, StepConfig, agree, interleave, prepare, summary, train_configs
+from bench.step import AGAIN, StepConfig, dtypes, measure, taking_part, train_configs
 
 CONFIG = StepConfig(**json.loads(os.environ.get("TLI_BENCH", "{}")))
 
@@ -37,20 +36,21 @@ clock = Clock()
 @pytest.fixture(scope="module", params=train_configs(CONFIG), ids=lambda config: f"batch{config.batch}")
 def timed(request) -> tuple[dict, dict]:
     """Of one batch: how well each subject agrees with tli, and its timed steps."""
-    subjects = prepare(request.param)
-    agreement = {row["subject"]: row for row in agree(subjects)}
-    steps = {row["subject"]: row for row in summary(interleave(subjects, CONFIG.rounds))}
-    return agreement, {name: {"batch": request.param.batch, **row} for name, row in steps.items()}
+    agreement, steps = measure(request.param, taking_part(CONFIG)[0], CONFIG.rounds)
+    return {(row["subject"], row["dtype"]): row for row in agreement}, {(row["subject"], row["dtype"]): row for row in steps}
 
 
 @pytest.mark.benchmark(timer=clock)
-@pytest.mark.parametrize("subject", [*SUBJECTS, AGAIN])
-def test_step(benchmark, timed, subject):
+@pytest.mark.parametrize("dtype", dtypes(CONFIG.device))
+@pytest.mark.parametrize("subject", [*taking_part(CONFIG)[0], AGAIN])
+def test_step(benchmark, timed, subject, dtype):
     agreement, steps = timed
-    step = steps[subject]
+    if (subject, dtype) not in steps:
+        pytest.skip("tli's second step of a round is in its default dtype")
+    step = steps[subject, dtype]
     benchmark.group = f"batch {step['batch']}"
     benchmark.extra_info.update(
-        machine=record.machine(), agreement=agreement.get(subject), **{key: step[key] for key in step if key != "rounds"}
+        machine=record.machine(), agreement=agreement.get((subject, dtype)), **{key: step[key] for key in step if key != "rounds"}
     )
     seconds = iter(step["rounds"])
     benchmark.pedantic(clock.play, setup=lambda: ((next(seconds),), {}), rounds=len(step["rounds"]))

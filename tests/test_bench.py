@@ -1,33 +1,50 @@
 """The benchmark compares equals: all subjects compute the same step, and one that does not stops it. No time is asserted."""
 
+import dataclasses
+import importlib.util
 import json
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
-from bench import memory, record
-from bench.peers import SUBJECTS, Subject
-from bench.step import AGAIN, StepConfig, agree, goals, interleave, prepare, summary, train_configs
+from bench import memory, record, step
+from bench.peers import SUBJECTS, Subject, distinct_pairs, drawn_pairs
+from bench.step import AGAIN, StepConfig, agree, goals, interleave, measure, prepare, summary, taking_part, train_configs
+from tli import lexicon
+from tli.checkpoint import FAMILIES
 from tli.config import TrainConfig
 from tli.errors import TliError
 
 BATCH = 12
+PEFT = ["tli", "peft-truncated", "peft-hook"]
+OWN = ("tli", "float32")
 
 
 @pytest.fixture
-def config(make_model) -> TrainConfig:
-    return train_configs(StepConfig(model=str(make_model("llama")), batches=str(BATCH), layer=2, rank=4))[0]
+def make_config(make_model):
+    """``make_config("gemma2", targets=...)``: a session's only training configuration on a small model of the family."""
+
+    def make(family: str = "llama", **options) -> TrainConfig:
+        return train_configs(StepConfig(model=str(make_model(family)), batches=str(BATCH), layer=2, rank=4, **options))[0]
+
+    return make
+
+
+@pytest.fixture
+def config(make_config) -> TrainConfig:
+    return make_config()
 
 
 @pytest.fixture
 def subjects(config) -> dict[str, Subject]:
-    return prepare(config)
+    return prepare(config, PEFT)
 
 
 def test_all_subjects_agree_in_loss_and_gradients(subjects):
     rows = agree(subjects)
-    assert [row["subject"] for row in rows] == list(SUBJECTS)
+    assert [row["subject"] for row in rows] == PEFT
     assert [len(subjects[name].model.base_model.model.layers) for name in ("peft-truncated", "peft-hook")] == [2, 4]
     # the step that the check takes is a real one
     assert all(row["loss_after_step"] < row["loss"] for row in rows)
@@ -37,6 +54,61 @@ def test_all_subjects_agree_in_loss_and_gradients(subjects):
         assert len(factors) == 28
         assert {id(factor) for factor in factors} == {id(parameter) for parameter in subject.parameters}
         assert all(factor.grad.any() for factor in factors)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "hinge"])
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj"])
+def test_a_session_at_a_small_size(make_config, targets, loss, monkeypatch):
+    # whatever this processor is fast at, both dtypes take part
+    monkeypatch.setattr(step, "dtypes", lambda device: ["float32", "bfloat16"])
+    agreement, steps = measure(make_config(targets=targets, loss=loss), PEFT, rounds=2)
+    assert [(row["subject"], row["dtype"]) for row in agreement] == [(name, dtype) for dtype in ("float32", "bfloat16") for name in PEFT]
+    assert {(row["subject"], row["dtype"]) for row in steps} == {(row["subject"], row["dtype"]) for row in agreement} | {
+        (AGAIN, "bfloat16")
+    }
+    assert all(len(row["rounds"]) == 2 for row in steps)
+    assert max(row["loss_error"] for row in agreement) < 0.1
+    step.show(Console(quiet=True), agreement, steps, goals(steps, []), ["sentence-transformers"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_agrees(make_config, family):
+    rows = agree(prepare(make_config(family), PEFT))
+    assert [row["subject"] for row in rows] == PEFT
+
+
+@pytest.mark.skipif(not SUBJECTS["sentence-transformers"].installed(), reason="sentence-transformers is not installed")
+def test_sentence_transformers_agrees_on_a_batch_without_two_of_a_meaning(make_config):
+    # the small tokenizer makes some prefixes a token of their own, which sentence-transformers would pool
+    config = dataclasses.replace(make_config(targets="q_proj,v_proj"), prefix="")
+    subjects = prepare(config, ["tli", "sentence-transformers"])
+    rows = agree(subjects)
+    assert rows[1]["subject"] == "sentence-transformers"
+    assert len(subjects["sentence-transformers"].adapters()) == 4
+    with pytest.raises(TliError, match="no two pairs may mean the same"):
+        SUBJECTS["sentence-transformers"](dataclasses.replace(config, loss="hinge"), distinct=True)
+
+
+def test_what_is_not_installed_is_left_out_and_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert taking_part(StepConfig(subjects="peft-hook,sentence-transformers")) == (["tli", "peft-hook"], ["sentence-transformers"])
+    with pytest.raises(TliError, match="--subjects"):
+        taking_part(StepConfig(subjects="peft-hok"))
+
+
+def test_distinct_pairs_leave_no_two_of_a_meaning_and_none_out_without_need():
+    config = TrainConfig(batch=1000)
+    batch, rest = drawn_pairs(config, distinct=True)
+    pairs = lexicon.read_pairs(None, "swahili", "english")
+    assert len(batch) == 1000
+    assert len(rest) == len(pairs) - 1000
+    assert len(lexicon.same_meaning(batch)) == 0
+    assert len(lexicon.same_meaning(drawn_pairs(config)[0])) > 0
+    order = torch.randperm(len(pairs)).numpy()
+    taken = set(distinct_pairs(pairs, order).tolist())
+    alike = {tuple(edge) for edge in lexicon.same_meaning(pairs).tolist()}
+    # each one left out means the same as one that was taken
+    assert all(any((number, other) in alike for other in taken) for number in range(len(pairs)) if number not in taken)
 
 
 def _apply_the_final_norm(subjects):
@@ -88,32 +160,39 @@ class _Counted:
 
 def test_rounds_are_interleaved_and_tli_runs_twice_in_each():
     turns = []
-    seconds = interleave({name: _Counted(name, turns) for name in SUBJECTS}, rounds=5)
-    assert {name: len(own) for name, own in seconds.items()} == {**dict.fromkeys(SUBJECTS, 5), AGAIN: 5}
+    keys = [(name, "float32") for name in PEFT]
+    seconds = interleave({key: _Counted(key[0], turns) for key in keys}, rounds=5, own=OWN)
+    assert {key: len(own) for key, own in seconds.items()} == {**dict.fromkeys(keys, 5), (AGAIN, "float32"): 5}
     for begin in range(0, len(turns), 4):
-        assert sorted(turns[begin : begin + 4]) == sorted([*SUBJECTS, "tli"])
+        assert sorted(turns[begin : begin + 4]) == sorted([*PEFT, "tli"])
     assert len({tuple(turns[begin : begin + 4]) for begin in range(0, len(turns), 4)}) > 1
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios():
-    rows = {row["subject"]: row for row in summary({"tli": [1.0, 2.0, 10.0], "peft-hook": [30.0, 80.0, 100.0], AGAIN: [1.0, 1.0, 11.0]})}
+    hook, again = ("peft-hook", "float32"), (AGAIN, "float32")
+    seconds = {OWN: [1.0, 2.0, 10.0], hook: [30.0, 80.0, 100.0], again: [1.0, 1.0, 11.0]}
+    rows = {row["subject"]: row for row in summary(seconds, OWN)}
     assert [rows["peft-hook"][key] for key in ("ratio", "ratio_low", "ratio_high")] == [30.0, 10.0, 40.0]
     assert [rows[AGAIN][key] for key in ("ratio", "ratio_low", "ratio_high")] == [1.0, 0.5, 1.1]
     assert rows["tli"]["seconds"] == 2.0
 
 
-def test_goals_are_met_or_not_as_measured():
-    steps = [{"batch": 64, "subject": name, "ratio": ratio} for name, ratio in (("tli", 1.0), ("peft-truncated", 3.9), ("peft-hook", 31.0))]
-    peaks = [
-        {"batch": 64, "subject": name, "peak_bytes": peak} for name, peak in (("tli", 50), ("peft-truncated", 100), ("peft-hook", 300))
-    ]
-    rows = goals(steps, peaks, {"first_step_seconds": 5.1, "help_seconds": 0.1})
-    assert [(row["got"], row["met"]) for row in rows] == [(3.9, False), (31.0, True), (0.5, True), (5.1, False), (0.1, True)]
+def test_goals_are_met_or_not_by_each_peers_better_dtype():
+    def rows(name: str, **facts) -> list[dict]:
+        return [
+            {"batch": 64, "subject": subject, "dtype": dtype, name: value}
+            for subject, values in facts.items()
+            for dtype, value in zip(("float32", "bfloat16"), values)
+        ]
+
+    steps = rows("ratio", **{"tli": (1.9, 1.0), "peft-truncated": (8.0, 4.9), "peft-hook": (41.0, 60.0)})
+    peaks = rows("peak_bytes", **{"tli": (70, 50), "peft-truncated": (200, 100), "peft-hook": (300, 300)})
+    assert [(row["got"], row["met"]) for row in goals(steps, peaks)] == [(4.9, False), (41.0, True), (0.5, True)]
 
 
 def test_memory_is_of_a_process_that_took_its_steps(config):
     (row,) = memory.measure(config, ["tli"])
-    assert (row["subject"], row["batch"]) == ("tli", BATCH)
+    assert (row["subject"], row["dtype"], row["batch"]) == ("tli", "float32", BATCH)
     assert 0 < row["imported_bytes"] < row["built_bytes"] <= row["peak_bytes"]
 
 
@@ -121,7 +200,7 @@ def test_a_batch_larger_than_the_list_is_refused(config, tmp_path):
     words = tmp_path / "few.tsv"
     words.write_text("swahili\tenglish\nkitabu\tbook\nmtu\tperson\n")
     with pytest.raises(TliError, match="--batches"):
-        prepare(TrainConfig(model=config.model, pairs=str(words), batch=3))
+        prepare(TrainConfig(model=config.model, pairs=str(words), batch=3), PEFT)
 
 
 def test_a_record_is_never_overwritten(tmp_path):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from tli import TliError, TrainConfig, gradient_cache, lexicon, lora, memory_fit, memory_model, ops, profiling, train
+from tli.arms import arm_model
 from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
 from tli.config import MemoryConfig
@@ -25,7 +26,6 @@ from tli.memory import memory
 from tli.model_shape import Shape
 from tli.objective import Objective, Pooling
 from tli.packing import tokenise
-from tli.train import _model
 from tli.training_memory import needed as memory_needed
 from tli.truncated import place
 from tli.truncated import run as run_model
@@ -46,7 +46,7 @@ class Step:
         words, placement = tokenise(checkpoint.tokenizer(), texts, 64, " "), place("cpu", dtype, config.weights)
         ops.choose(impl, placement.dtype, placement.device)
         needed = memory_needed(config, checkpoint, words, len(self.pairs), "rms", placement)
-        self.decoder = _model(config, checkpoint, words.rows, placement).train()
+        self.decoder = arm_model(config, checkpoint, words.rows, placement).train()
         adapter = lora.LoRAConfig(rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout)
         lora.inject(self.decoder, adapter, None if config.arm == "full" else range(config.layer))
         self.batches = EpochBatches(config, words, np.arange(len(self.pairs)), self.pairs, placement)
@@ -212,7 +212,7 @@ def test_a_run_that_will_not_fit_is_refused_before_its_model_is_loaded(make_mode
         raise AssertionError("a weight was read")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tli.train._model", load)
+        patch.setattr("tli.train.arm_model", load)
         with pytest.raises(TliError, match="memory: .* must be free for this run .*; add --micro-batch [0-9]+$") as refused:
             train(TrainConfig(**options, output=str(tmp_path / "refused")))
     size = int(str(refused.value).rsplit(" ", 1)[1])

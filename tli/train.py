@@ -26,22 +26,21 @@ import types
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from tli import layers, lexicon, lora, ops, profiling, provenance, report, starter, training_memory
+from tli.arms import arm_model
 from tli.batches import EpochBatches
 from tli.checkpoint import Checkpoint, open_checkpoint, sight
 from tli.errors import run_command
 from tli.files import claim_output, sha256
-from tli.first_block import tabulate
-from tli.hooked import recompute_blocks, run_hooked, whole
+from tli.hooked import run_hooked
 from tli.objective import Pooling, pooling, token_norm_at_hand
 from tli.packing import TokenisedWords, tokenise
 from tli.pairs import Pairs
 from tli.progress import Progress, TrainingState, layer_bar, stop_signals, training_bar
 from tli.step import Stepper, made_ahead, require_finite
 from tli.streaming import align_layers
-from tli.truncated import Placement, attend_in_steps, place, require_layer, run, truncate
+from tli.truncated import Placement, place, require_layer, run
 
 _SAVE_EVERY_S = 20.0
 
@@ -89,7 +88,7 @@ def train(config: TrainConfig) -> dict:
     needed = training_memory.needed(config, checkpoint, words, len(trained), token_norm, placement)
     training_memory.require_room(needed, placement)
     profile = profiling.Profile(placement.device) if config.profile else None
-    decoder = _model(config, checkpoint, words.rows, placement)
+    decoder = arm_model(config, checkpoint, words.rows, placement)
     lora.inject(decoder, adapter, None if config.arm == "full" else range(config.layer), seed=config.seed)
     base_model = config.model or starter.NAME
 
@@ -166,17 +165,6 @@ def _choose_layer(
     chosen = layers.choose_layer(gaps, splits["trained"][1], config.seed)
     console.print(f"layer {chosen}: that is where the trained pairs' gap is surely the largest before training")
     return chosen
-
-
-def _model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> torch.nn.Module:
-    """The arm's model: it ends at the layer, or is whole."""
-    decoder = truncate(checkpoint, config.layer, rows, placement) if config.arm == "early" else whole(checkpoint, rows, placement)
-    tabulate(decoder)
-    if placement.device.type == "cpu" and placement.dtype == torch.bfloat16 and config.impl == "auto":
-        attend_in_steps(decoder)
-    if config.checkpointing:
-        recompute_blocks(decoder)
-    return decoder
 
 
 def _fit(
