@@ -4,14 +4,22 @@ import json
 import sys
 
 import pytest
+import torch
 
 from bench import gpu_step
 from tli.errors import TliError
 
 
-@pytest.fixture
-def folder(make_model):
-    return make_model("llama", hidden_size=64, intermediate_size=128)
+@pytest.fixture(scope="module")
+def folder(make_model, tokenizer, tmp_path_factory):
+    """A model stored in bf16, as real ones are: both libraries make the same NF4 of it."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("bf16")
+    original = make_model("llama", hidden_size=64, intermediate_size=128)
+    AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
