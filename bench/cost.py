@@ -91,7 +91,7 @@ def measured(series: str, place: int | str, config: TrainConfig, steps: int) -> 
 def draw(rows: list[dict], about: str) -> matplotlib.figure.Figure:
     """Seconds of a step, its floor and its peak memory in one panel for each series."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, NullLocator
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     present = [name for name in SERIES if any(row["series"] == name for row in rows)]
     figure = Figure(figsize=(10.8, 0.9 + 3.4 * -(-len(present) // 2)), layout="constrained")
@@ -101,15 +101,27 @@ def draw(rows: list[dict], about: str) -> matplotlib.figure.Figure:
         x = list(range(len(own))) if name == "shape" else [row["place"] for row in own]
         beside = panel.twinx()
         memory = [row["peak_bytes"] / 1e9 for row in own]
-        style = {"marker": "s", "markersize": 4, "markerfacecolor": "white", "linewidth": 1.4}
-        beside.plot(x, memory, label="peak resident memory (right)", color=_MEMORY, linestyle=(0, (5, 2)), **style)
-        panel.plot(x, [row["seconds"] for row in own], label="step", color=_SECONDS, marker="o", markersize=4, linewidth=1.6)
-        panel.plot(x, [row["floor_seconds"] for row in own], label="floor", color="black", linestyle=(0, (1, 1)), linewidth=1.6)
+        # between two shapes there is nothing
+        line = {"linewidth": 1.5, "markersize": 5} if name != "shape" else {"linewidth": 0, "markersize": 7}
+        beside.plot(
+            x,
+            memory,
+            label="peak resident memory (right)",
+            color=_MEMORY,
+            linestyle=(0, (5, 2)),
+            marker="s",
+            markerfacecolor="white",
+            **line,
+        )
+        panel.plot(x, [row["seconds"] for row in own], label="step", color=_SECONDS, marker="o", **line)
+        panel.plot(x, [row["floor_seconds"] for row in own], label="floor", color="black", linestyle=(0, (1, 1)), marker="_", **line)
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
         beside.set_ylim(0, 1.15 * max(memory))
         if name == "shape":
             panel.set_xticks(x, [row["place"] for row in own], fontsize=8)
-            panel.margins(x=0.1)
+            panel.margins(x=0.12)
         else:
             panel.set_xscale("log", base=2)
             panel.set_xticks(x, [str(at) for at in x])

@@ -23,7 +23,7 @@ RESULTS = ROOT / "bench" / "results"
 
 def machine() -> dict:
     """The facts of this machine and of what runs on it."""
-    packages = ("transformers", "peft", "numpy", "pytest-benchmark")
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "sentence-transformers", "datasets", "numpy", "pytest-benchmark")
     return {
         "processor": _first("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -31,7 +31,7 @@ def machine() -> dict:
         "memory_bytes": int(_first("/proc/meminfo", r"MemTotal:\s*(\d+) kB") or 0) * 1024,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {"tli": tli.__version__, "torch": torch.__version__, **{name: importlib.metadata.version(name) for name in packages}},
+        "versions": {"tli": tli.__version__, **{name: _version(name) for name in packages}},
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--", "tli", "kernels", "bench/*.py")),
     }
@@ -77,6 +77,13 @@ def _first(path: str, pattern: str) -> str | None:
     file = pathlib.Path(path)
     found = re.search(pattern, file.read_text()) if file.exists() else None
     return found[1].strip() if found else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:

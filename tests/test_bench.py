@@ -3,13 +3,16 @@
 import dataclasses
 import importlib.util
 import json
+import pathlib
+import runpy
+import sys
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
 
-from bench import memory, record, step
+from bench import command, cost, large, memory, record, start, step
 from bench.peers import SUBJECTS, Subject, distinct_pairs, drawn_pairs
 from bench.step import AGAIN, StepConfig, agree, goals, interleave, measure, prepare, summary, taking_part, train_configs
 from tli import lexicon
@@ -212,3 +215,99 @@ def test_a_record_is_never_overwritten(tmp_path):
     facts = json.loads(second.read_text())
     assert facts["run"] == 2
     assert facts["machine"]["versions"]["torch"] == torch.__version__
+
+
+def test_the_scripts_take_the_same_steps_and_leave_adapters(make_model, tmp_path, monkeypatch, capsys):
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    model, lists = make_model("llama"), command.write_lists(lexicon.read_pairs(None, "swahili", "english"), tmp_path, batch=8, limit=20)
+    trained = lexicon.read_pairs(str(lists[0]), "source", "target")
+    # whole batches, without two of a meaning
+    assert len(trained) == 16
+    assert len(lexicon.same_meaning(trained)) == 0
+    said = {}
+    for name in ("peft-truncated", "peft-hook"):
+        config = command.CommandConfig(epochs=2, batch=8, rank=4, dropout=0.0)
+        _, script, *arguments = command.command(name, "float32", config, str(model), lists, str(tmp_path / name))
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(script, run_name="__main__")
+        said[name] = command.losses(name, json.loads(capsys.readouterr().out.splitlines()[-1]))
+        adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(model), tmp_path / name)
+        assert sum(factor.any().item() for path, factor in adapted.named_parameters() if "lora_B" in path) == 14
+    # equal seeds draw equal orders and equal adapters
+    assert said["peft-truncated"] == pytest.approx(said["peft-hook"], rel=1e-4)
+    assert said["peft-truncated"]["steps"] == 4
+
+
+def test_scripts_that_end_elsewhere_are_not_timed():
+    own = {"subject": "tli", "steps": 6, "loss_first": 4.5, "loss_last": 4.0}
+    command.require_comparable([own, {**own, "subject": "peft-hook", "loss_last": 4.1}])
+    for wrong in ({"steps": 7}, {"loss_first": 4.15}, {"loss_last": float("nan")}):
+        with pytest.raises(TliError, match="peft-hook: steps and losses must be tli's"):
+            command.require_comparable([own, {**own, "subject": "peft-hook", **wrong}])
+
+
+def test_pages_are_counted_as_they_are_read(tmp_path):
+    shard = tmp_path / "model.safetensors"
+    shard.write_bytes(bytes(64 << 20))
+    assert start.cached(tmp_path) == 64 << 20
+    try:
+        start.forget(tmp_path)
+    except TliError:
+        pytest.skip("this file system keeps its pages, as one in memory does")
+    assert start.cached(tmp_path) == 0
+    with shard.open("rb") as file:
+        file.read(4096)
+    # and what the kernel read ahead
+    assert 4096 <= start.cached(tmp_path) < 64 << 20
+
+
+def test_needed_bytes_are_those_of_blocks_norm_and_rows(make_model, tokenizer):
+    from transformers import AutoModel
+
+    folder = make_model("llama")
+    pairs = lexicon.read_pairs(None, "swahili", "english")[:5]
+    words = [" " + word for pair in pairs for word in (pair.source, pair.target)]
+    rows = {0}.union(*(tokenizer(word, add_special_tokens=False)["input_ids"] for word in words))
+    model = AutoModel.from_pretrained(folder)
+    weights = [*model.layers[:3].parameters(), model.norm.weight]
+    expected = 4 * (sum(weight.numel() for weight in weights) + len(rows) * model.config.hidden_size)
+    assert start.needed_bytes(pathlib.Path(folder), 3, pairs) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_floor_counts_each_weight_twice_a_node_but_what_is_looked_up(make_model, family):
+    from transformers import AutoModel
+
+    folder = make_model(family)
+    blocks = AutoModel.from_pretrained(folder).layers[:3]
+    weights = {name: module.weight.numel() for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
+    counted = sum(weights.values()) - sum(weights[f"0.self_attn.{name}_proj"] for name in "qkv")
+    least = large.floor(TrainConfig(model=str(folder), layer=3, device="cpu", dtype="float32"), nodes=7)
+    # a multiplication and an addition, forward and backward
+    assert least["flops"] == 2 * 2 * 7 * counted
+    assert least["seconds"] == least["flops"] / least["flops_per_second"]
+
+
+def test_the_figure_of_costs_shows_every_series(tmp_path):
+    config = cost.CostConfig(layers="1,2", ranks="4", batches="", shapes="smollm2-135m,llama-3-8b")
+    points = cost.points(config)
+    assert [(series, place) for series, place, _ in points] == [
+        *(("layer", 1), ("layer", 2), ("rank", 4)),
+        *(("shape", "smollm2-135m"), ("shape", "llama-3-8b")),
+    ]
+    assert [(train.layer, train.rank, train.batch) for *_, train in points][:3] == [(1, 16, 128), (2, 16, 128), (2, 4, 128)]
+    rows = [
+        {"series": series, "place": place, "seconds": 2.0 + number, "floor_seconds": 1.0 + number, "peak_bytes": 1e9 * (1 + number)}
+        for number, (series, place, _) in enumerate(points)
+    ]
+    panels = [panel for panel in cost.draw(rows, "about").axes if panel.axison]
+    drawn = {panel.get_xlabel(): [list(line.get_ydata()) for line in panel.lines] for panel in panels if panel.get_xlabel()}
+    assert drawn == {
+        cost.SERIES["layer"][1]: [[2, 3], [1, 2]],
+        cost.SERIES["rank"][1]: [[4], [3]],
+        cost.SERIES["shape"][1]: [[5, 6], [4, 5]],
+    }
+    with pytest.raises(TliError, match="--shapes"):
+        cost.points(cost.CostConfig(shapes="gpt-2"))

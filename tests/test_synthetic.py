@@ -106,3 +106,10 @@ def test_bad_input_is_said(folder, tmp_path):
     with pytest.raises(TliError, match="--blocks: the number must be from 0 to 30"):
         synthetic.write(synthetic.SyntheticConfig(folder=str(tmp_path / "new"), like="smollm2-135m", blocks=31))
     assert not (tmp_path / "new").exists()
+
+
+def test_the_final_norm_is_no_hole_where_its_shard_is_written(tmp_path):
+    # one file holds all of so small a model
+    folder = synthetic.write(synthetic.SyntheticConfig(folder=str(tmp_path / "model"), like="smollm2-135m", blocks=1))
+    norm, _ = open_checkpoint(str(folder)).final_norm()
+    assert norm.tolist() == [1.0] * 576

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tli import hub, ops
 from tli.errors import TliError, one_line
+from tli.mapped import read_no_more
 
 # families whose truncated states were shown equal to the whole model's (tests/test_truncated.py)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -97,7 +98,10 @@ class Checkpoint:
         with _open(self.path(file)) as shard:
             # the tensor is a view of the mapped file: only the pages of these rows are read
             table = self._tensor(shard, file, name, shape)
-            return table.clone() if rows is None else table[rows]
+            if rows is None:
+                return table.clone()
+            read_no_more(table, rows)
+            return table[rows]
 
     def final_norm(self) -> tuple[Tensor, float]:
         """The final norm's effective weight, fp32 [width], and its epsilon.
@@ -134,7 +138,10 @@ class Checkpoint:
             # one by one: as long as a file is open, all of it that was read counts as this process's memory
             with _open(self.path(self.shard_of[name])) as shard:
                 embedding = name.endswith("embed_tokens.weight")
-                tensor = shard.get_slice(name)[:_HASHED_ROWS] if embedding else shard.get_tensor(name)
+                tensor = shard.get_tensor(name)
+                if embedding:
+                    tensor = tensor[:_HASHED_ROWS]
+                    read_no_more(tensor)
                 digest.update(f"{name.removeprefix(self.prefix)} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
                 del tensor

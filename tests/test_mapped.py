@@ -1,0 +1,42 @@
+"""Of a mapped file the kernel reads what was announced, and nothing around it."""
+
+import mmap
+
+import numpy as np
+import pytest
+import torch
+
+from bench import start
+from tli.errors import TliError
+from tli.mapped import read_no_more
+
+ROWS, WIDTH = 4096, 4096
+
+
+@pytest.fixture
+def mapped(tmp_path) -> torch.Tensor:
+    """A table of 64 MB in a file, of which nothing is in memory: row r begins with r."""
+    path = tmp_path / "model.safetensors"
+    table = np.zeros((ROWS, WIDTH), np.float32)
+    table[:, 0] = np.arange(ROWS)
+    table.tofile(path)
+    try:
+        start.forget(tmp_path)
+    except TliError:
+        pytest.skip("this file system keeps its pages, as one in memory does")
+    return torch.from_numpy(np.memmap(path, np.float32, mode="c", shape=(ROWS, WIDTH)))
+
+
+@pytest.mark.parametrize("rows", [[0], [5, 6, 7], [3, 700, 2900, ROWS - 1], list(range(0, ROWS, 64))])
+def test_only_the_announced_rows_are_read(mapped, rows, tmp_path):
+    read_no_more(mapped, torch.tensor(rows))
+    assert mapped[torch.tensor(rows)][:, 0].tolist() == rows
+    assert start.cached(tmp_path) == len(rows) * WIDTH * 4
+
+
+def test_rows_that_share_pages_and_none_at_all(mapped, tmp_path):
+    narrow = mapped.view(-1, 16)
+    read_no_more(narrow, torch.tensor([1, 2]))
+    assert narrow[torch.tensor([1, 2])].sum() == 0
+    assert start.cached(tmp_path) == mmap.PAGESIZE
+    read_no_more(narrow[:0])
