@@ -5,10 +5,11 @@ import mmap
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bench import start
 from tli.errors import TliError
-from tli.mapped import read_no_more
+from tli.mapped import read_alone, read_no_more
 
 ROWS, WIDTH = 4096, 4096
 
@@ -40,3 +41,13 @@ def test_rows_that_share_pages_and_none_at_all(mapped, tmp_path):
     assert narrow[torch.tensor([1, 2])].sum() == 0
     assert start.cached(tmp_path) == mmap.PAGESIZE
     read_no_more(narrow[:0])
+
+
+def test_a_small_tensor_is_read_alone_and_is_the_files_own(tmp_path):
+    tensors = {"a": torch.randn(3, 5, dtype=torch.bfloat16), "b": torch.arange(4), "c": torch.randn(1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert torch.equal(read_alone(tmp_path / "model.safetensors", "a"), tensors["a"])
+    assert torch.equal(read_alone(tmp_path / "model.safetensors", "c"), tensors["c"])
+    for name, got in (("b", "I64"), ("d", "none")):
+        with pytest.raises(ValueError, match=f"^{got}$"):
+            read_alone(tmp_path / "model.safetensors", name)

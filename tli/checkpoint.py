@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tli import hub, ops
 from tli.errors import TliError, one_line
-from tli.mapped import read_no_more
+from tli.mapped import read_alone, read_no_more
 
 # families whose truncated states were shown equal to the whole model's (tests/test_truncated.py)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -113,10 +113,19 @@ class Checkpoint:
             revision = self.path("config.json").parent.name
             weight = hub.fetch_tensor(self.name, revision, self._shard("norm.weight"), f"{self.prefix}norm.weight").float()
         else:
-            weight = self.read({"norm.weight": (self.config.hidden_size,)})["norm.weight"].float()
+            weight = self._small("norm.weight", (self.config.hidden_size,)).float()
         # Gemma stores its norms' weights less one
         gemma = self.config.model_type.startswith("gemma")
         return (weight + 1 if gemma else weight.clone()), self.config.rms_norm_eps
+
+    def _small(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of a few pages, read without those around it."""
+        with contextlib.suppress(OSError, ValueError):
+            tensor = read_alone(self.path(self._shard(name)), self.prefix + name)
+            if tuple(tensor.shape) == shape:
+                return tensor
+        # the usual way says what is wrong
+        return self.read({name: shape})[name]
 
     def absent(self, names: list[str]) -> list[str]:
         """The shards among those of ``names`` that are not on disk (hub names: always empty, they can be downloaded)."""

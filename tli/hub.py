@@ -6,10 +6,8 @@ An 8B model's final norm is 8 KB in a shard of gigabytes, and three requests for
 from __future__ import annotations
 
 import functools
-import json
 import pathlib
 import socket
-import struct
 import typing
 import urllib.parse
 import urllib.request
@@ -20,7 +18,6 @@ from tli.files import cache_folder, replacing
 if typing.TYPE_CHECKING:
     from torch import Tensor
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TIMEOUT_S = 30.0
 _LOOK_S = 3.0
 
@@ -88,21 +85,18 @@ def fetch_tensor(repository: str, revision: str, file: str, name: str) -> Tensor
     Raises:
         TliError: no connection, a server that sends no ranges, or a file without this tensor.
     """
-    import torch
     from safetensors.torch import load, save
+
+    from tli.mapped import one_tensor
 
     kept = cache_folder() / "tensors" / repository.replace("/", "--") / revision / f"{name}.safetensors"
     if kept.is_file():
         return load(kept.read_bytes())[name]
-    length = struct.unpack("<Q", _fetch_range(repository, revision, file, 0, 8))[0]
-    header = json.loads(_fetch_range(repository, revision, file, 8, 8 + length))
-    entry = header.get(name)
-    if entry is None or entry["dtype"] not in _DTYPES:
-        got = "none" if entry is None else entry["dtype"]
-        raise TliError(f"{repository}/{file}", f"the file must hold {name} as floating-point numbers", got, "choose another model")
-    start, end = (8 + length + offset for offset in entry["data_offsets"])
-    data = bytearray(_fetch_range(repository, revision, file, start, end))
-    tensor = torch.frombuffer(data, dtype=getattr(torch, _DTYPES[entry["dtype"]])).view(entry["shape"])
+    try:
+        tensor = one_tensor(functools.partial(_fetch_range, repository, revision, file), name)
+    except ValueError as error:
+        must = f"the file must hold {name} as floating-point numbers"
+        raise TliError(f"{repository}/{file}", must, error, "choose another model") from error
     with replacing(kept) as temporary:
         pathlib.Path(temporary).write_bytes(save({name: tensor}))
     return tensor

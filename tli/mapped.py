@@ -1,14 +1,21 @@
-"""Tensors of a mapped file: have the kernel read what is wanted and nothing around it.
+"""Tensors of a safetensors file: have what is wanted read, and nothing around it.
 
 Where a page of a mapped file is missing, the kernel reads ahead, some megabytes on some machines, since most who want a page want the
-next ones, too. For a few rows spread over an embedding table that comes to most of the table.
+next ones, too. For a few rows spread over an embedding table that comes to most of the table; for one small tensor it is all in vain.
 """
 
 import ctypes
+import json
 import mmap
 import os
+import pathlib
+import struct
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _RANDOM, _WILLNEED = (getattr(mmap, name, None) for name in ("MADV_RANDOM", "MADV_WILLNEED"))
 
@@ -35,3 +42,30 @@ def read_no_more(tensor: Tensor, rows: Tensor | None = None) -> None:
     for row in range(tensor.shape[0]) if rows is None else rows.tolist():
         # one by one: of a longer stretch the kernel reads only the beginning
         advise(tensor.data_ptr() + row * row_bytes, row_bytes, _WILLNEED)
+
+
+def one_tensor(fetch: Callable[[int, int], bytes], name: str) -> Tensor:
+    """The tensor ``name`` of a safetensors file of which ``fetch(start, end)`` gives the bytes start .. end - 1, three times.
+
+    Raises:
+        ValueError: the file has no such tensor of floating-point numbers; it says what was there instead.
+    """
+    (length,) = struct.unpack("<Q", fetch(0, 8))
+    entry = json.loads(fetch(8, 8 + length)).get(name)
+    if entry is None or entry["dtype"] not in _DTYPES:
+        raise ValueError("none" if entry is None else entry["dtype"])
+    start, end = (8 + length + offset for offset in entry["data_offsets"])
+    return torch.frombuffer(bytearray(fetch(start, end)), dtype=_DTYPES[entry["dtype"]]).view(entry["shape"])
+
+
+def read_alone(path: pathlib.Path, name: str) -> Tensor:
+    """One small tensor of a file on disk, without a page around it; raises as ``one_tensor``."""
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+
+        def fetch(start: int, end: int) -> bytes:
+            file.seek(start)
+            return file.read(end - start)
+
+        return one_tensor(fetch, name)
