@@ -25,11 +25,13 @@ _HERE = "import sys; from bench.memory import measure_here; measure_here(*sys.ar
 
 def measure(config: TrainConfig, names: list[str]) -> list[dict]:
     """Of each subject: resident bytes once its imports are done, once its model and batch are there, and at most."""
-    return [{"subject": name, "dtype": config.dtype, "batch": config.batch, **_measure(config, name)} for name in names]
+    # all take the same batch, and one of them cannot take every batch
+    distinct = "sentence-transformers" in names
+    return [{"subject": name, "dtype": config.dtype, "batch": config.batch, **_measure(config, name, distinct)} for name in names]
 
 
-def _measure(config: TrainConfig, name: str) -> dict:
-    command = [sys.executable, "-c", _HERE, name, json.dumps(as_dict(config))]
+def _measure(config: TrainConfig, name: str, distinct: bool) -> dict:
+    command = [sys.executable, "-c", _HERE, name, json.dumps(as_dict(config)), "distinct" if distinct else ""]
     done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -37,14 +39,14 @@ def _measure(config: TrainConfig, name: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_here(name: str, config: str) -> None:
+def measure_here(name: str, config: str, distinct: str) -> None:
     """What the process of one subject does."""
     from bench.peers import SUBJECTS
 
     subject_class = SUBJECTS[name]
     subject_class.imports()
     imported = resident("VmRSS")
-    subject = subject_class(TrainConfig(**json.loads(config)))
+    subject = subject_class(TrainConfig(**json.loads(config)), bool(distinct))
     built = resident("VmRSS")
     for _ in range(STEPS):
         subject.step()
