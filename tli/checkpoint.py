@@ -24,7 +24,7 @@ from tli.mapped import read_alone, read_no_more
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 # of the embedding table, enough to tell two models apart
-_HASHED_ROWS = 1024
+_HASHED_ROWS = 64
 _FIRST_BLOCK_KEY = re.compile(r"^(?P<prefix>(?!.*vision).*?)layers\.0\.self_attn\.q_proj\.weight$")
 
 
