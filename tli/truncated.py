@@ -98,6 +98,7 @@ def place(device: str, dtype: str, weights: str = "full") -> Placement:
         raise TliError("--device", "the device must be on this machine", device, "use --device cpu") from error
     if chosen.type == "cpu":
         processor.limit_threads()
+        processor.keep_few_programs()
     if dtype in ("auto", "fastest"):
         on_cpu = processor.fastest_dtype if dtype == "fastest" else lambda: torch.float32
         return Placement(on_cpu() if chosen.type == "cpu" else torch.bfloat16, chosen, weights)
