@@ -26,6 +26,8 @@ TOKENIZER_BYTES_PER_BYTE, TOKENIZER_BYTES_PER_ENTRY = 12.5, 1500
 # what is loaded or compiled with the first steps, and the holes in glibc's heap, of a step's bytes and of the adapters' gradients; a
 # rule of thumb, fitted to ten runs (docs/performance.md), glibc 2.36. Larger tensors than 32 MB are not on the heap
 FIRST_STEPS_BYTES, HOLES, HOLES_OF_LARGE, GRADIENT_HOLES, MAPPED_BYTES = 60 * MB, 0.8, 0.2, 6, 32 << 20
+# of oneDNN's programs in bf16: what one run of a small model had beyond all this; with a large one nothing was seen
+PROGRAMS_BYTES = 120 * MB
 # not measured: no GPU was at hand. A context with kernels of torch and Triton; cuBLAS's workspace, which torch allocates
 CUDA_CONTEXT_BYTES, CUBLAS_BYTES = 450 * MB, 8_519_680
 # of tables, where the weights that they replace are smaller; of a pair of the list (bench/long_lists.py)
@@ -316,7 +318,8 @@ def process_bytes(run: Run) -> int:
 def _holes(run: Run, step: float) -> float:
     """Bytes that glibc's heap holds and nobody uses: many where a model's weights lie on it, too, few where they do not."""
     on_heap = 4 * max(n * k for n, k in run.shape.linear().values()) < MAPPED_BYTES
-    return HOLES * step + GRADIENT_HOLES * 4 * run.parameters if on_heap else HOLES_OF_LARGE * step
+    programs = PROGRAMS_BYTES * (run.element < 4 and not run.exact)
+    return HOLES * step + GRADIENT_HOLES * 4 * run.parameters + programs if on_heap else HOLES_OF_LARGE * step
 
 
 def total(bytes_of: dict[str, int]) -> int:
