@@ -54,9 +54,11 @@ def material(config: TrainConfig) -> dict:
 def write(kind: str, content: dict, folder: pathlib.Path = RESULTS) -> pathlib.Path:
     """Write ``content`` with today's date and the machine's facts to a new file in ``folder``, and return its path.
 
-    A file that is there already is never touched: a second run of the day gets a number.
+    A file that is there already is never touched: a second run of the day gets a number. Of the setting's absolute paths, which mean
+    nothing elsewhere, the last part is kept.
     """
     facts = machine()
+    content = content | {"setting": {name: _named(value) for name, value in content.get("setting", {}).items()}}
     date = datetime.date.today().isoformat()
     processor = re.sub(r"[^a-z0-9]+", "-", facts["processor"].lower()).strip("-")
     stem = f"{date}-{kind}-{processor}-{facts['cores']}-cores"
@@ -71,6 +73,10 @@ def write(kind: str, content: dict, folder: pathlib.Path = RESULTS) -> pathlib.P
             continue
         return path
     raise FileExistsError(folder / stem)
+
+
+def _named(value):
+    return pathlib.Path(value).name if isinstance(value, str) and pathlib.Path(value).is_absolute() else value
 
 
 def _first(path: str, pattern: str) -> str | None:
