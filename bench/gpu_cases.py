@@ -165,7 +165,7 @@ class Product(Case):
 
             def product(i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
                 a, b = held.factors[i % len(held.factors)]
-                return ops.nf4_lora(x, weights[i % len(weights)], a, b, SCALE, dropout=self.dropout, seed=1), (x, a, b)
+                return ops.fused().nf4_lora(x, weights[i % len(weights)], a, b, SCALE, dropout=self.dropout, seed=1), (x, a, b)
 
             return subject(product, weights[0].nbytes, around=lambda: ops.dispatched(place.device, *limits))
 
@@ -267,7 +267,7 @@ class Loss(Case):
             return solve(torch.compile(plain, dynamic=False))
 
         makers = {
-            "fused": lambda: solve(functools.partial(problem, ops), lambda: ops.dispatched(place.device, 0, 0)),
+            "fused": lambda: solve(functools.partial(problem, ops.fused()), lambda: ops.dispatched(place.device, 0, 0)),
             "eager": lambda: solve(plain),
         }
         return {**makers, "compiled": compiled} if self.compiled else {**makers, "eager, tf32": lambda: solve(plain, _tf32)}

@@ -115,7 +115,7 @@ class Tli(Subject):
         import tli.train  # noqa: F401
 
     def __init__(self, config: TrainConfig, distinct: bool = False):
-        from tli import lora, ops
+        from tli import lora
         from tli.arms import arm_model
         from tli.batches import EpochBatches
         from tli.checkpoint import open_checkpoint, sight
@@ -129,15 +129,14 @@ class Tli(Subject):
         checkpoint = open_checkpoint(config.model or str(starter_folder()))
         texts = [pair.source for pair in batch + rest] + [pair.target for pair in batch + rest]
         words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), config.prefix)
-        placement = place(config.device, config.dtype, config.weights)
-        ops.choose(config.impl, placement.dtype, placement.device)
+        placement = place(config.device, config.dtype, config.weights, config.impl)
         self.decoder = arm_model(config, checkpoint, words.rows, placement)
         lora.inject(self.decoder, lora.LoRAConfig(rank=config.rank, alpha=config.alpha, targets=config.targets), seed=config.seed)
-        self.pool = pooling(token_norm_at_hand(config.token_norm, checkpoint), checkpoint, placement.device)
+        self.pool = pooling(token_norm_at_hand(config.token_norm, checkpoint), checkpoint, placement.device, placement.ops)
         # the pairs that are trained are the batch, so an epoch is one batch, packed anew each time
         self.batches = EpochBatches(config, words, np.arange(len(batch)), batch, placement)
-        record = placement.device.type == "cuda" and ops.fused()
-        self.stepper = Stepper(config, self.decoder, lambda part: self.pool(run(self.decoder, part), part), self.batches.total, record)
+        vectors = lambda part: self.pool(run(self.decoder, part), part)  # noqa: E731
+        self.stepper = Stepper(config, self.decoder, vectors, self.batches.total, placement)
         self.parameters = self.stepper.parameters
         self.decoder.train()
         self.taken = 0

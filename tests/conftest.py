@@ -26,22 +26,6 @@ def tokens_of(words) -> np.ndarray:
     return words.padded(np.arange(len(words)))[0]
 
 
-@pytest.fixture(autouse=True)
-def reference_ops(monkeypatch):
-    """Each test begins with the reference ops, whatever a run in an earlier test chose."""
-    from tli import ops
-
-    monkeypatch.setattr(ops, "_chosen", ops._REFERENCE)
-
-
-@pytest.fixture(autouse=True)
-def trained_exactly(monkeypatch):
-    """Runs train in float32, whatever this processor multiplies fastest, unless a test names a dtype."""
-    from tli import processor
-
-    monkeypatch.setattr(processor, "fastest_dtype", lambda: torch.float32)
-
-
 @pytest.fixture(scope="session")
 def starter() -> pathlib.Path:
     """The starter model's folder, in the user's cache: fetched once per machine, not once per run."""

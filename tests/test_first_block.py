@@ -13,16 +13,20 @@ from tli.config import TrainConfig
 from tli.hooked import recompute_blocks
 from tli.lexicon import read_pairs
 from tli.objective import Objective, pooling
+from tli.ops import Ops
 from tli.packing import tokenise
-from tli.truncated import place, run, truncate
+from tli.truncated import Placement, place, run, truncate
 
-TABLED = ("_ONEDNN", "_FUSED")
+TABLED = {"cpu": lambda: ops.on_cpu(ops.Matmul()), "fused": ops.fused}
 
 
-def gradients(model: str, word_list: str, tabled: bool, loss: str = "infonce", targets: str = "all-linear", weights: str = "full", **more):
-    """The first batch's loss and the adapters' gradients, by the ops that were chosen."""
+def gradients(
+    model: str, word_list: str, tabled: bool, chosen: Ops, loss: str = "infonce", targets: str = "all-linear", weights: str = "full", **more
+):
+    """The first batch's loss and the adapters' gradients, by the ops ``chosen``."""
     config = TrainConfig(model=model, pairs=word_list, batch=16, targets=targets, loss=loss, weights=weights, rank=4)
-    checkpoint, placement, pairs = open_checkpoint(model), place("cpu", "float32", weights), read_pairs(word_list, "swahili", "english")
+    checkpoint, pairs = open_checkpoint(model), read_pairs(word_list, "swahili", "english")
+    placement = Placement(torch.float32, torch.device("cpu"), weights, chosen)
     words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
     decoder = truncate(checkpoint, 2, words.rows, placement)
     if tabled:
@@ -34,7 +38,7 @@ def gradients(model: str, word_list: str, tabled: bool, loss: str = "infonce", t
     for seed, adapter in enumerate(lora.adapters(decoder).values()):
         adapter.lora_B.data.normal_(std=0.1, generator=generator)
         adapter.seed = seed
-    pool, objective = pooling("final", checkpoint, placement.device), Objective(loss, 0.1, 0.4)
+    pool, objective = pooling("final", checkpoint, placement.device, chosen), Objective(loss, 0.1, 0.4, chosen)
     (part,), same = next(iter(EpochBatches(config, words, np.arange(len(pairs)), pairs, placement).epoch(0)))
     value = objective(pool(run(decoder.train(), part), part), same)
     value.backward()
@@ -58,27 +62,24 @@ def equal(one, other, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"targets": "q_proj,v_proj", "loss": "hinge"}, {"targets": "o_proj", "checkpointing": True}], ids=str
 )
-def test_loss_and_gradients_are_those_of_the_weights(make_model, word_list, monkeypatch, family, options):
-    monkeypatch.setattr(ops, "_chosen", ops._ONEDNN)
+def test_loss_and_gradients_are_those_of_the_weights(make_model, word_list, family, options):
     model = str(make_model(family))
-    equal(*(gradients(model, str(word_list), tabled, **options) for tabled in (True, False)))
+    equal(*(gradients(model, str(word_list), tabled, ops.on_cpu(ops.Matmul()), **options) for tabled in (True, False)))
 
 
-@pytest.mark.parametrize("chosen", TABLED)
-def test_so_they_are_in_nf4_and_by_the_fused_ops(make_model, word_list, monkeypatch, chosen):
-    monkeypatch.setattr(ops, "_chosen", getattr(ops, chosen))
+@pytest.mark.parametrize("chosen", TABLED.values(), ids=TABLED)
+def test_so_they_are_in_nf4_and_by_the_fused_ops(make_model, word_list, chosen):
     model = str(make_model("qwen2", hidden_size=64, intermediate_size=128))
-    equal(*(gradients(model, str(word_list), tabled, weights="nf4") for tabled in (True, False)), 2e-5)
+    equal(*(gradients(model, str(word_list), tabled, chosen(), weights="nf4") for tabled in (True, False)), 2e-5)
 
 
 def test_the_weights_stay_where_they_are_smaller_and_where_every_bit_counts(make_model, monkeypatch):
-    checkpoint, placement = open_checkpoint(str(make_model("llama"))), place("cpu", "float32")
+    checkpoint = open_checkpoint(str(make_model("llama")))
 
-    def loaded():
-        return truncate(checkpoint, 1, np.arange(200), placement)
+    def loaded(impl: str = "auto"):
+        return truncate(checkpoint, 1, np.arange(200), place("cpu", "float32", impl=impl))
 
     # 200 rows of 128 products against 48 x 128 weights
-    monkeypatch.setattr(ops, "_chosen", ops._ONEDNN)
     monkeypatch.setattr(memory_model, "MOST_TABLE_BYTES", 200 * 128 * 4)
     assert first_block.tabulate(loaded()) == 200 * 128 * 4
     monkeypatch.setattr(memory_model, "MOST_TABLE_BYTES", 200 * 128 * 4 - 1)
@@ -87,18 +88,17 @@ def test_the_weights_stay_where_they_are_smaller_and_where_every_bit_counts(make
     assert not tables(decoder)
     assert memory_model.table_bytes(200, 128, 4, weight_bytes=200 * 128 * 4) == 200 * 128 * 4
     monkeypatch.setattr(memory_model, "MOST_TABLE_BYTES", 1 << 30)
-    monkeypatch.setattr(ops, "_chosen", ops._REFERENCE)
-    assert first_block.tabulate(loaded()) is None
+    assert first_block.tabulate(loaded("reference")) is None
 
 
-def test_a_table_is_of_the_tokens_that_were_set_and_has_no_way_back(monkeypatch):
-    monkeypatch.setattr(ops, "_chosen", ops._ONEDNN)
+def test_a_table_is_of_the_tokens_that_were_set_and_has_no_way_back():
+    linear = ops.on_cpu(ops.Matmul()).linear
     table = TokenTable(torch.arange(12.0).view(4, 3), torch.Size((3, 5)))
     with pytest.raises(ValueError, match="the tokens of 2 rows must have been set, got None"):
-        ops.linear(torch.zeros(2, 5), table)
+        linear(torch.zeros(2, 5), table)
     table.tokens = torch.tensor([[3], [0]])
-    assert torch.equal(ops.linear(torch.zeros(2, 5), table), torch.tensor([[9.0, 10, 11], [0, 1, 2]]))
+    assert torch.equal(linear(torch.zeros(2, 5), table), torch.tensor([[9.0, 10, 11], [0, 1, 2]]))
     with pytest.raises(ValueError, match="the tokens of 3 rows must have been set, got 2"):
-        ops.linear(torch.zeros(3, 5), table)
+        linear(torch.zeros(3, 5), table)
     with pytest.raises(ValueError, match="the input must want no gradient"):
         table.looked_up(torch.zeros(2, 5, requires_grad=True))

@@ -217,11 +217,9 @@ def test_nf4_weights_are_rounded_in_every_block(make_model):
 
 def test_the_whole_model_computes_from_packed_weights_where_the_fused_ops_do(make_model):
     setting = Setting(make_model("llama", hidden_size=64, intermediate_size=128, blocks=2), DEVICE)
-    rounded = place(DEVICE.type, "float32", "nf4")
     steps = []
     for impl in ("reference", "fused", "fused"):
-        ops.choose(impl, torch.float32, DEVICE)
-        decoder = setting.decoder("full", 1, dropout=0.2, placement=rounded)
+        decoder = setting.decoder("full", 1, dropout=0.2, placement=place(DEVICE.type, "float32", "nf4", impl))
         packed = [isinstance(adapter.weight, ops.NF4Weight) for adapter in lora.adapters(decoder).values()]
         assert packed == [impl == "fused"] * 14
         if len(steps) == 2:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from tli import TliError, TrainConfig, gradient_cache, lexicon, lora, memory_fit, memory_model, ops, profiling, train
+from tli import TliError, TrainConfig, gradient_cache, lexicon, lora, memory_fit, memory_model, profiling, train
 from tli.arms import arm_model
 from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
@@ -43,8 +43,7 @@ class Step:
         self.config = config = TrainConfig(model=str(model), pairs=str(pairs), impl=impl, dtype=dtype, output="unused", **options)
         checkpoint, self.pairs = open_checkpoint(str(model)), lexicon.read_pairs(str(pairs), "swahili", "english")
         texts = [pair.source for pair in self.pairs] + [pair.target for pair in self.pairs]
-        words, placement = tokenise(checkpoint.tokenizer(), texts, 64, " "), place("cpu", dtype, config.weights)
-        ops.choose(impl, placement.dtype, placement.device)
+        words, placement = tokenise(checkpoint.tokenizer(), texts, 64, " "), place("cpu", dtype, config.weights, impl)
         needed = memory_needed(config, checkpoint, words, len(self.pairs), "rms", placement)
         self.decoder = arm_model(config, checkpoint, words.rows, placement).train()
         adapter = lora.LoRAConfig(rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout)
@@ -55,13 +54,13 @@ class Step:
         largest = max(self.parts, key=lambda part: part.input_ids.numel())
         part = memory_model.Part(len(largest.sinks) // 2, *largest.input_ids.shape)
         self.needed = dataclasses.replace(needed, part=part, batch=sum(len(one.sinks) // 2 for one in self.parts))
-        norm = Pooling(torch.ones(checkpoint.config.hidden_size), 1e-6)
+        norm = Pooling(torch.ones(checkpoint.config.hidden_size), 1e-6, placement.ops)
         self.pool = norm.at("output") if config.arm == "full" else norm
-        self.parameters = lora.trainable(self.decoder)
+        self.ops, self.parameters = placement.ops, lora.trainable(self.decoder)
         self.optimiser = torch.optim.AdamW(self.parameters)
 
     def __call__(self) -> None:
-        config, objective = self.config, Objective(self.config.loss, 0.1, 0.4)
+        config, objective = self.config, Objective(self.config.loss, 0.1, 0.4, self.ops)
         aligned = (lambda part: run_hooked(self.decoder, part, config.layer)) if config.arm == "full-hook" else None
         states = aligned or (lambda part: run_model(self.decoder, part))
         self.optimiser.zero_grad()

@@ -46,9 +46,9 @@ def make(stepper, model: str, word_list: str, placement: Placement, **options):
     words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
     decoder = truncate(checkpoint, 2, words.rows, placement)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0, targets=config.targets, dropout=config.dropout))
-    pool = pooling("final", checkpoint, placement.device)
+    pool = pooling("final", checkpoint, placement.device, placement.ops)
     batches = EpochBatches(config, words, np.arange(len(pairs)), pairs, placement)
-    return stepper(config, decoder.train(), lambda part: pool(run(decoder, part), part), batches.total), batches
+    return stepper(config, decoder.train(), lambda part: pool(run(decoder, part), part), batches.total, placement), batches
 
 
 def taken(steps: Stepper, batches: EpochBatches) -> list[float]:
@@ -62,10 +62,9 @@ def taken(steps: Stepper, batches: EpochBatches) -> list[float]:
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
+def interpreted():
     """Few steps by the fused ops, in the interpreter."""
-    monkeypatch.setattr(ops, "_chosen", ops._FUSED)
-    return place("cpu", "float32")
+    return place("cpu", "float32", impl="fused")
 
 
 @pytest.mark.skipif(not launch.interpreted(), reason="on a GPU the real thing is tested")
@@ -122,12 +121,11 @@ def test_a_padded_batch_has_the_loss_and_gradients_of_the_batch(make_model, word
 @pytest.mark.parametrize(
     "options", [{}, {"loss": "hinge", "micro_batch": 8, "weights": "nf4", "dropout": 0.1}], ids=["infonce", "hinge-nf4"]
 )
-def test_nothing_in_a_gpus_step_waits_for_the_gpu(make_model, word_list, monkeypatch, family, options):
+def test_nothing_in_a_gpus_step_waits_for_the_gpu(make_model, word_list, family, options):
     """A tensor without memory has no value to wait for: asking for one raises."""
-    monkeypatch.setattr(ops, "_chosen", ops._FUSED)
     model = str(make_model(family, hidden_size=64, intermediate_size=128))
     placement = Placement(torch.bfloat16, torch.device("meta"), options.get("weights", "full"))
-    cpu = Placement(torch.bfloat16, torch.device("cpu"), placement.weights)
+    cpu = Placement(torch.bfloat16, torch.device("cpu"), placement.weights, ops.fused())
     steps, batches = make(Stepper, model, str(word_list), cpu, **options)
     parts, same = next(iter(batches.epoch(0)))
     parts = [dataclasses.replace(part.clone(), **moved(part)) for part in parts]
@@ -137,7 +135,7 @@ def test_nothing_in_a_gpus_step_waits_for_the_gpu(make_model, word_list, monkeyp
             module.weight = module.weight.to(torch.device("meta"))
     for adapter in steps.adapters.values():
         adapter.seed = torch.zeros(1, dtype=torch.int64, device="meta")
-    pool = pooling("rms", open_checkpoint(model), torch.device("meta"))
+    pool = pooling("rms", open_checkpoint(model), torch.device("meta"), ops.fused())
     steps.vectors_of = lambda part: pool(run(steps.decoder, part), part)
     parameters = lora.trainable(steps.decoder)
     with launch.recording(90) as launches:
@@ -167,21 +165,17 @@ def test_a_loss_that_is_not_finite_changes_nothing(make_model, word_list):
 
 @needs_gpu
 @pytest.mark.parametrize("weights", ["full", "nf4"])
-def test_graphs_on_a_gpu_take_the_steps_as_written(make_model, word_list, monkeypatch, weights):
-    monkeypatch.setattr(ops, "_chosen", ops._FUSED)
-    model, placement = str(make_model("llama", hidden_size=64, intermediate_size=128)), place("cuda", "float32", weights)
-    plain = taken(*make(Stepper, model, str(word_list), placement, dropout=0.2))
-    steps, batches = make(lambda *arguments: Stepper(*arguments, record=True), model, str(word_list), placement, dropout=0.2)
-    np.testing.assert_allclose(taken(steps, batches), plain, rtol=1e-4)
+def test_graphs_on_a_gpu_take_the_steps_as_written(make_model, word_list, weights):
+    model, placement = str(make_model("llama", hidden_size=64, intermediate_size=128)), place("cuda", "float32", weights, "fused")
+    (as_written, same_batches), (steps, batches) = (make(Stepper, model, str(word_list), placement, dropout=0.2) for _ in range(2))
+    as_written.record = False
+    np.testing.assert_allclose(taken(steps, batches), taken(as_written, same_batches), rtol=1e-4)
     assert steps.recordings
 
 
 @needs_gpu
-def test_on_a_gpu_a_loss_that_is_not_finite_changes_nothing_from_then_on(make_model, word_list, monkeypatch):
-    monkeypatch.setattr(ops, "_chosen", ops._FUSED)
-    steps, batches = make(
-        lambda *arguments: Stepper(*arguments, record=True), str(make_model("llama")), str(word_list), place("cuda", "float32")
-    )
+def test_on_a_gpu_a_loss_that_is_not_finite_changes_nothing_from_then_on(make_model, word_list):
+    steps, batches = make(Stepper, str(make_model("llama")), str(word_list), place("cuda", "float32", impl="fused"))
     parts, same = next(iter(batches.epoch(0)))
     for position in range(5):
         steps.take(position, parts, same)

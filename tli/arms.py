@@ -1,7 +1,6 @@
 """The model that an arm trains, made ready for its steps: what ``tli.train`` and whatever measures it build alike."""
 
 import numpy as np
-import torch
 from torch import nn
 
 from tli.checkpoint import Checkpoint
@@ -12,7 +11,7 @@ from tli.truncated import Placement, attend_in_steps, require_layer, truncate
 
 
 def arm_model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> nn.Module:
-    """The arm's model, still without adapters: it ends at ``config.layer``, or is whole. The ops must have been chosen.
+    """The arm's model, still without adapters: it ends at ``config.layer``, or is whole.
 
     Args:
         config:      arm, layer, impl and checkpointing count
@@ -29,7 +28,7 @@ def arm_model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | No
         require_layer(checkpoint, config.layer)
         decoder = whole(checkpoint, rows, placement)
     tabulate(decoder)
-    if placement.device.type == "cpu" and placement.dtype == torch.bfloat16 and config.impl == "auto":
+    if placement.attention == "eager":
         attend_in_steps(decoder)
     if config.checkpointing:
         recompute_blocks(decoder)

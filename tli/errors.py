@@ -20,6 +20,10 @@ class TliError(Exception):
         super().__init__(f"{where}: {must}, got {got}; {remedy}")
 
 
+# Windows knows no quota
+_FULL = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name))
+
+
 def one_line(error: Exception) -> str:
     """What another library's error says, on one line, or its name where it says nothing."""
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -31,7 +35,7 @@ def disk_errors(where: object):
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise TliError(where, "the disk must have room for the output", "no space left", "free some space and run again") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise TliError(where, "the output must be writable", error.strerror.lower(), "choose another folder") from error

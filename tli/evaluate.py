@@ -66,7 +66,7 @@ def _evaluate_table(config: EvaluateConfig, console) -> dict:
 
 def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     # torch and transformers, which a table does without
-    from tli import comparison, ops, provenance, starter
+    from tli import comparison, provenance, starter
     from tli.checkpoint import open_checkpoint
     from tli.harm import harm, predict, read_windows
     from tli.objective import pooling, token_norm_at_hand
@@ -98,8 +98,8 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
 
     name = next(iter(models))
     checkpoint = open_checkpoint(starter.locate(name))
-    placement = place(config.device, config.dtype, weights)
-    console.print(ops.choose(config.impl, placement.dtype, placement.device))
+    placement = place(config.device, config.dtype, weights, config.impl)
+    console.print(placement.ops.description)
     layers = _layers(config, known, checkpoint.blocks)
     hashed = functools.cache(checkpoint.sha256)
     for recorded in known:
@@ -116,7 +116,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
         checkpoint.blocks + 2 + len(windows.lengths) if windows else 0
     )
     with layer_bar(console, steps) as done:
-        pool = pooling(token_norm, checkpoint, placement.device)
+        pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
         found, missing = comparison.measure_layers(checkpoint, splits, layers, pool, placement, streams, prefix, pool_bos, done)
         predictions, unread = predict(checkpoint, windows, placement, list(streams.values())[1:], done) if windows else ([], None)
     measured = [layer for layer in layers if any(layer == of for *_, of in found)]

@@ -20,7 +20,7 @@ _AT_ONCE = 1024
 
 
 def tabulate(decoder: nn.Module) -> int | None:
-    """Put tables in the place of block 0's q, k and v weights, if the chosen ops read them and they are small enough.
+    """Put tables in the place of block 0's q, k and v weights, if its ops read them and they are small enough.
 
     Args:
         decoder:  a loaded decoder, in front of adapters; its kept embedding rows are the tokens
@@ -33,11 +33,11 @@ def tabulate(decoder: nn.Module) -> int | None:
     outputs = sum(linear.weight.shape[0] for linear in projections)
     held = sum(linear.weight.nbytes for linear in projections)
     size = table_bytes(len(table), outputs, table.element_size(), held)
-    if size is None or not ops.holds_tables():
+    if size is None or not projections[0].ops.supports_token_tables:
         return None
     inputs = _inputs(decoder)
     for linear in projections:
-        products = torch.cat([ops.linear(part, linear.weight, linear.bias) for part in inputs.split(_AT_ONCE)])
+        products = torch.cat([linear.ops.linear(part, linear.weight, linear.bias) for part in inputs.split(_AT_ONCE)])
         looked_up, linear.bias = ops.TokenTable(products, linear.weight.shape), None
         del linear.weight
         linear.weight = looked_up

@@ -6,7 +6,6 @@ runs a cell holds a lock on it, so processes that share a folder, on one machine
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -16,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from tli.errors import TliError, disk_errors
+from tli.files import cores
 from tli.progress import STATE_FILE, stop_signals
 
 REPORT = "report.json"
@@ -79,7 +79,7 @@ def run_cells(cells: Iterable[Cell], folder: pathlib.Path, jobs: int, done: Call
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     waiting, running = list(cells), {}
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, cores() // jobs)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with stop_signals() as stop, contextlib.ExitStack() as locks:
         try:
@@ -116,6 +116,10 @@ def _partial(cell: Cell, folder: pathlib.Path) -> pathlib.Path:
 
 def _lock(path: pathlib.Path):
     """The file, locked for this process and those that inherit it; None where another process holds it."""
+    try:
+        import fcntl
+    except ModuleNotFoundError as error:
+        raise TliError("grid", "this system must lock files that a process inherits", error, "run studies on Linux or a Mac") from error
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

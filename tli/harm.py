@@ -148,7 +148,7 @@ def predict(
         for at, truth in zip(positions.split(_CHUNK_POSITIONS), following.split(_CHUNK_POSITIONS)):
             base = probabilities = None
             for stream, states in zip(parts, outputs):
-                logs = _log_probabilities(states[at], head, cap)
+                logs = _log_probabilities(states[at], head, cap, placement.ops.linear)
                 if base is None:
                     base, probabilities = logs, logs.exp()
                 moved = (probabilities * (base - logs)).sum(1), (probabilities - logs.exp()).abs().sum(1) / 2
@@ -227,9 +227,9 @@ def _head(checkpoint: Checkpoint, placement: Placement) -> Tensor:
     return weight.to(placement.device, placement.dtype)
 
 
-def _log_probabilities(states: Tensor, head: Tensor, cap: float | None) -> Tensor:
+def _log_probabilities(states: Tensor, head: Tensor, cap: float | None, linear: Callable[..., Tensor]) -> Tensor:
     """log softmax of the logits, fp32 [positions, V]; ``cap`` is Gemma 2's soft-capping."""
-    logits = torch.cat([ops.linear(states.float(), rows.float()) for rows in head.split(_HEAD_ROWS)], dim=1)
+    logits = torch.cat([linear(states.float(), rows.float()) for rows in head.split(_HEAD_ROWS)], dim=1)
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     return logits.log_softmax(dim=1)

@@ -58,6 +58,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.scale, self.dropout = scale, dropout
+        # of the layer whose place this takes
+        self.ops = getattr(linear, "ops", ops.REFERENCE)
         # of this step's dropout; whoever runs the steps sets it anew before each
         self.seed = 0
         out_features, in_features = linear.weight.shape
@@ -66,7 +68,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return ops.nf4_lora(x, self.weight, self.lora_A, self.lora_B, self.scale, self.bias, dropout, self.seed)
+        return self.ops.nf4_lora(x, self.weight, self.lora_A, self.lora_B, self.scale, self.bias, dropout, self.seed)
 
     def merged(self) -> nn.Linear:
         """An ``nn.Linear`` with the weight W + s·B·A, summed in fp32 and rounded once."""

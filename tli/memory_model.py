@@ -32,7 +32,7 @@ PROGRAMS_BYTES = 120 * MB
 CUDA_CONTEXT_BYTES, CUBLAS_BYTES = 450 * MB, 8_519_680
 # of tables, where the weights that they replace are smaller; of a pair of the list (bench/long_lists.py)
 MOST_TABLE_BYTES, PAIR_BYTES = 64 << 20, 100
-# of numbers decoded at a time on a CPU (kernels/onednn.py), of cosines in a block (kernels/blocked.py), of keys by which dropout keeps
+# of numbers decoded at a time on a CPU (kernels/cpu.py), of cosines in a block (kernels/blocked.py), of keys by which dropout keeps
 # (kernels/reference.py)
 _DECODED, _COSINES, _KEYS = 1 << 22, 1 << 24, 1 << 17
 # of a common card, where sums are split so that each has work
@@ -58,7 +58,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run as far as memory goes; ``device`` is cpu (oneDNN's products) or gpu (the fused ops), or ``exact``: the reference ops."""
+    """A run as far as memory goes; ``device`` is cpu (its fastest products) or gpu (the fused ops), or ``exact``: the reference ops."""
 
     shape: Shape
     part: Part
@@ -78,6 +78,7 @@ class Run:
     element: int = 4
     token_norm: bool = True
     exact: bool = False
+    eager_attention: bool | None = None
     tokenizer_bytes: int | None = None
 
     @property
@@ -99,7 +100,9 @@ class Run:
 
     @property
     def eager(self) -> bool:
-        """Whether attention keeps its T × T weights: for soft-capping, and in 16 bits on a CPU."""
+        """Whether attention keeps its T × T weights: for soft-capping, and, where nobody says it, in 16 bits on a CPU."""
+        if self.eager_attention is not None:
+            return self.shape.eager or self.eager_attention
         return self.shape.eager or (self.element < 4 and not self.fused and not self.exact)
 
     @property
@@ -188,9 +191,11 @@ def held_by_block(run: Run, block: int) -> float:
     flows = any(run.adapted(below) for below in range(block))
     low = 4 if run.fused else e
     saved = sum(low * t * run.rank * _low_rank_parts(run, shape.linear()[path][1]) for path in run.adapted(block))
+    if run.dropout and not run.fused:
+        # what dropout keeps, a byte each; the reference ops have the dropped copy beside it
+        saved += sum(t * shape.linear()[path][1] for path in run.adapted(block))
     if run.dropout and run.exact:
-        # the reference ops keep the dropped copy and its mask
-        saved += sum((e + 1) * t * shape.linear()[path][1] for path in run.adapted(block))
+        saved += sum(e * t * shape.linear()[path][1] for path in run.adapted(block))
     saved += 4 * t * d * flows + e * t * d * bool(adapted & {"q_proj", "k_proj", "v_proj"})
     into_queries, into_keys = flows or "q_proj" in adapted, flows or "k_proj" in adapted
     if shape.head_norms:
@@ -227,8 +232,8 @@ def _mlp_workspace(run: Run) -> float:
         inside = max(inside, (4 + e) * t * i + kept + e * min(_DECODED, run.shape.width * i))
     if not (run.dropout and adapted):
         return inside + factors
-    # dx, the low-rank term's, and what dropout keeps; or that while it is made
-    return max(inside + factors, 3 * e * t * i + factors, e * t * i + (8 + e) * min(t * i, _KEYS))
+    # dx, the low-rank term's, and what dropout keeps
+    return max(inside + factors, 3 * e * t * i + factors)
 
 
 def _splits(terms: int, least: int, tiles: int) -> int:

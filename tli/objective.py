@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tli import ops
 from tli.checkpoint import Checkpoint
+from tli.ops import Ops
 from tli.records import Layer
 from tli.truncated import Batch
 
@@ -17,14 +18,16 @@ class Pooling:
 
     norm_weight:  fp32 [D], the weight of the token norm; None leaves token states as they are
     norm_eps:     its epsilon
+    ops:          the implementation
     """
 
     norm_weight: Tensor | None
     norm_eps: float
+    ops: Ops = ops.REFERENCE
 
     def __call__(self, states: Tensor, batch: Batch) -> Tensor:
         """Word states of packed words: token states [T, D] -> fp32 unit rows [words, D]."""
-        return ops.pool_norm(states, batch.indptr, batch.indices, self.norm_weight, self.norm_eps, batch.transposed)
+        return self.ops.pool_norm(states, batch.indptr, batch.indices, self.norm_weight, self.norm_eps, batch.transposed)
 
     def at(self, layer: Layer) -> "Pooling":
         """The pooling of a layer's states: those of ``output`` are normalised already."""
@@ -42,14 +45,14 @@ def token_norm_at_hand(token_norm: str, checkpoint: Checkpoint) -> str:
     return "final" if checkpoint.folder is None or checkpoint.at_hand("norm.weight") else "rms"
 
 
-def pooling(token_norm: str, checkpoint: Checkpoint, device: torch.device) -> Pooling:
+def pooling(token_norm: str, checkpoint: Checkpoint, device: torch.device, ops: Ops = ops.REFERENCE) -> Pooling:
     """The pooling for a ``--token-norm``: ``final`` reads the model's final norm, ``rms`` has unit weights, ``none`` is none."""
     weight, eps = None, checkpoint.config.rms_norm_eps
     if token_norm == "final":
         weight, eps = checkpoint.final_norm()
     elif token_norm == "rms":
         weight = torch.ones(checkpoint.config.hidden_size)
-    return Pooling(None if weight is None else weight.to(device), eps)
+    return Pooling(None if weight is None else weight.to(device), eps, ops)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +62,11 @@ class Objective:
     loss: str
     temperature: float
     margin: float
+    ops: Ops = ops.REFERENCE
 
     def __call__(self, words: Tensor, same: Tensor) -> Tensor:
         """The loss of a batch: word states [2B, D], sources first, and the pairs that are no negatives, int64 [E, 2]."""
         source, target = words.chunk(2)
         if self.loss == "infonce":
-            return ops.infonce(source, target, self.temperature, same)
-        return ops.hinge(source, target, self.margin, same)
+            return self.ops.infonce(source, target, self.temperature, same)
+        return self.ops.hinge(source, target, self.margin, same)

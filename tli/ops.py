@@ -1,102 +1,180 @@
-"""The only door to ``tli_kernels``: picks the implementation of the ops, and says once which and why.
+"""The only door to ``tli_kernels``: resolves which implementation of the ops a run has, once, and says which and why.
 
 The reference ops are plain PyTorch and run everywhere, bit for bit as transformers' own layers do. On a GPU the fused Triton
-ops take their place; on a CPU the linear layers go through oneDNN, which is equal to rounding and faster. What was
-asked for explicitly is taken or is an error, never a silent fall-back.
+ops take their place; on a CPU the linear layers go through whichever library multiplies fastest there, equal to rounding. Nothing is
+assumed of a machine: what is fast is tried on small operands first, forward and backward, against the reference. What was asked for
+explicitly is taken or is an error, never a silent fall-back.
 """
 
 import contextlib
 import dataclasses
 import functools
-import importlib
-import importlib.util
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
-from tli_kernels import launch, onednn, reference, shapes
+from tli_kernels import blocked, cpu, launch, reference, shapes
+from tli_kernels.cpu import Matmul
 from tli_kernels.launch import ALWAYS  # noqa: F401
 from tli_kernels.nf4_weight import NF4Weight  # noqa: F401
 from tli_kernels.token_table import TokenTable  # noqa: F401
+from torch import Tensor
 
-from tli.errors import TliError
+from tli.errors import TliError, one_line
 from tli.files import cache_folder, write_text
 
-# the module that each op comes from
-_REFERENCE = {"linear": "reference", "nf4_lora": "reference", "pool_norm": "reference", "infonce": "blocked", "hinge": "blocked"}
-_ONEDNN = {**_REFERENCE, "linear": "onednn", "nf4_lora": "onednn"}
-_FUSED = {"linear": "nf4_lora", "nf4_lora": "nf4_lora", "pool_norm": "pool_norm", "infonce": "infonce", "hinge": "hinge"}
-
-_chosen = _REFERENCE
-
-
-def _through(name: str):
-    """The op of that name, from the module that was chosen last."""
-
-    @functools.wraps(getattr(reference, name))
-    def op(*operands, **options):
-        return getattr(importlib.import_module(f"tli_kernels.{_chosen[name]}"), name)(*operands, **options)
-
-    return op
-
-
-linear, nf4_lora, pool_norm, infonce, hinge = map(_through, _REFERENCE)
 dequantise, transpose_paths = reference.dequantise, reference.transpose_paths
+nf4_decoder = cpu.nf4_decoder
+LIBRARIES = tuple(cpu.LIBRARIES)
+
+_LIBRARY_NAMES = {"onednn": "oneDNN", "torch": "torch's own"}
 
 
-def choose(impl: str, dtype: torch.dtype, device: torch.device) -> str:
-    """Choose the ops for ``impl`` (auto, reference, fused) and return one line that says which were taken and why.
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """The ops of a run, each with the arguments and the result of its twin in ``tli_kernels.reference``.
+
+    kind         which implementation
+    description  one line for the console: which were taken, and why
+    matmul       what multiplies on a CPU; None elsewhere
+    """
+
+    kind: Literal["reference", "cpu", "fused"]
+    linear: Callable[..., Tensor]
+    nf4_lora: Callable[..., Tensor]
+    pool_norm: Callable[..., Tensor]
+    infonce: Callable[..., Tensor]
+    hinge: Callable[..., Tensor]
+    description: str = ""
+    matmul: Matmul | None = None
+
+    @property
+    def supports_nf4(self) -> bool:
+        """Whether they compute from packed NF4 weights; else a weight is rounded to NF4 and held in the compute dtype.
+
+        (PyTorch's own products would keep a dequantised copy of every layer for the backward pass.)
+        """
+        return self.kind != "reference"
+
+    @property
+    def supports_token_tables(self) -> bool:
+        """Whether they look products up in a ``TokenTable``. The reference ops, bit for bit transformers' own, multiply."""
+        return self.kind != "reference"
+
+
+# the losses by blocks of rows: as the reference's, with nothing of size batch x batch held
+REFERENCE = Ops("reference", reference.linear, reference.nf4_lora, reference.pool_norm, blocked.infonce, blocked.hinge, "reference ops")
+
+
+def on_cpu(matmul: Matmul, description: str = "") -> Ops:
+    """The reference ops with their linear layers by ``matmul``."""
+    linear, nf4_lora = (functools.partial(op, matmul=matmul) for op in (cpu.linear, cpu.nf4_lora))
+    return dataclasses.replace(REFERENCE, kind="cpu", linear=linear, nf4_lora=nf4_lora, description=description, matmul=matmul)
+
+
+def fused(description: str = "") -> Ops:
+    """The Triton ops; importing them needs Triton."""
+    from tli_kernels import hinge, infonce, nf4_lora, pool_norm
+
+    return Ops("fused", nf4_lora.linear, nf4_lora.nf4_lora, pool_norm.pool_norm, infonce.infonce, hinge.hinge, description)
+
+
+def resolve(impl: str, dtype: torch.dtype, device: torch.device, matmul: Callable[[], Matmul], weights: str = "full") -> Ops:
+    """The ops for ``impl`` (auto, reference, fused).
+
+    Args:
+        impl:     what was asked for
+        dtype:    the compute dtype
+        device:   where
+        matmul:   gives what multiplies on this CPU; called where that is wanted
+        weights:  full or nf4
 
     Raises:
         TliError: ``fused`` where the fused ops cannot run.
     """
-    global _chosen
-    problem = _against_fused(dtype, device)
-    if impl == "fused" and problem:
-        raise TliError("--impl", "the fused ops must be able to run", problem, "use --impl auto or reference")
-    if impl == "fused" or (impl == "auto" and device.type == "cuda" and not problem):
-        _chosen = _FUSED
-        return f"fused ops ({'asked for' if impl == 'fused' else 'on a GPU'}): {_dispatch(device)}"
-    if impl == "auto" and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and onednn.available():
-        _chosen = _ONEDNN
-        return f"reference ops, linear layers by oneDNN ({str(dtype)[6:]} on a CPU)"
-    _chosen = _REFERENCE
-    return f"reference ops ({'asked for' if impl == 'reference' else problem})"
+    if impl == "reference":
+        # what says a product is slow there is the one thing that the caller would want to know
+        slow = dtype.itemsize < 4 and device.type == "cpu" and matmul().in_float32
+        why = f"asked for; {name_of(dtype)} products are slow on this processor" if slow else "asked for"
+        return dataclasses.replace(REFERENCE, description=f"reference ops ({why})")
+    if impl == "fused" or device.type == "cuda":
+        problem = _against_fused(dtype, device)
+        if impl == "fused" and problem:
+            raise TliError("--impl", "the fused ops must be able to run", problem, "use --impl auto or reference")
+        if problem:
+            return dataclasses.replace(REFERENCE, description=f"reference ops ({problem})")
+        return fused(f"fused ops ({'asked for' if impl == 'fused' else 'on a GPU'}): {_dispatch(device)}")
+    if device.type != "cpu":
+        return dataclasses.replace(REFERENCE, description=f"reference ops (device {device})")
+    chosen = matmul()
+    if chosen.in_float32 and dtype != torch.float32:
+        how = f"linear layers in float32, rounded to {name_of(dtype)}: this processor has no fast products of it, --dtype float32 is faster"
+    else:
+        how = f"linear layers by {_LIBRARY_NAMES[chosen.library]} ({name_of(dtype)} on a CPU)".replace("torch's own", "torch's own product")
+    decoded = f", NF4 decoded by {nf4_decoder().name}" if weights == "nf4" else ""
+    return on_cpu(chosen, f"reference ops, {how}{decoded}")
 
 
-def processor_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x·Wᵀ as ``auto`` makes it on a CPU: what is timed to choose a dtype."""
-    return (onednn if onednn.available() else reference).linear(x, weight)
-
-
-def holds_nf4() -> bool:
-    """Whether the chosen ops compute from packed NF4 weights; else a weight is rounded to NF4 and held in the compute dtype.
-
-    (PyTorch's own products would keep a dequantised copy of every layer for the backward pass.)
-    """
-    return _chosen in (_FUSED, _ONEDNN)
-
-
-def holds_tables() -> bool:
-    """Whether the chosen ops look products up in a ``TokenTable``. The reference ops, bit for bit transformers' own, multiply."""
-    return _chosen in (_FUSED, _ONEDNN)
-
-
-def fused() -> bool:
-    """Whether the fused Triton ops were chosen."""
-    return _chosen is _FUSED
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype as the options spell it: float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _against_fused(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the fused ops cannot run here, or None."""
-    if importlib.util.find_spec("triton") is None:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
         return "no triton on this machine"
-    if device.type == "cuda":
-        return None
-    if not launch.interpreted():
-        return f"device {device} without TRITON_INTERPRET=1"
-    return "bfloat16, which Triton's interpreter does not know" if dtype == torch.bfloat16 else None
+    if device.type != "cuda":
+        if not launch.interpreted():
+            return f"device {device} without TRITON_INTERPRET=1"
+        return "bfloat16, which Triton's interpreter does not know" if dtype == torch.bfloat16 else None
+    # whatever a compiler, a driver or a card may raise
+    try:
+        return None if _fused_agree(dtype, device) else "the fused ops, tried on this GPU, gave other numbers"
+    except Exception as error:
+        return f"the fused ops, tried on this GPU, failed: {one_line(error)}"
+
+
+@functools.cache
+def _fused_agree(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether each fused op's results and gradients on small operands are the reference's, to rounding."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, weight, a, b, dy = normal(48, 128), normal(64, 128) / 11, normal(16, 128) / 11, normal(64, 16) / 4, normal(48, 64)
+    units, indptr, same = normal(8, 64), torch.arange(0, 33, 4), torch.tensor([[0, 1], [1, 0]])
+    indices = torch.arange(32)
+
+    def found(ops: Ops, where: torch.device, kind: torch.dtype) -> list[Tensor]:
+        leaves = [value.to(where, kind if i == 0 else torch.float32).requires_grad_() for i, value in enumerate((x, a, b))]
+        y = ops.nf4_lora(leaves[0], weight.to(where, kind), *leaves[1:], 0.5, dropout=0.25, seed=7)
+        y.backward(dy.to(where, kind))
+        states = x.to(where, kind).requires_grad_()
+        vectors = ops.pool_norm(states, indptr.to(where), indices.to(where), None)
+        sources, targets = vectors.detach().chunk(2)
+        losses = []
+        for loss, scale in ((ops.infonce, 0.1), (ops.hinge, 0.4)):
+            sides = [side.clone().requires_grad_() for side in (sources, targets)]
+            value = loss(*sides, scale, same.to(where))
+            value.backward()
+            losses += [value.detach(), *(side.grad for side in sides)]
+        vectors.backward(units.repeat(1, 2).to(where))
+        return [value.detach().cpu().double() for value in (y, *(leaf.grad for leaf in leaves), vectors, states.grad, *losses)]
+
+    # what low precision costs the reference is measured, not guessed
+    truth = found(REFERENCE, torch.device("cpu"), torch.float32)
+    plain = found(REFERENCE, device, dtype)
+    room = 16 * max(torch.finfo(dtype).eps, 2**-13)
+    return all(
+        (got - exact).norm() <= 4 * (eager - exact).norm() + room * exact.norm()
+        for got, eager, exact in zip(found(fused(), device, dtype), plain, truth)
+    )
 
 
 def projections(model: str) -> list[tuple[int, int]]:
@@ -106,14 +184,11 @@ def projections(model: str) -> list[tuple[int, int]]:
 
 @contextlib.contextmanager
 def dispatched(device: torch.device, decode_rows: int, fused_rows: int) -> Iterator[None]:
-    """The fused ops, with these numbers of rows up to which each way of a product is taken (``launch.Dispatch``)."""
-    global _chosen
-    before, _chosen = _chosen, _FUSED
+    """Have the fused ops take each way of a product up to these numbers of rows (``launch.Dispatch``) while the context is open."""
     launch.use(launch.capability(device), launch.Dispatch(decode_rows, fused_rows))
     try:
         yield
     finally:
-        _chosen = before
         launch.use(launch.capability(device), None)
 
 

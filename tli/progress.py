@@ -24,6 +24,7 @@ STATE_FILE = "training_state.safetensors"
 # options that change nothing about the numbers: a resumed run may differ in them
 _FREE_OPTIONS = ("output", "overwrite", "resume", "no_report", "profile", "json")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MACHINE_FACTS = ("dtype", "matmul", "attention")
 
 
 @dataclasses.dataclass
@@ -59,17 +60,18 @@ class TrainingState:
         for record in trained.records():
             digest.update(record)
         self.fingerprint = digest.hexdigest()
-        # what the run computes in, where its options leave that open
-        self.dtype = config.dtype
+        # ``Placement.facts`` of the run: what it computes in and with, where its options leave that open
+        self.begun_on: dict[str, str] = {}
 
-    def begun_in(self) -> str | None:
-        """The dtype that the interrupted run computed in, so that it goes on in that; None without one."""
+    def begun_with(self) -> dict[str, str]:
+        """``Placement.facts`` of the interrupted run, so that it goes on with them; none without one."""
         try:
             with safe_open(self.path, framework="pt") as file:
-                return file.metadata().get("dtype")
+                metadata = file.metadata()
+                return {name: metadata[name] for name in _MACHINE_FACTS if name in metadata}
         except (SafetensorError, OSError):
             # ``restore`` says what is wrong with it
-            return None
+            return {}
 
     def exists(self) -> bool:
         """Whether there is something to go on from."""
@@ -86,7 +88,7 @@ class TrainingState:
             tensors[name] = parameter.detach()
             for moment in _MOMENTS:
                 tensors[f"{name}.{moment}"] = optimiser.state[parameter][moment]
-        metadata = {"fingerprint": self.fingerprint, "dtype": self.dtype}
+        metadata = {"fingerprint": self.fingerprint, **self.begun_on}
         metadata |= {"seconds": str(progress.seconds), "first_step_at": str(progress.first_step_at)}
         with replacing(self.path) as temporary:
             temporary.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))

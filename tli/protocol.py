@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tli import comparison, lexicon, ops, provenance, significance, starter
+from tli import comparison, lexicon, provenance, significance, starter
 from tli.alignment import Alignment, measure, measurements
 from tli.checkpoint import Checkpoint, open_checkpoint
 from tli.config import ProtocolConfig, TrainConfig, as_dict
@@ -250,9 +250,8 @@ def of_report(report: dict) -> dict:
 
 def measure_anew(options: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: dict[str, Sequence[Pair]]) -> dict:
     """The numbers of the adapter in ``folder``: base and adapter, measured with these options of ``tli.train``."""
-    placement = place(options["device"], options["dtype"], options["weights"])
-    ops.choose(options["impl"], placement.dtype, placement.device)
-    pool, layer, seed = pooling(options["token_norm"], checkpoint, placement.device), options["layer"], options["seed"]
+    placement = place(options["device"], options["dtype"], options["weights"], options["impl"])
+    pool, layer, seed = pooling(options["token_norm"], checkpoint, placement.device, placement.ops), options["layer"], options["seed"]
     streams = {"before": None, "after": read_recorded(folder).adapter}
     how = pool, placement, streams, options["prefix"], options["eval_pool_bos"]
     found = {key: measured.alignment for key, measured in comparison.measure_layers(checkpoint, splits, [layer], *how)[0].items()}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tli import lexicon, lora, ops
+from tli import lexicon, lora
 from tli.checkpoint import Checkpoint, sight
 from tli.hooked import run_hooked, whole
 from tli.objective import Objective, pooling
@@ -83,11 +83,14 @@ def adapters_everywhere(options: dict, checkpoint: Checkpoint, pairs: Sequence[P
         The numbers of steps and of parameters, how many adapters above had a gradient or a B that is not 0, and whether all
         losses and all factors below are equal to the last bit.
     """
-    layer, objective = options["layer"], Objective(options["loss"], options["temperature"], options["margin"])
+    layer = options["layer"]
     adapter = lora.LoRAConfig(**{name: options[name] for name in ("rank", "alpha", "targets", "dropout", "rslora", "init")})
-    placement = place(options["device"], options["dtype"], options["weights"])
-    ops.choose(options["impl"], placement.dtype, placement.device)
-    pool, words = pooling(options["token_norm"], checkpoint, placement.device), tokenise_pairs(checkpoint, pairs, options["prefix"])
+    placement = place(options["device"], options["dtype"], options["weights"], options["impl"])
+    objective = Objective(options["loss"], options["temperature"], options["margin"], placement.ops)
+    pool, words = (
+        pooling(options["token_norm"], checkpoint, placement.device, placement.ops),
+        tokenise_pairs(checkpoint, pairs, options["prefix"]),
+    )
     steps = max(1, min(_CHECKED_STEPS, len(pairs) // options["batch"]))
     numbers = np.array_split(np.arange(min(len(pairs), steps * options["batch"])), steps)
     found = {}

@@ -2,7 +2,7 @@
 
 import pathlib
 import platform
-import resource
+import sys
 
 from tli import processor
 from tli.checkpoint import Checkpoint
@@ -41,16 +41,22 @@ def machine(placement: Placement) -> dict:
 
     return {
         "processor": processor.name(),
+        "instructions": processor.instructions(),
         "threads": torch.get_num_threads(),
         "device": str(placement.device),
-        "dtype": str(placement.dtype)[6:],
+        **placement.facts,
     }
 
 
-def peak_bytes() -> int:
-    """The largest part of memory that this process ever held."""
+def peak_bytes() -> int | None:
+    """The largest part of memory that this process ever held; None where the system does not say (Windows)."""
     status = pathlib.Path("/proc/self/status")
     if status.exists():
         # what getrusage says would count the parent's peak, which a child inherits
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
+    # in bytes on a Mac, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

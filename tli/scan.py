@@ -17,7 +17,7 @@ import json
 import pathlib
 import time
 
-from tli import layers, lexicon, ops, provenance, starter
+from tli import layers, lexicon, provenance, starter
 from tli.checkpoint import open_checkpoint, sight
 from tli.errors import TliError, run_command
 from tli.figures import draw_scan, save_figure
@@ -56,14 +56,14 @@ def scan(config: ScanConfig) -> dict:
     hashed = functools.cache(checkpoint.sha256)
     texts = [pair.source for pair in pairs] + [pair.target for pair in pairs]
     words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), config.prefix)
-    placement = place(config.device, config.dtype, config.weights)
+    placement = place(config.device, config.dtype, config.weights, config.impl)
     if adapted is not None:
         require_fit(adapted, checkpoint, placement, hashed)
     claim_output(output, config.overwrite)
-    console.print(ops.choose(config.impl, placement.dtype, placement.device))
+    console.print(placement.ops.description)
 
     token_norm = token_norm_at_hand(config.token_norm, checkpoint)
-    pool = pooling(token_norm, checkpoint, placement.device)
+    pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
     # the embeddings, each block, and the output
     with layer_bar(console, checkpoint.blocks + 2) as done:
         scans, missing_output = layers.scan_layers(checkpoint, words, same, pool, placement, streams, done)

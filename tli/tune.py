@@ -47,8 +47,9 @@ def tune(config: TuneConfig) -> dict:
     if device.type != "cuda":
         raise TliError("--device", "the device must be a GPU", config.device, "nothing needs tuning on a CPU")
     console = Console(stderr=True, highlight=False)
-    console.print(ops.choose("fused", getattr(torch, config.dtype), device))
-    seconds = measure(ops.projections(config.like), ROWS, getattr(torch, config.dtype), config.rank, device)
+    dtype = getattr(torch, config.dtype)
+    console.print(ops.resolve("fused", dtype, device, ops.Matmul).description)
+    seconds = measure(ops.projections(config.like), ROWS, dtype, config.rank, device)
     decode_rows, fused_rows = crossovers(seconds)
     if not config.dry_run:
         ops.keep_tuned(device, decode_rows, fused_rows)
@@ -60,7 +61,7 @@ def measure(
     sizes: list[tuple[int, int]], rows: tuple[int, ...], dtype: torch.dtype, rank: int, device: torch.device, repeats: int = _REPEATS
 ) -> dict[int, dict[str, float]]:
     """Seconds of forward and backward through one layer of each size (N, K), by rows and way: medians of interleaved rounds."""
-    seconds = {m: dict.fromkeys(WAYS, 0.0) for m in rows}
+    seconds, fused = {m: dict.fromkeys(WAYS, 0.0) for m in rows}, ops.fused()
     for n, k in sizes:
         weight = ops.NF4Weight.quantise(torch.randn(n, k, device=device, dtype=torch.bfloat16))
         lora_a, lora_b = (torch.randn(size, device=device, requires_grad=True) for size in ((rank, k), (n, rank)))
@@ -69,7 +70,7 @@ def measure(
             dy = torch.randn(m, n, device=device, dtype=dtype)
 
             def step(x=x, dy=dy, weight=weight, lora_a=lora_a, lora_b=lora_b):
-                y = ops.nf4_lora(x, weight, lora_a, lora_b, 2.0, dropout=0.1, seed=1)
+                y = fused.nf4_lora(x, weight, lora_a, lora_b, 2.0, dropout=0.1, seed=1)
                 torch.autograd.grad(y, (x, lora_a, lora_b), dy)
 
             rounds = {way: [] for way in WAYS}

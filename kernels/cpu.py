@@ -1,0 +1,236 @@
+"""The CPU's way of ``nf4_lora``: the faster of torch's two libraries in place of its default, one pass each way.
+
+    y  = x·Wᵀ + b + s·(kept(x)·Aᵀ)·Bᵀ             the low-rank term is added into y, not beside it
+    dx = dy·W + s·kept((dy·B)·A)                  likewise
+    dA = s·(dy·B)ᵀ·kept(x),  dB = s·dyᵀ·(kept(x)·Aᵀ)
+
+kept(x) is x with the elements that dropout takes set to zero; s has 1/(1 - dropout) in it. A weight in NF4 stays packed: each product
+decodes a few of its rows at a time, forward and backward, which costs time and holds an eighth of the memory.
+
+Which library multiplies is a ``Matmul`` that the caller measured (tli/processor.py), since no processor can be told by its name:
+
+    onednn   torch's own oneDNN operator. On an AMD EPYC with AVX-512 2.2 times as fast as MKL in fp32 and, with bf16 products, twice
+             as fast again; with AVX2 alone as fast as MKL, and with neither a third of it; it refuses bf16 below AVX-512 (bench/LOG.md)
+    torch    what F.linear takes: MKL in fp32, oneDNN or a plain loop in 16 bits
+
+Either may compute in fp32 from 16-bit operands and round once to what it gives: where a processor has no 16-bit products, torch's own
+loop takes 50 to 1,000 times as long. Both take W and Wᵀ as they lie in memory, so nothing is packed and nothing is held twice.
+
+What is saved: x, W, A, B, kept(x)·Aᵀ [M, R] and which elements dropout keeps, a byte each. (Made twice they took a sixth of a step; a
+GPU makes them again.) In bf16 all sums of a product are fp32, rounded once to what it gives.
+
+Letters: M rows, K in-features, N out-features, R rank.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from tli_kernels.nf4_weight import BLOCKSIZE, NF4Weight, bitsandbytes_functional
+from tli_kernels.reference import block_scales, dequantise, keep_mask
+from tli_kernels.token_table import TokenTable
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# 16 MB of decoded weights
+_DECODED_NUMBERS = 1 << 22
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x·Wᵀ + b by the operator that torch's compiler uses; raises where this build or this processor has no such product."""
+    if not torch.backends.mkldnn.enabled:
+        # the operator itself does not ask
+        raise RuntimeError("oneDNN is switched off")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+LIBRARIES: dict[str, Callable[..., Tensor]] = {"onednn": _by_onednn, "torch": F.linear}
+
+
+@dataclasses.dataclass(frozen=True)
+class Matmul:
+    """x·Wᵀ + b for x [M, K] and W [N, K] of any strides, by one of ``LIBRARIES``.
+
+    in_float32: operands are multiplied in fp32; what comes out is rounded to their dtype
+    """
+
+    library: str = "torch"
+    in_float32: bool = False
+
+    @property
+    def name(self) -> str:
+        """As a report and a kept answer have it: ``onednn``, ``torch in float32``."""
+        return self.library + " in float32" * self.in_float32
+
+    @classmethod
+    def named(cls, name: str) -> "Matmul":
+        """The one of this name; raises ``ValueError`` for another."""
+        library, _, wide = name.partition(" ")
+        if library not in LIBRARIES or wide not in ("", "in float32"):
+            raise ValueError(f"matmul: the library must be one of {', '.join(LIBRARIES)}, got {name!r}; measure it anew")
+        return cls(library, bool(wide))
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return LIBRARIES[self.library](x, weight, bias)
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a product of operands in ``dtype``."""
+        return torch.float32 if self.in_float32 else dtype
+
+
+def _forward(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | None, matmul: Matmul, dtype: torch.dtype) -> Tensor:
+    """x·Wᵀ + b, [M, N] in x's dtype; W in ``dtype``, or decoded to it a few rows at a time, or the products known."""
+    if isinstance(weight, TokenTable):
+        return weight.looked_up(x).to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if not isinstance(weight, NF4Weight):
+        return matmul(x, weight.to(x.dtype), bias)
+    y = x.new_empty(len(x), weight.shape[0])
+    for rows, part in _decoded_parts(weight, dtype):
+        y[:, rows] = matmul(x, part.to(x.dtype), None if bias is None else bias[rows])
+    return y
+
+
+def _backward(dy: Tensor, weight: Tensor | NF4Weight, matmul: Matmul, dtype: torch.dtype) -> Tensor:
+    """dy·W, [M, K]; likewise."""
+    if not isinstance(weight, NF4Weight):
+        return matmul(dy, weight.to(dy.dtype).t())
+    dx = dy.new_zeros(len(dy), weight.shape[1], dtype=torch.float32)
+    for rows, part in _decoded_parts(weight, dtype):
+        dx += matmul(dy[:, rows].contiguous(), part.to(dy.dtype).t())
+    return dx.to(dy.dtype)
+
+
+def _decoded_parts(weight: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a packed weight, decoded in fp32 and rounded to ``dtype``, as many at a time as fit into a processor's cache."""
+    outputs, inputs = weight.shape
+    scales, step = block_scales(weight), max(1, _DECODED_NUMBERS // inputs)
+    for start in range(0, outputs, step):
+        rows = slice(start, min(start + step, outputs))
+        first, last = rows.start * inputs, rows.stop * inputs
+        shape = torch.Size((rows.stop - rows.start, inputs))
+        part = NF4Weight(weight.codes[first // 2 : last // 2], scales[first // BLOCKSIZE : last // BLOCKSIZE], weight.code, shape, dtype)
+        yield rows, nf4_decoder().decode(part, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Who turns a packed weight of one level of scales, [N, K] on a CPU, into numbers of a dtype."""
+
+    name: str
+    decode: Callable[[NF4Weight, torch.dtype], Tensor]
+
+
+@functools.cache
+def nf4_decoder() -> Decoder:
+    """bitsandbytes' loop where it is installed, runs on this processor, gives the reference's bits and is faster; else the reference."""
+    plain, theirs = Decoder("plain PyTorch", dequantise), Decoder("bitsandbytes", _decode_by_bitsandbytes)
+    # whatever a library that was built for another processor may raise
+    with contextlib.suppress(Exception):
+        codes = torch.arange(256, dtype=torch.uint8).repeat(512)
+        scales = torch.linspace(0.01, 1.0, 2 * len(codes) // BLOCKSIZE)
+        small = NF4Weight(codes, scales, _bitsandbytes_table(), torch.Size((256, 1024)), torch.float32)
+        decoders = (plain, theirs)
+        bits = [[decoder.decode(small, dtype) for dtype in (torch.float32, torch.bfloat16)] for decoder in decoders]
+        plain_s, their_s = (min(_seconds(decoder, small) for _ in range(5)) for decoder in decoders)
+        if all(map(torch.equal, *bits)) and their_s < plain_s:
+            return theirs
+    return plain
+
+
+def _seconds(decoder: Decoder, weight: NF4Weight) -> float:
+    began = time.perf_counter()
+    decoder.decode(weight, torch.bfloat16)
+    return time.perf_counter() - began
+
+
+@functools.cache
+def _bitsandbytes_table() -> Tensor:
+    return bitsandbytes_functional().get_4bit_type("nf4", device="cpu")
+
+
+def _decode_by_bitsandbytes(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """By its AVX-512 loop: equal to ``reference.dequantise`` to the last bit, and six times as fast.
+
+    (But that in bf16 it makes zeros of numbers below 2⁻¹²⁶, and that it knows no table but its own.)
+    """
+    if not torch.equal(weight.code, _bitsandbytes_table()):
+        return dequantise(weight, dtype)
+    functional = bitsandbytes_functional()
+    state = functional.QuantState(weight.absmax, shape=weight.shape, code=weight.code, blocksize=BLOCKSIZE, quant_type="nf4", dtype=dtype)
+    return functional.dequantize_4bit(weight.codes[:, None], state)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, matmul):
+        # frozen, and packed or plain: none of autograd's tensors
+        ctx.weight, ctx.matmul = weight, matmul
+        return _forward(x.to(matmul.computes_in(x.dtype)), weight, bias, matmul, x.dtype).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        wide = dy.to(ctx.matmul.computes_in(dy.dtype)).contiguous()
+        return _backward(wide, ctx.weight, ctx.matmul, dy.dtype).to(dy.dtype), None, None, None
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b, scale, bias, dropout, seed, matmul):
+        rows = x.to(matmul.computes_in(x.dtype))
+        kept = keep_mask(seed, *x.shape, dropout, dtype=rows.dtype) if dropout > 0.0 else None
+        low_rank = matmul(rows if kept is None else rows * kept, lora_a.to(rows.dtype))
+        ctx.weight, ctx.matmul = weight, matmul
+        ctx.save_for_backward(x, lora_a, lora_b, low_rank, None if kept is None else kept.bool())
+        # what survives dropout is scaled up: with the rest of the low-rank path
+        ctx.scale = scale / (1.0 - dropout)
+        y = _forward(rows, weight, bias, matmul, x.dtype)
+        return y.addmm_(low_rank, lora_b.to(rows.dtype).t(), alpha=ctx.scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, lora_a, lora_b, low_rank, kept = ctx.saved_tensors
+        matmul, dtype = ctx.matmul, low_rank.dtype
+        wide, rows, a, b = dy.to(dtype).contiguous(), x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+        # a product of two dtypes would take six times as long
+        kept, d_low_rank = None if kept is None else kept.to(dtype), matmul(wide, b.t())
+        da = matmul(d_low_rank.t(), (rows if kept is None else rows * kept).t()).to(lora_a.dtype).mul_(ctx.scale)
+        db = (wide.t() @ low_rank).to(lora_b.dtype).mul_(ctx.scale)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _backward(wide, ctx.weight, matmul, x.dtype)
+            if kept is None:
+                dx.addmm_(d_low_rank, a, alpha=ctx.scale)
+            else:
+                dx.addcmul_(matmul(d_low_rank, a.t()), kept, value=ctx.scale)
+            dx = dx.to(x.dtype)
+        return dx, None, da, db, None, None, None, None, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, matmul: Matmul = Matmul()) -> Tensor:  # noqa: B008
+    """y = x·Wᵀ + b with W and b frozen; arguments and result as of ``reference.linear``, and what multiplies."""
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, matmul).view(*x.shape[:-1], weight.shape[0])
+
+
+def nf4_lora(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | int = 0,
+    matmul: Matmul = Matmul(),  # noqa: B008
+) -> Tensor:
+    """y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias on a CPU; arguments and result as of ``reference.nf4_lora``, and what multiplies."""
+    rows = x.reshape(-1, x.shape[-1])
+    return _LoRALinear.apply(rows, weight, lora_a, lora_b, scale, bias, dropout, seed, matmul).view(*x.shape[:-1], weight.shape[0])
