@@ -82,6 +82,10 @@ class Matmul:
         return torch.float32 if self.in_float32 else dtype
 
 
+# what every torch has
+PLAIN = Matmul()
+
+
 def _forward(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | None, matmul: Matmul, dtype: torch.dtype) -> Tensor:
     """x·Wᵀ + b, [M, N] in x's dtype; W in ``dtype``, or decoded to it a few rows at a time, or the products known."""
     if isinstance(weight, TokenTable):
@@ -215,7 +219,7 @@ class _LoRALinear(torch.autograd.Function):
         return dx, None, da, db, None, None, None, None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, matmul: Matmul = Matmul()) -> Tensor:  # noqa: B008
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, matmul: Matmul = PLAIN) -> Tensor:
     """y = x·Wᵀ + b with W and b frozen; arguments and result as of ``reference.linear``, and what multiplies."""
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, matmul).view(*x.shape[:-1], weight.shape[0])
 
@@ -229,7 +233,7 @@ def nf4_lora(
     bias: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | int = 0,
-    matmul: Matmul = Matmul(),  # noqa: B008
+    matmul: Matmul = PLAIN,
 ) -> Tensor:
     """y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias on a CPU; arguments and result as of ``reference.nf4_lora``, and what multiplies."""
     rows = x.reshape(-1, x.shape[-1])

@@ -112,7 +112,7 @@ def test_every_command_runs_on_every_processor(kind, make_model, word_list, tmp_
         assert "oneDNN" not in exact["machine"]["matmul"]
         assert exact["machine"]["instructions"].endswith("oneDNN off")
     (record,) = (tmp_path / "bench").glob("*.json")
-    assert {row["subject"] for row in json.loads(record.read_text())["steps"]} >= {"tli", "peft-truncated"}
+    assert {row["subject"] for row in json.loads(record.read_text())["step"]} >= {"tli", "peft-truncated"}
 
 
 @pytest.mark.parametrize("kind", THREADS)

@@ -106,7 +106,17 @@ def test_no_more_than_a_part_is_held(model, word_list):
 
 
 def test_a_run_in_parts_learns_what_the_whole_does(model, word_list, tmp_path):
-    options = {"model": model, "pairs": str(word_list), "rank": 4, "batch": 27, "epochs": 3, "warmup": 2, "dropout": 0.0, "no_report": True}
+    options = {
+        "model": model,
+        "pairs": str(word_list),
+        "rank": 4,
+        "batch": 27,
+        "epochs": 3,
+        "warmup": 2,
+        "dropout": 0.0,
+        "no_report": True,
+        "dtype": "float32",
+    }
     runs = [
         train_module.train(TrainConfig(**options, output=str(tmp_path / str(size)), micro_batch=size))["training"] for size in (None, 5)
     ]

@@ -200,7 +200,7 @@ def test_the_options_that_are_named_are_enough(options, available):
 
 def test_a_run_that_will_not_fit_is_refused_before_its_model_is_loaded(make_model, word_list, tmp_path, monkeypatch):
     model = make_model("llama", **WIDE)
-    options = {"model": str(model), "pairs": str(word_list), "rank": 4, "batch": 54, "epochs": 1, "no_report": True}
+    options = {"model": str(model), "pairs": str(word_list), "rank": 4, "batch": 54, "epochs": 1, "no_report": True, "dtype": "float32"}
     needed = Step(model, word_list, rank=4, batch=54).needed
     beside = memory_model.total(memory_model.predict(needed)) - memory_model.process_bytes(needed)
     part = memory_model.total(memory_model.predict(dataclasses.replace(needed, micro_batch=13))) - memory_model.process_bytes(needed)
@@ -298,8 +298,9 @@ def test_a_broken_config_is_one_line(content, said, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_profile_leaves_a_trace_a_figure_and_the_numbers(make_model, word_list, tmp_path):
-    options = {"model": str(make_model("llama", **WIDE)), "pairs": str(word_list), "rank": 4, "batch": 54, "epochs": 3}
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_a_profile_leaves_a_trace_a_figure_and_the_numbers(make_model, word_list, tmp_path, dtype):
+    options = {"model": str(make_model("llama", **WIDE)), "pairs": str(word_list), "rank": 4, "batch": 54, "epochs": 3, "dtype": dtype}
     plain = train(TrainConfig(**options, no_report=True, output=str(tmp_path / "plain")))
     facts = train(TrainConfig(**options, profile=True, output=str(tmp_path / "profiled")))
     assert facts["adapter"]["sha256"] == plain["adapter"]["sha256"]
@@ -312,8 +313,13 @@ def test_a_profile_leaves_a_trace_a_figure_and_the_numbers(make_model, word_list
     found = json.loads((folder / "report.json").read_text())["memory"]
     assert found == facts["memory"]
     assert found["predicted"].keys() == found["measured"].keys()
-    for name in ("weights", "embedding rows", "activations", "gradients and optimiser", "workspace"):
+    for name in ("weights", "embedding rows", "gradients and optimiser"):
         assert found["predicted"][name] == pytest.approx(found["measured"][name], rel=0.1, abs=30_000)
+    # in 16 bits what is an activation, and what is at work, part elsewhere
+    moving = ("activations", "workspace")
+    for names in [[name] for name in moving] if dtype == "float32" else [moving]:
+        predicted, measured = (sum(found[side][name] for name in names) for side in ("predicted", "measured"))
+        assert predicted == pytest.approx(measured, rel=0.1, abs=30_000)
 
 
 def test_a_steps_curves_tell_what_stays_from_what_goes():

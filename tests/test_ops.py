@@ -1,5 +1,6 @@
 """The one door to the kernels: what is chosen and said, tuning, and training through every fused op."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,24 +15,59 @@ from tli import TrainConfig, ops, train, tune
 from tli.config import MODELS
 from tli.errors import TliError
 
-CPU = torch.device("cpu")
+CPU, ONEDNN = torch.device("cpu"), ops.Matmul("onednn")
+
+
+def resolved(impl: str, dtype: torch.dtype = torch.float32, device: torch.device = CPU, matmul: ops.Matmul = ONEDNN) -> ops.Ops:
+    return ops.resolve(impl, dtype, device, lambda: matmul)
 
 
 def test_what_was_asked_for_is_taken_and_said():
-    assert ops.choose("reference", torch.float32, CPU) == "reference ops (asked for)"
-    assert not ops.holds_nf4()
-    assert ops.choose("fused", torch.float32, DEVICE).startswith("fused ops (asked for): NF4 decoded in the product up to 64 rows")
-    assert ops.holds_nf4()
-    assert "oneDNN" in ops.choose("auto", torch.float32, CPU)
-    assert ops.holds_nf4()
+    reference, fused, on_cpu = resolved("reference"), resolved("fused", device=DEVICE), resolved("auto")
+    assert reference.description == "reference ops (asked for)"
+    assert fused.description.startswith("fused ops (asked for): NF4 decoded in the product up to 64 rows")
+    assert on_cpu.description == "reference ops, linear layers by oneDNN (float32 on a CPU)"
+    assert resolved("auto", matmul=ops.Matmul()).description == "reference ops, linear layers by torch's own product (float32 on a CPU)"
+    assert [one.supports_nf4 for one in (reference, fused, on_cpu)] == [False, True, True]
+    assert [one.supports_token_tables for one in (reference, fused, on_cpu)] == [False, True, True]
 
 
 def test_asking_for_fused_ops_never_falls_back(monkeypatch):
     with pytest.raises(TliError, match="^--impl: the fused ops must be able to run, got bfloat16, which Triton's interpreter"):
-        ops.choose("fused", torch.bfloat16, CPU)
+        resolved("fused", torch.bfloat16)
     monkeypatch.setattr(launch, "interpreted", lambda: False)
     with pytest.raises(TliError, match="got device cpu without TRITON_INTERPRET=1; use --impl auto or reference$"):
-        ops.choose("fused", torch.float32, CPU)
+        resolved("fused")
+
+
+@pytest.mark.parametrize("op", ["nf4_lora", "pool_norm", "infonce", "hinge"])
+def test_fused_ops_that_give_other_numbers_are_not_taken(monkeypatch, op):
+    """As on a GPU, at the start of a run: here the try itself, in the interpreter."""
+    ops._fused_agree.cache_clear()
+    assert ops._fused_agree(torch.float32, DEVICE)
+    right = ops.fused()
+    wrong = dataclasses.replace(right, **{op: lambda *operands, **options: 1.1 * getattr(right, op)(*operands, **options)})
+    monkeypatch.setattr(ops, "fused", lambda: wrong)
+    ops._fused_agree.cache_clear()
+    assert not ops._fused_agree(torch.float32, DEVICE)
+    ops._fused_agree.cache_clear()
+
+
+@pytest.mark.parametrize("problem", ["other numbers", "an exception"])
+def test_on_a_gpu_where_the_try_fails_auto_takes_the_reference_and_says_so(monkeypatch, problem):
+    def tried(dtype, device):
+        if problem == "an exception":
+            raise RuntimeError("no kernel image is available\nfor this device")
+        return False
+
+    monkeypatch.setattr(ops, "_fused_agree", tried)
+    gpu = torch.device("cuda")
+    reason = {"other numbers": "gave other numbers", "an exception": "failed: no kernel image is available for this device"}[problem]
+    taken = resolved("auto", torch.bfloat16, gpu)
+    assert taken.kind == "reference"
+    assert taken.description == f"reference ops (the fused ops, tried on this GPU, {reason})"
+    with pytest.raises(TliError, match=f"--impl: the fused ops must be able to run, got the fused ops, tried on this GPU, {reason}"):
+        resolved("fused", torch.bfloat16, gpu)
 
 
 def test_a_machine_without_triton_imports_and_trains_on_the_reference(tmp_path, make_model):
@@ -146,7 +182,6 @@ def test_every_way_is_measured_and_the_dispatch_left_as_it_was():
     seconds = tune.measure([(64, 64)], (1, 17), torch.float32, 2, DEVICE, repeats=1)
     assert list(seconds) == [1, 17]
     assert all(set(row) == set(tune.WAYS) and min(row.values()) > 0 for row in seconds.values())
-    assert not ops.holds_nf4()
     assert launch.dispatch(launch.capability(DEVICE)).decode_rows == 64
 
 
@@ -156,12 +191,12 @@ def test_what_was_tuned_is_used_by_later_runs_on_the_same_card(monkeypatch, tmp_
         ops.keep_tuned(DEVICE, 128, 2048)
         assert json.loads((tmp_path / "tune.json").read_text()).popitem()[1] == {"decode_rows": 128, "fused_rows": 2048}
         launch.use(launch.capability(DEVICE), None)
-        line = ops.choose("fused", torch.float32, DEVICE)
+        line = resolved("fused", device=DEVICE).description
         assert line.endswith("NF4 decoded in the product up to 128 rows; cuBLAS above 2048 rows (measured by tli.tune)")
         assert launch.dispatch(launch.capability(DEVICE)) == launch.Dispatch(128, 2048)
         # a file that someone broke is as good as none
         (tmp_path / "tune.json").write_text("{")
-        assert "from the table" in ops.choose("fused", torch.float32, DEVICE)
+        assert "from the table" in resolved("fused", device=DEVICE).description
     finally:
         launch.use(launch.capability(DEVICE), None)
 

@@ -48,7 +48,7 @@ def change_to_fit(run: Run, available: int, held: int = 0, free: tuple[str, ...]
     halves = [run.batch >> shift for shift in range(1, _HALVINGS)]
     choices = {
         "arm": dict.fromkeys((run.arm, "early")),
-        "batch": (run.batch, *(size for size in halves if size >= 8)),
+        "batch": dict.fromkeys((run.batch, *(size for size in halves if size >= 8), min(run.batch, 8))),
         "weights": dict.fromkeys((run.weights, "nf4")),
         "checkpointing": dict.fromkeys((run.checkpointing, True)),
         "micro_batch": (run.micro_batch, *(size for size in halves if 2 <= size < (run.micro_batch or run.batch))),

@@ -164,15 +164,17 @@ def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
     # what the functions on the way still name: the embedding's output, the block's, the residual, the MLP's; and its product, unsaved
     on_the_way = _product_parts(run, width, shape.hidden) + (5 if element < 4 else 2) * nodes * width * element
     on_the_way += nodes * shape.hidden * element * ("mlp.down_proj" not in run.adapted(blocks - 1))
+    # dropout's keys, and the kept input, of the last layer of a block, when all that it saves is there
+    dropped = _dropout_workspace(run) + 2 * nodes * width * element
     return {
         "loading": (0, max(0, packing - _kept_workspace(run)), 0),
-        "forward": (sum(held) + angles, on_the_way, before),
+        "forward": (sum(held) + angles, max(on_the_way, dropped), before),
         "loss": (head if run.in_parts else sum(held[:above]) + angles + head, _loss_workspace(run) + cached, before),
         # each block in its turn, when those above it have let go of theirs and have their gradients
         **{
             f"block {block}": (
                 sum(held[: block + 1]) + angles,
-                mlp + again[block] + cached,
+                max(mlp, dropped * run.checkpointing) + again[block] + cached,
                 max(before, parameters * (above - 1 - block) / above),
             )
             for block in range(above)
@@ -234,6 +236,14 @@ def _mlp_workspace(run: Run) -> float:
         return inside + factors
     # dx, the low-rank term's, and what dropout keeps
     return max(inside + factors, 3 * e * t * i + factors)
+
+
+def _dropout_workspace(run: Run) -> float:
+    """Of the MLP's last layer, forward: which elements are kept, while that is made of keys, and the input without the others."""
+    if run.fused or run.exact or not run.dropout or "mlp.down_proj" not in run.adapted(run.blocks - 1):
+        return 0
+    numbers = run.current.nodes * run.shape.hidden
+    return run.element * numbers + max(8 * min(numbers, _KEYS), run.element * numbers)
 
 
 def _splits(terms: int, least: int, tiles: int) -> int:

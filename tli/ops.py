@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from tli_kernels import blocked, cpu, launch, reference, shapes
-from tli_kernels.cpu import Matmul
+from tli_kernels.cpu import PLAIN, Matmul  # noqa: F401
 from tli_kernels.launch import ALWAYS  # noqa: F401
 from tli_kernels.nf4_weight import NF4Weight  # noqa: F401
 from tli_kernels.token_table import TokenTable  # noqa: F401
@@ -29,7 +29,7 @@ dequantise, transpose_paths = reference.dequantise, reference.transpose_paths
 nf4_decoder = cpu.nf4_decoder
 LIBRARIES = tuple(cpu.LIBRARIES)
 
-_LIBRARY_NAMES = {"onednn": "oneDNN", "torch": "torch's own"}
+_LIBRARY_NAMES = {"onednn": "oneDNN", "torch": "torch's own product"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def resolve(impl: str, dtype: torch.dtype, device: torch.device, matmul: Callabl
     if chosen.in_float32 and dtype != torch.float32:
         how = f"linear layers in float32, rounded to {name_of(dtype)}: this processor has no fast products of it, --dtype float32 is faster"
     else:
-        how = f"linear layers by {_LIBRARY_NAMES[chosen.library]} ({name_of(dtype)} on a CPU)".replace("torch's own", "torch's own product")
+        how = f"linear layers by {_LIBRARY_NAMES[chosen.library]} ({name_of(dtype)} on a CPU)"
     decoded = f", NF4 decoded by {nf4_decoder().name}" if weights == "nf4" else ""
     return on_cpu(chosen, f"reference ops, {how}{decoded}")
 

@@ -204,7 +204,7 @@ def measure() -> Ways:
         for matmul in [
             ops.Matmul(library, wide) for wide in ((False,) if dtype == "float32" else (False, True)) for library in ops.LIBRARIES
         ]:
-            if matmul == ops.Matmul() or runs(matmul, dtype):
+            if matmul == ops.PLAIN or runs(matmul, dtype):
                 products[dtype, matmul.name] = functools.partial(_product, matmul, *operands)
         operands = _attention_operands(kind)
         for way in ATTENTION:
