@@ -12,7 +12,7 @@ import subprocess
 import torch
 
 import tli
-from tli import lexicon, starter
+from tli import lexicon, processor, starter
 from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
 from tli.files import sha256
@@ -27,6 +27,7 @@ def machine() -> dict:
     return {
         "processor": _first("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "instructions": processor.instructions(),
         "torch_threads": torch.get_num_threads(),
         "memory_bytes": int(_first("/proc/meminfo", r"MemTotal:\s*(\d+) kB") or 0) * 1024,
         "system": platform.platform(),
@@ -60,8 +61,8 @@ def write(kind: str, content: dict, folder: pathlib.Path = RESULTS) -> pathlib.P
     facts = machine()
     content = content | {"setting": {name: _named(value) for name, value in content.get("setting", {}).items()}}
     date = datetime.date.today().isoformat()
-    processor = re.sub(r"[^a-z0-9]+", "-", facts["processor"].lower()).strip("-")
-    stem = f"{date}-{kind}-{processor}-{facts['cores']}-cores"
+    name = re.sub(r"[^a-z0-9]+", "-", facts["processor"].lower()).strip("-")
+    stem = f"{date}-{kind}-{name}-{facts['cores']}-cores"
     text = json.dumps({"date": date, "kind": kind, "machine": facts, **content}, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(1, 1000):

@@ -129,7 +129,9 @@ def markdown(report: dict) -> str:
         parts += ["Gain, after - before:", _as_markdown(_gain_rows(report, layer))]
     parts += [_READING, "## Figures", "![Cosines of true and mismatched pairs](distributions.png)", "![Gap and MRR by layer](layers.png)"]
     facts = {key: report[key] for key in report if key not in ("measurements", "tests", "verdict")}
-    parts += ["## To repeat it", "```json\n" + json.dumps(facts, indent=1, allow_nan=False) + "\n```"]
+    machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["machine"].items())
+    parts += ["## To repeat it", f"The same settings give the same adapter, byte for byte, on the same machine alone: {machine}."]
+    parts += ["```json\n" + json.dumps(facts, indent=1, allow_nan=False) + "\n```"]
     return "\n\n".join(parts) + "\n"
 
 
