@@ -138,6 +138,27 @@ def test_a_library_that_fails_its_try_is_never_taken(monkeypatch, library, dtype
     assert "onednn" not in " ".join(processor.measure().matmul.values())
 
 
+def test_an_attention_that_fails_its_try_is_never_taken(monkeypatch):
+    def wrong_gradient(q, k, v, mask):
+        return processor._eager(q, k.detach(), v, mask)
+
+    for broken in (refuses, wrong_gradient, lambda *qkv: processor._sdpa(*qkv) * 1.1, lambda *qkv: processor._sdpa(*qkv) * torch.nan):
+        monkeypatch.setitem(processor.ATTENTION, "sdpa", broken)
+        assert not processor.attends("sdpa", "float32")
+        assert set(processor.measure().attention.values()) == {"eager"}
+        assert processor._read(dataclasses.asdict(PLAIN)) is None
+    assert processor.attends("eager", "float32")
+
+
+def test_a_way_that_fails_only_when_it_is_timed_is_slower_than_any():
+    def fails():
+        raise MemoryError
+
+    least = processor.least_seconds({("a", "fails"): fails, ("a", "runs"): lambda: None})
+    assert least["a", "fails"] == float("inf") > least["a", "runs"]
+    assert processor._first_unless(least, "a", 1.3) == "runs"
+
+
 def seconds_of(**least: float) -> dict[tuple[str, str], float]:
     names = {
         "fp32_onednn": ("float32", "onednn"),

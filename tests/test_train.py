@@ -56,8 +56,9 @@ def command(flags: list[str], capsys) -> tuple[int, str]:
     return left.value.code, capsys.readouterr().err
 
 
-def test_a_run_leaves_an_adapter_and_a_report_of_it(settings, tmp_path):
-    facts = run(settings)
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_a_run_leaves_an_adapter_and_a_report_of_it(settings, tmp_path, dtype):
+    facts = run(settings, dtype=dtype)
     folder = pathlib.Path(settings["output"])
     assert {path.name for path in folder.iterdir()} == REPORT_FILES | ADAPTER_FILES
     report = json.loads((folder / "report.json").read_text())
