@@ -4,7 +4,6 @@ import os
 import pathlib
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,18 +11,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-import interpreter
-
+from tests.support import interpreter
 from tli import lexicon
 
 interpreter.mend_bfloat16()
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
-
-
-def tokens_of(words) -> np.ndarray:
-    """All words of a ``TokenisedWords`` as positions in its rows, int64 [words, longest]."""
-    return words.padded(np.arange(len(words)))[0]
 
 
 @pytest.fixture(scope="session")

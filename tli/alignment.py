@@ -14,7 +14,7 @@ import typing
 import numpy as np
 
 from tli.errors import TliError
-from tli.significance import bootstrap_interval
+from tli.resampling import bootstrap_interval
 
 if typing.TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from tli import hub, ops
 from tli.errors import TliError, one_line
 from tli.mapped import read_alone, read_no_more
 
-# families whose truncated states were shown equal to the whole model's (tests/test_truncated.py)
+# families whose truncated states were shown equal to the whole model's (tests/model/test_decoder.py)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 # of the embedding table, enough to tell two models apart

@@ -160,11 +160,11 @@ def _finish(cell: Cell, folder: pathlib.Path, code: int) -> None:
 
 
 @contextlib.contextmanager
-def cells_bar(console, cells: Iterable[Cell]) -> Iterator[Callable[[Cell], None]]:
-    """A bar of cells with the time left, each counted by its weight; yields what to call with a cell that is complete."""
+def cells_bar(console, weights: Iterable[float]) -> Iterator[Callable[[float], None]]:
+    """A bar of cells with the time left, each counted by its weight; yields what to call with that of a complete one."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    cells = list(cells)
+    weights = list(weights)
     began, was_there = time.monotonic(), 0.0
     columns = (
         BarColumn(),
@@ -173,16 +173,16 @@ def cells_bar(console, cells: Iterable[Cell]) -> Iterator[Callable[[Cell], None]
         TextColumn("{task.fields[left]}"),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=sum(cell.weight for cell in cells), complete=0, cells=len(cells), left="")
+        task = bar.add_task("", total=sum(weights), complete=0, cells=len(weights), left="")
         complete = 0
 
-        def done(cell: Cell) -> None:
+        def done(weight: float) -> None:
             nonlocal complete, was_there
             complete += 1
             if time.monotonic() - began < 1:
                 # what an earlier run did says nothing of this one's speed
-                was_there += cell.weight
-            bar.advance(task, cell.weight)
+                was_there += weight
+            bar.advance(task, weight)
             state = bar.tasks[task]
             new, left = state.completed - was_there, state.total - state.completed
             estimate = "" if new <= 0 else f"about {_duration(left * (time.monotonic() - began) / new)} left"

@@ -169,17 +169,22 @@ def _cell(options: str | None) -> str:
     return "no" if options is None else options or "yes"
 
 
-def main() -> None:
-    """The command."""
+def print_tables(facts: dict, stderr: bool) -> None:
+    """Print what ``memory`` returned as tables, on standard output or error."""
     from rich.console import Console
 
-    facts = memory(COMMAND_LINE)
-    console = Console(stderr=COMMAND_LINE.json, highlight=False)
+    console = Console(stderr=stderr, highlight=False)
     show(_tables(facts), console)
     console.print(
         "CPU: anonymous memory of the process; pages of the mapped checkpoint and of libraries come on top, and go when they are needed. "
         "GPU: what torch allocates, and a CUDA context that is assumed, not measured."
     )
+
+
+def main() -> None:
+    """The command."""
+    facts = memory(COMMAND_LINE)
+    print_tables(facts, stderr=COMMAND_LINE.json)
     if COMMAND_LINE.json:
         print(json.dumps(facts), file=sys.stdout)
 

@@ -30,8 +30,10 @@ FIRST_STEPS_BYTES, HOLES, HOLES_OF_LARGE, GRADIENT_HOLES, MAPPED_BYTES = 60 * MB
 PROGRAMS_BYTES = 120 * MB
 # not measured: no GPU was at hand. A context with kernels of torch and Triton; cuBLAS's workspace, which torch allocates
 CUDA_CONTEXT_BYTES, CUBLAS_BYTES = 450 * MB, 8_519_680
-# of tables, where the weights that they replace are smaller; of a pair of the list (bench/long_lists.py)
-MOST_TABLE_BYTES, PAIR_BYTES = 64 << 20, 100
+# of tables, where the weights that they replace are smaller
+MOST_TABLE_BYTES = 64 << 20
+# of a pair of the list (bench/long_lists.py)
+PAIR_BYTES = 100
 # of numbers decoded at a time on a CPU (kernels/cpu.py), of cosines in a block (kernels/blocked.py), of keys by which dropout keeps
 # (kernels/reference.py)
 _DECODED, _COSINES, _KEYS = 1 << 22, 1 << 24, 1 << 17

@@ -148,18 +148,21 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def training_bar(console, total: int) -> Iterator[Callable[[Progress, int], None]]:
-    """A bar of steps with the loss, words per second and the time left; yields what to call after each step."""
+def training_bar(console, total: int) -> Iterator[Callable[[int, float, int], None]]:
+    """A bar of steps with the loss, words per second and the time left; yields what to call after each step.
+
+    It is called with the steps done, the last one's loss and its words.
+    """
     from rich.progress import TextColumn
 
     columns = TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[speed]:,.0f} words/s")
     with _bar(console, "training", *columns) as bar:
         task, shown = bar.add_task("training", total=total, loss=float("nan"), speed=0.0), time.monotonic()
 
-        def show(progress: Progress, words: int) -> None:
+        def show(step: int, loss: float, words: int) -> None:
             nonlocal shown
             now = time.monotonic()
-            bar.update(task, completed=progress.step, loss=progress.losses[-1], speed=words / (now - shown))
+            bar.update(task, completed=step, loss=loss, speed=words / (now - shown))
             shown = now
 
         yield show

@@ -153,8 +153,8 @@ def protocol(config: ProtocolConfig) -> dict:
     for cell in cells:
         if cell.options["model"] == str(random_folder) and cell.report(folder) is None and not random_folder.exists():
             save_random_model(checkpoint, random_folder, config.seed)
-    with cells_bar(console, cells) as done:
-        run_cells(cells, folder, config.jobs, done)
+    with cells_bar(console, [cell.weight for cell in cells]) as done:
+        run_cells(cells, folder, config.jobs, lambda cell: done(cell.weight))
     shutil.rmtree(random_folder, ignore_errors=True)
 
     rows = []

@@ -59,8 +59,8 @@ def study(config: StudyConfig) -> dict:
     def run(cells: list[Cell], what: str, share: list[Cell]) -> None:
         of_part = f", {len(share)} of them in part {part} of {parts}" if len(share) < len(cells) else ""
         console.print(f"{what}: {len(cells)} cells{of_part}")
-        with cells_bar(console, share) as done:
-            run_cells(share, folder / "cells", config.jobs, done)
+        with cells_bar(console, [cell.weight for cell in share]) as done:
+            run_cells(share, folder / "cells", config.jobs, lambda cell: done(cell.weight))
 
     arms = config.arms.split(",")
     searches = [cell for arm in arms for cell in _searches(config, folder, device, arm, blocks)]

@@ -208,7 +208,7 @@ def _fit(
                 for loss in steps.finished(wait=save):
                     require_finite(progress.step, loss)
                     progress.add(loss, time.monotonic() - began)
-                    show(progress, words=sum(len(part.indptr) - 1 for part in parts))
+                    show(progress.step, loss, words=sum(len(part.indptr) - 1 for part in parts))
                 if save:
                     state.save(steps.adapters, steps.optimiser, progress)
                     saved = time.monotonic()

@@ -1,0 +1,441 @@
+"""The command as its user meets it: a whole run, the same run twice, stops and kills, and every kind of bad input."""
+
+import dataclasses
+import errno
+import inspect
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tli.train as train_module
+from tli import lexicon, lora, scan, train
+from tli.batches import EpochBatches
+from tli.config import ScanConfig, TrainConfig, parse
+from tli.errors import TliError, run_command
+from tli.step import rate
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+REPORT_FILES = {"README.md", "report.json", "report.md", "distributions.png", "layers.png"}
+ADAPTER_FILES = {lora.ADAPTER_FILE, lora.CONFIG_FILE}
+
+
+@pytest.fixture
+def settings(make_model, word_list, tmp_path) -> dict:
+    """A run of eight steps that takes a second."""
+    model = str(make_model("llama"))
+    return {"model": model, "pairs": str(word_list), "rank": 4, "batch": 14, "epochs": 2, "warmup": 2, "output": str(tmp_path / "out")}
+
+
+def run(settings: dict, **more) -> dict:
+    return train(TrainConfig(**{**settings, **more}))
+
+
+def adapter_bytes(folder) -> bytes:
+    return (pathlib.Path(folder) / lora.ADAPTER_FILE).read_bytes()
+
+
+def as_flags(settings: dict) -> list[str]:
+    return [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def command(flags: list[str], capsys) -> tuple[int, str]:
+    """Exit code and standard error of ``python -m tli.train``, in this process."""
+    with pytest.raises(SystemExit) as left:
+        run_command(lambda: (train(parse(TrainConfig, "tli.train", flags)), sys.exit(0)))
+    return left.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_a_run_leaves_an_adapter_and_a_report_of_it(settings, tmp_path, dtype):
+    facts = run(settings, dtype=dtype)
+    folder = pathlib.Path(settings["output"])
+    assert {path.name for path in folder.iterdir()} == REPORT_FILES | ADAPTER_FILES
+    report = json.loads((folder / "report.json").read_text())
+    assert report == json.loads(json.dumps(facts))
+    assert report["config"]["token_norm"] == "final"
+    for split, when in (("trained", "before"), ("trained", "after"), ("held_out", "before"), ("held_out", "after")):
+        layers = [m["layer"] for m in report["measurements"] if (m["split"], m["when"], m["metric"]) == (split, when, "gap")]
+        assert layers == [0, 1, 2, 3, 4, "output"]
+    for record in report["measurements"]:
+        assert record["low"] <= record["value"] <= record["high"]
+        assert record["n"] == report["pairs"][record["split"]]
+    gap = {m["when"]: m["value"] for m in report["measurements"] if (m["split"], m["layer"], m["metric"]) == ("trained", 2, "gap")}
+    assert gap["after"] > gap["before"] + 0.01
+    # below the trained blocks nothing changes
+    below = [m for m in report["measurements"] if m["layer"] == 0 and m["split"] == "held_out" and m["metric"] == "cosine"]
+    assert below[0]["value"] == below[1]["value"]
+
+
+def test_the_loss_falls_from_chance_and_layer_l_is_the_trained_one(settings):
+    facts = run(settings, epochs=20, no_report=True, lr=3e-3)
+    training = facts["training"]
+    assert training["steps"] == 20 * 4
+    assert training["chance_loss"] == pytest.approx(math.log(54 / 4))
+    assert training["loss_last"] < 0.7 * training["loss_first"]
+    assert {path.name for path in pathlib.Path(settings["output"]).iterdir()} == ADAPTER_FILES
+    config = json.loads((pathlib.Path(settings["output"]) / lora.CONFIG_FILE).read_text())
+    assert config["layers_to_transform"] == [0, 1]
+
+
+def test_the_hooked_arm_trains_the_early_arms_adapter(settings, tmp_path):
+    for name, more in (("early", {}), ("full-hook", {}), ("recomputed", {"arm": "full-hook", "checkpointing": True})):
+        facts = run(settings, **{"arm": name, "dropout": 0.2, "no_report": True, "output": str(tmp_path / name), **more})
+        assert facts["training"]["steps"] == 8
+    assert adapter_bytes(tmp_path / "early") == adapter_bytes(tmp_path / "full-hook") == adapter_bytes(tmp_path / "recomputed")
+
+
+def test_the_full_arm_aligns_the_output_with_adapters_in_every_block(settings, tmp_path):
+    facts = run(settings, arm="full", epochs=20, lr=3e-3)
+    assert facts["training"]["loss_last"] < 0.7 * facts["training"]["loss_first"]
+    config = json.loads((pathlib.Path(settings["output"]) / lora.CONFIG_FILE).read_text())
+    assert config["layers_to_transform"] == [0, 1, 2, 3]
+    assert {test["layer"] for test in facts["tests"]} == {2, "output"}
+    gap = {m["when"]: m["value"] for m in facts["measurements"] if (m["split"], m["layer"], m["metric"]) == ("trained", "output", "gap")}
+    assert gap["after"] > gap["before"] + 0.1
+    # the loss has no token norm of its own, whatever the report's layers have
+    plain = run(settings, arm="full", epochs=20, lr=3e-3, token_norm="none", no_report=True, output=str(tmp_path / "plain"))
+    assert plain["training"]["loss_last"] == facts["training"]["loss_last"]
+
+
+def test_auto_takes_the_layer_that_a_scan_of_the_trained_pairs_names(settings, make_model, tmp_path):
+    # models that do not all choose the same layer
+    chosen = set()
+    for seed in range(3):
+        model = str(make_model("llama", seed=seed))
+        facts = run(settings, model=model, layer="auto", no_report=True, output=str(tmp_path / f"auto{seed}"))
+        found = scan.scan(ScanConfig(model=model, split="trained", pairs=settings["pairs"], output=str(tmp_path / f"scan{seed}")))
+        assert facts["config"]["layer"] == found["choice"]["gap"]
+        config = json.loads((tmp_path / f"auto{seed}" / lora.CONFIG_FILE).read_text())
+        assert config["layers_to_transform"] == list(range(facts["config"]["layer"]))
+        chosen.add(facts["config"]["layer"])
+    assert len(chosen) > 1
+
+
+def test_adapters_in_the_first_blocks_can_align_the_output(settings):
+    facts = run(settings, arm="full", targets=r"layers\.[01]\..*", no_report=True)
+    config = json.loads((pathlib.Path(settings["output"]) / lora.CONFIG_FILE).read_text())
+    assert config["layers_to_transform"] == [0, 1]
+    assert facts["training"]["loss_first"] != run(settings, no_report=True, overwrite=True)["training"]["loss_first"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"recipe": "paper"}, {"dropout": 0.2}, {"dtype": "bfloat16"}, {"arm": "full"}],
+    ids=lambda more: ",".join(more) or "default",
+)
+def test_the_same_seed_gives_the_same_bytes_and_another_others(settings, make_model, tmp_path, more):
+    # the paper's recipe packs weights into NF4's blocks of 64
+    settings["model"] = str(make_model("llama", hidden_size=64, intermediate_size=128))
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        facts = run(settings, **more, no_report=True, seed=seed, output=str(tmp_path / name))
+        assert math.isfinite(facts["training"]["loss_last"])
+    assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b") != adapter_bytes(tmp_path / "c")
+
+
+def test_keeping_all_rows_changes_no_number(settings, tmp_path):
+    few, everything = (run(settings, no_report=True, all_rows=rows, output=str(tmp_path / str(rows))) for rows in (False, True))
+    assert few["training"]["loss_last"] == pytest.approx(everything["training"]["loss_last"], rel=1e-5)
+
+
+def test_shuffling_teaches_no_true_pair_and_measures_true_ones(settings, tmp_path):
+    true, shuffled = (run(settings, shuffle_pairs=flag, output=str(tmp_path / str(flag))) for flag in (False, True))
+    assert shuffled["shuffled"]
+    assert "control run" in shuffled["verdict"]
+    before = [[m for m in facts["measurements"] if m["when"] == "before"] for facts in (true, shuffled)]
+    assert before[0] == before[1]
+    partners = train_module._partners(54, TrainConfig(shuffle_pairs=True))
+    assert sorted(partners) == list(range(54))
+    assert not (partners == np.arange(54)).any()
+
+
+def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_list):
+    pairs = lexicon.read_pairs(str(word_list), "swahili", "english")
+    from tli.checkpoint import open_checkpoint
+    from tli.truncated import place
+
+    config = TrainConfig(**settings)
+    words = train_module._tokenise(config, open_checkpoint(settings["model"]), [pairs])
+    own, placement = np.arange(len(pairs)), place("cpu", "auto")
+    # pairs 7, 20 and 4 come to share a gloss with 0, 0 and 3
+    shared = [dataclasses.replace(pair, synonyms=(pairs[{7: 0, 20: 0, 4: 3}.get(i, i)].target,)) for i, pair in enumerate(pairs)]
+    edges = {tuple(edge) for edge in lexicon.same_meaning(shared).tolist()}
+    assert edges == {(0, 7), (7, 0), (0, 20), (20, 0), (7, 20), (20, 7), (3, 4), (4, 3)}
+    batches, sizes, found = EpochBatches(config, words, own, shared, placement), [], 0
+    orders = np.array_split(np.random.default_rng([config.seed, 0, 0]).permutation(len(pairs)), 5)
+    for ((batch,), same), numbers in zip(batches.epoch(0), orders, strict=True):
+        sizes.append((len(batch.indptr) - 1) // 2)
+        # the list's edges, as far as they lie within the batch
+        assert {(numbers[i], numbers[j]) for i, j in same.tolist()} == {(i, j) for i, j in edges if {i, j} <= {*numbers}}
+        assert same.tolist() == sorted(same.tolist())
+        found += len(same)
+    assert sum(sizes) == len(pairs)
+    assert max(sizes) - min(sizes) <= 1
+    passes = [[batch.input_ids.tolist() for (batch,), _ in batches.epoch(epoch)] for epoch in (0, 0, 1)]
+    assert passes[0] == passes[1] != passes[2]
+    assert [batch.input_ids.tolist() for (batch,), _ in batches.epoch(0, skip=3)] == passes[0][3:]
+    # mismatched pairs: a source's glosses are those that it is taught with
+    partners = train_module._partners(len(pairs), dataclasses.replace(config, shuffle_pairs=True))
+    taught = [dataclasses.replace(shared[own], source=pair.source) for pair, own in zip(pairs, partners, strict=True)]
+    wide = EpochBatches(dataclasses.replace(config, batch=30), words, partners, shared, placement)
+    edges, found_wrong = {tuple(edge) for edge in lexicon.same_meaning(taught).tolist()}, 0
+    for (_, same), numbers in zip(wide.epoch(0), np.array_split(np.concatenate(orders), 2), strict=True):
+        assert {(numbers[i], numbers[j]) for i, j in same.tolist()} == {(i, j) for i, j in edges if {i, j} <= {*numbers}}
+        found_wrong += len(same)
+    assert found_wrong
+    (_, same), *_ = EpochBatches(dataclasses.replace(config, batch=60), words, own, shared, placement).epoch(0)
+    assert len(same) == 8 > found
+
+
+def test_the_rate_warms_up_and_decays():
+    rates = [rate(step, 100, 10, "linear") for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert np.diff(rates[10:]) == pytest.approx(np.full(89, -1 / 90))
+    assert 0 < rates[-1] < 0.02
+    cosine = [rate(step, 100, 10, "cosine") for step in range(10, 100)]
+    assert cosine == pytest.approx([(1 + math.cos(math.pi * i / 90)) / 2 for i in range(90)])
+    assert {rate(step, 100, 0, "constant") for step in range(100)} == {1.0}
+    assert all(0 < rate(step, 5, 50, "linear") <= 0.1 for step in range(5))
+
+
+def test_from_tli_import_train_is_the_function_and_the_command():
+    assert callable(train)
+    assert train is train_module
+    assert list(inspect.signature(train).parameters) == ["config"]
+
+
+def test_flags_and_fields_are_the_same_and_all_have_help(capsys):
+    named = "model pairs rank layer targets alpha dropout batch epochs lr temperature recipe seed shuffle_pairs impl device dtype"
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    assert {*named.split(), "output", "overwrite", "no_report", "json"} <= set(fields)
+    with pytest.raises(SystemExit) as left:
+        parse(TrainConfig, "tli.train", ["--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    for field in fields.values():
+        assert f"--{field.name.replace('_', '-')}" in shown
+        assert field.metadata["help"]
+    for group in ("model:", "words:", "adapter:", "objective:", "training:", "output:"):
+        assert f"\n{group}\n" in shown
+    flags = ["--rank", "8", "--recipe", "paper", "--no-pool-bos", "--lr", "1e-3"]
+    assert parse(TrainConfig, "tli.train", flags) == TrainConfig(rank=8, recipe="paper", pool_bos=False, lr=1e-3)
+    assert parse(TrainConfig, "tli.train", []) == TrainConfig()
+
+
+def test_given_values_win_over_the_recipe():
+    paper = TrainConfig(recipe="paper")
+    assert (paper.targets, paper.alpha, paper.dropout, paper.loss, paper.margin) == ("q_proj,v_proj", 32.0, 0.05, "hinge", 0.4)
+    assert (paper.batch, paper.epochs, paper.lr, paper.warmup, paper.schedule) == (8, 5, 2e-4, 50, "linear")
+    assert (paper.pool_bos, paper.eval_pool_bos, paper.token_norm, paper.weights, paper.prefix) == (True, False, "none", "nf4", "")
+    assert (paper.dtype, paper.init, paper.layer, paper.rank) == ("bfloat16", "kaiming", 2, 16)
+    mixed = TrainConfig(recipe="paper", loss="infonce", pool_bos=False, dropout=0.0)
+    assert (mixed.loss, mixed.pool_bos, mixed.dropout, mixed.batch) == ("infonce", False, 0.0, 8)
+
+
+def start(settings: dict, save_every_s: float) -> subprocess.Popen:
+    """The command in a process of its own, saving its state as often as this."""
+    flags = as_flags(settings)
+    code = (
+        f"import sys, tli.train as t; t._SAVE_EVERY_S = {save_every_s}; from tli.config import TrainConfig, parse; "
+        f"from tli.errors import run_command; run_command(lambda: t.train(parse(TrainConfig, 'tli.train', {flags!r} + ['--no-report'])))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: pathlib.Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no state within two minutes"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("arm", ["early", "full"])
+def test_a_killed_run_resumes_to_the_bytes_of_one_that_was_not(settings, tmp_path, arm):
+    long = {**settings, "epochs": 30, "dropout": 0.1, "arm": arm, "dtype": "float32"}
+    process = start(long, save_every_s=0)
+    wait_for(tmp_path / "out" / "training_state.safetensors", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    state = load_file(tmp_path / "out" / "training_state.safetensors")
+    assert 0 < len(state["losses"]) < 30 * 4
+    with pytest.raises(TliError, match="a run must be resumed with its own options and pairs, got others; "):
+        run(long, resume=True, no_report=True, lr=0.5)
+    resumed = run(long, resume=True, no_report=True)
+    assert resumed["training"]["steps"] == 30 * 4
+    whole = run(long, no_report=True, output=str(tmp_path / "whole"))
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
+    assert resumed["training"]["loss_last"] == whole["training"]["loss_last"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER_FILES
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_what_there_is(settings, tmp_path, number):
+    long = {**settings, "epochs": 100_000}
+    process = start(long, save_every_s=0)
+    wait_for(tmp_path / "out" / "training_state.safetensors", process)
+    process.send_signal(number)
+    shown = " ".join(process.communicate(timeout=60)[1].split())
+    assert process.returncode == 130
+    assert "--resume goes on from here" in shown
+    assert "Traceback" not in shown
+    assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER_FILES | {"training_state.safetensors"}
+    saved, state = load_file(tmp_path / "out" / lora.ADAPTER_FILE), load_file(tmp_path / "out" / "training_state.safetensors")
+    assert torch.equal(saved["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"], state["layers.0.self_attn.q_proj.lora_B"])
+
+
+def test_an_interrupted_report_is_made_by_resuming(settings, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_module, "align_layers", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    first = adapter_bytes(settings["output"])
+    facts = run(settings, resume=True)
+    assert adapter_bytes(settings["output"]) == first
+    assert facts["measurements"]
+
+
+def test_an_output_folder_is_not_lost(settings, capsys):
+    folder = pathlib.Path(settings["output"])
+    folder.mkdir()
+    (folder / "mine.txt").write_text("precious")
+    code, shown = command(as_flags(settings), capsys)
+    assert code == 2
+    assert "--output: the output folder must be new or empty, got " in shown
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    run(settings, overwrite=True, no_report=True)
+    assert {path.name for path in folder.iterdir()} == ADAPTER_FILES | {"mine.txt"}
+
+
+def test_an_old_report_does_not_stand_beside_a_new_adapter(settings):
+    run(settings)
+    run(settings, overwrite=True, no_report=True, seed=5)
+    assert {path.name for path in pathlib.Path(settings["output"]).iterdir()} == ADAPTER_FILES
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(settings, monkeypatch, capsys):
+    run(settings)
+    folder = pathlib.Path(settings["output"])
+    kept = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in ADAPTER_FILES}
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+    code, shown = command([*as_flags(settings), "--overwrite", "--seed", "3"], capsys)
+    assert code == 2
+    assert shown.splitlines()[-1].endswith("the disk must have room for the output, got no space left; free some space and run again")
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name in ADAPTER_FILES} == kept
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_model_of_nan_stops_with_an_error(settings, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(settings["model"], broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    code, shown = command(as_flags({**settings, "model": str(broken)}), capsys)
+    assert code == 2
+    assert "step 1: the loss must be finite, got nan; lower --lr, or check the model's weights" in shown
+
+
+def test_absent_shards_leave_a_report_of_layer_l_that_says_why(settings, make_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(make_model("llama", shards=True), folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for name, file in index.items() if name.startswith(("model.embed", "model.layers.0.", "model.layers.1."))}
+    assert index["model.norm.weight"] not in needed
+    for file in set(index.values()) - needed:
+        (folder / file).unlink()
+    with pytest.raises(TliError, match="the folder must hold model-.*safetensors, got none; "):
+        run(settings, model=str(folder), token_norm="final")
+    facts = run(settings, model=str(folder))
+    assert facts["config"]["token_norm"] == "rms"
+    assert {m["layer"] for m in facts["measurements"]} == {0, 1, 2}
+    assert "is absent, which holds block 2" in facts["missing_output"]
+    assert "The output was not measured" in facts["verdict"]
+
+
+BAD = {
+    "missing file": (["--pairs", "{tmp}/absent.tsv"], "absent.tsv"),
+    "empty list": (["--pairs", "{tmp}/empty.tsv"], "empty.tsv"),
+    "one column": (["--pairs", "{tmp}/one.tsv"], "one.tsv"),
+    "wrong key": (["--source", "kiswahili"], "kiswahili"),
+    "not utf-8": (["--pairs", "{tmp}/latin.tsv"], "latin.tsv:3"),
+    "empty word": (["--pairs", "{tmp}/blank.tsv"], "blank.tsv:3"),
+    "long word": (["--pairs", "{tmp}/long.tsv"], "a word must have 1 to 63 tokens"),
+    "too few pairs": (["--pairs", "{tmp}/few.tsv"], "pairs"),
+    "leak": (["--held-out-pairs", "{list}"], "held"),
+    "held out share": (["--held-out", "1.5"], "--held-out"),
+    "layer 0": (["--layer", "0"], "--layer: the layer must be from 1 to 4"),
+    "layer beyond": (["--layer", "5"], "--layer: the layer must be from 1 to 4"),
+    "layer in words": (["--layer", "many"], "argument --layer: invalid int|auto value: 'many'"),
+    "layer of a hook": (["--arm", "full-hook", "--layer", "5"], "--layer: the layer must be from 1 to 4"),
+    "layer of a report": (["--arm", "full", "--layer", "0"], "--layer: the layer must be from 1 to 4"),
+    "wrong arm": (["--arm", "late"], "argument --arm: invalid choice: 'late'"),
+    "rank 0": (["--rank", "0"], "--rank: the rank must be at least 1, got 0; "),
+    "rank beyond": (["--rank", "1000"], "--rank: the rank must be at most 48"),
+    "unknown target": (["--targets", "q_proj,nonsense"], "--targets: each target must be a linear layer of the model"),
+    "folder without config": (["--model", "{tmp}"], "the folder must hold a config.json"),
+    "no such folder": (["--model", "{tmp}/absent"], "--model: the model must be a folder or a hub name"),
+    "batch": (["--batch", "1"], "--batch, --epochs: a batch must have at least 2 pairs"),
+    "device": (["--device", "cuda:7"], "--device: the device must be on this machine, got cuda:7; "),
+    "fused": (["--impl", "fused", "--device", "cpu", "--dtype", "bfloat16"], "--impl: the fused ops must be able to run"),
+    "wrong number": (["--rank", "many"], "argument --rank: invalid int value: 'many'"),
+    "wrong flag": (["--ranks", "3"], "unrecognized arguments: --ranks 3"),
+    "wrong choice": (["--recipe", "best"], "argument --recipe: invalid choice: 'best'"),
+    "output is a file": (["--output", "{list}"], "--output: the output must be a folder"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_clear_line_and_exit_code_2(settings, word_list, tmp_path, capsys, kind):
+    (tmp_path / "empty.tsv").write_text("")
+    (tmp_path / "one.tsv").write_text("swahili\nkitabu\n")
+    (tmp_path / "latin.tsv").write_bytes(b"swahili\tenglish\nkitabu\tbook\nkahawa\tcaf\xe9\n")
+    (tmp_path / "blank.tsv").write_text("swahili\tenglish\nkitabu\tbook\n  \tbed\n")
+    (tmp_path / "long.tsv").write_text(word_list.read_text() + "x" * 500 + "\tlong\tnoun\tno\t\ttest\n")
+    (tmp_path / "few.tsv").write_text("swahili\tenglish\nkitabu\tbook\nmtu\tperson\nmaji\twater\n")
+    flags, message = BAD[kind]
+    flags = [flag.format(tmp=tmp_path, list=word_list) for flag in flags]
+    code, shown = command([*as_flags(settings), *flags], capsys)
+    assert code == 2
+    errors = [line for line in shown.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "; " in errors[0]
+    assert "Traceback" not in shown
+    assert word_list.exists()
+    assert not (pathlib.Path(settings["output"]) / lora.ADAPTER_FILE).exists()
+
+
+def test_a_process_ends_with_2_and_without_a_traceback(settings):
+    flags = as_flags({**settings, "layer": 9})
+    result = subprocess.run([sys.executable, "-m", "tli.train", *flags], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert "error: --layer: the layer must be from 1 to 4" in result.stderr
+
+
+def test_json_is_one_object_on_standard_output(settings):
+    flags = [*as_flags(settings), "--json"]
+    result = subprocess.run([sys.executable, "-m", "tli.train", *flags], cwd=ROOT, capture_output=True, text=True, check=True)
+    facts = json.loads(result.stdout)
+    assert facts["config"]["rank"] == 4
+    assert facts["measurements"]
+    assert "Layer 2" in result.stderr

@@ -1,0 +1,104 @@
+"""Looked up or multiplied: block 0's q, k and v are the same, and so are the loss and every gradient."""
+
+import numpy as np
+import pytest
+import torch
+from tli_kernels.token_table import TokenTable
+
+from tests.support.families import FAMILIES
+from tli import first_block, lora, memory_model, ops
+from tli.batches import EpochBatches
+from tli.checkpoint import open_checkpoint
+from tli.config import TrainConfig
+from tli.hooked import recompute_blocks
+from tli.lexicon import read_pairs
+from tli.objective import Objective, pooling
+from tli.ops import Ops
+from tli.packing import tokenise
+from tli.truncated import Placement, place, run, truncate
+
+TABLED = {"cpu": lambda: ops.on_cpu(ops.Matmul()), "fused": ops.fused}
+
+
+def gradients(
+    model: str, word_list: str, tabled: bool, chosen: Ops, loss: str = "infonce", targets: str = "all-linear", weights: str = "full", **more
+):
+    """The first batch's loss and the adapters' gradients, by the ops ``chosen``."""
+    config = TrainConfig(model=model, pairs=word_list, batch=16, targets=targets, loss=loss, weights=weights, rank=4)
+    checkpoint, pairs = open_checkpoint(model), read_pairs(word_list, "swahili", "english")
+    placement = Placement(torch.float32, torch.device("cpu"), weights, chosen)
+    words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
+    decoder = truncate(checkpoint, 2, words.rows, placement)
+    if tabled:
+        assert first_block.tabulate(decoder) == len(words.rows) * sum(tables(decoder)[name].shape[0] for name in "qkv") * 4
+    if more.get("checkpointing"):
+        recompute_blocks(decoder)
+    lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0, targets=targets, dropout=0.3), seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for seed, adapter in enumerate(lora.adapters(decoder).values()):
+        adapter.lora_B.data.normal_(std=0.1, generator=generator)
+        adapter.seed = seed
+    pool, objective = pooling("final", checkpoint, placement.device, chosen), Objective(loss, 0.1, 0.4, chosen)
+    (part,), same = next(iter(EpochBatches(config, words, np.arange(len(pairs)), pairs, placement).epoch(0)))
+    value = objective(pool(run(decoder.train(), part), part), same)
+    value.backward()
+    return value, {path: (adapter.lora_A.grad, adapter.lora_B.grad) for path, adapter in lora.adapters(decoder).items()}
+
+
+def tables(decoder) -> dict[str, TokenTable]:
+    attention = decoder.layers[0].self_attn
+    return {name: weight for name in "qkv" if isinstance(weight := getattr(attention, f"{name}_proj").weight, TokenTable)}
+
+
+def equal(one, other, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(one[0], other[0], rtol=tolerance, atol=0)
+    assert one[1].keys() == other[1].keys()
+    for path, factors in other[1].items():
+        for got, right in zip(one[1][path], factors, strict=True):
+            assert (got - right).norm() <= tolerance * right.norm(), path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "options", [{}, {"targets": "q_proj,v_proj", "loss": "hinge"}, {"targets": "o_proj", "checkpointing": True}], ids=str
+)
+def test_loss_and_gradients_are_those_of_the_weights(make_model, word_list, family, options):
+    model = str(make_model(family))
+    equal(*(gradients(model, str(word_list), tabled, ops.on_cpu(ops.Matmul()), **options) for tabled in (True, False)))
+
+
+@pytest.mark.parametrize("chosen", TABLED.values(), ids=TABLED)
+def test_so_they_are_in_nf4_and_by_the_fused_ops(make_model, word_list, chosen):
+    model = str(make_model("qwen2", hidden_size=64, intermediate_size=128))
+    equal(*(gradients(model, str(word_list), tabled, chosen(), weights="nf4") for tabled in (True, False)), 2e-5)
+
+
+def test_the_weights_stay_where_they_are_smaller_and_where_every_bit_counts(make_model, monkeypatch):
+    checkpoint = open_checkpoint(str(make_model("llama")))
+
+    def loaded(impl: str = "auto"):
+        return truncate(checkpoint, 1, np.arange(200), place("cpu", "float32", impl=impl))
+
+    # 200 rows of 128 products against 48 x 128 weights
+    monkeypatch.setattr(memory_model, "MOST_TABLE_BYTES", 200 * 128 * 4)
+    assert first_block.tabulate(loaded()) == 200 * 128 * 4
+    monkeypatch.setattr(memory_model, "MOST_TABLE_BYTES", 200 * 128 * 4 - 1)
+    decoder = loaded()
+    assert first_block.tabulate(decoder) is None
+    assert not tables(decoder)
+    assert memory_model.table_bytes(200, 128, 4, weight_bytes=200 * 128 * 4) == 200 * 128 * 4
+    monkeypatch.setattr(memory_model, "MOST_TABLE_BYTES", 1 << 30)
+    assert first_block.tabulate(loaded("reference")) is None
+
+
+def test_a_table_is_of_the_tokens_that_were_set_and_has_no_way_back():
+    linear = ops.on_cpu(ops.Matmul()).linear
+    table = TokenTable(torch.arange(12.0).view(4, 3), torch.Size((3, 5)))
+    with pytest.raises(ValueError, match="the tokens of 2 rows must have been set, got None"):
+        linear(torch.zeros(2, 5), table)
+    table.tokens = torch.tensor([[3], [0]])
+    assert torch.equal(linear(torch.zeros(2, 5), table), torch.tensor([[9.0, 10, 11], [0, 1, 2]]))
+    with pytest.raises(ValueError, match="the tokens of 3 rows must have been set, got 2"):
+        linear(torch.zeros(3, 5), table)
+    with pytest.raises(ValueError, match="the input must want no gradient"):
+        table.looked_up(torch.zeros(2, 5, requires_grad=True))

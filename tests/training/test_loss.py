@@ -1,0 +1,67 @@
+"""The step under packing is the padded step: the same loss and the same gradients, for every family."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.families import FAMILIES
+from tests.support.words import tokens_of
+from tli import lora
+from tli.checkpoint import open_checkpoint
+from tli.objective import Objective, pooling
+from tli.packing import tokenise
+from tli.truncated import place, run, to_batch, truncate
+
+CPU = place("cpu", "float32")
+SOURCES = ["kitabu", "kitanda", "mtoto", "mtu", "maji", "nyumba"]
+TARGETS = ["book", "bed", "child", "person", "water", "house"]
+
+
+def padded_words(decoder, words, token_norm, checkpoint, pool_bos):
+    """Word states from one row per word, by plain operations."""
+    attended = torch.from_numpy(np.arange(tokens_of(words).shape[1]) < words.lengths[:, None])
+    states = decoder(input_ids=torch.from_numpy(tokens_of(words)), attention_mask=attended.long(), use_cache=False).last_hidden_state
+    weight, eps = checkpoint.final_norm()
+    if token_norm != "none":
+        states = states / (states.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt()
+    if token_norm == "final":
+        states = states * weight
+    pooled = attended.clone()
+    pooled[:, 0] = pool_bos
+    means = (states * pooled[..., None]).sum(dim=1) / pooled.sum(dim=1, keepdim=True)
+    return torch.nn.functional.normalize(means, dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("loss", "token_norm", "pool_bos"),
+    [("infonce", "final", False), ("infonce", "rms", False), ("hinge", "none", True)],
+    ids=["default", "rms", "paper"],
+)
+def test_loss_and_gradients_equal_the_padded_ones(make_model, tokenizer, family, loss, token_norm, pool_bos):
+    checkpoint = open_checkpoint(str(make_model(family)))
+    words = tokenise(tokenizer, SOURCES + TARGETS, window=24)
+    objective = Objective(loss, temperature=0.1, margin=0.4)
+    same = torch.tensor([[0, 1], [1, 0]])
+    results = []
+    for packed in (True, False):
+        decoder = truncate(checkpoint, 2, words.rows, CPU)
+        lora.inject(decoder, lora.LoRAConfig(rank=3, alpha=6))
+        generator = torch.Generator().manual_seed(1)
+        for adapter in lora.adapters(decoder).values():
+            adapter.lora_B.data.normal_(std=0.05, generator=generator)
+        if packed:
+            batch = to_batch(words.pack(np.arange(12), pool_bos, width=12), torch.float32, CPU.device)
+            states = pooling(token_norm, checkpoint, CPU.device)(run(decoder, batch), batch)
+        else:
+            states = padded_words(decoder, words, token_norm, checkpoint, pool_bos)
+        value = objective(states, same)
+        value.backward()
+        results.append((value.detach(), states.detach(), [parameter.grad for parameter in lora.trainable(decoder)]))
+    (value, states, gradients), (padded_value, padded_states, padded_gradients) = results
+    torch.testing.assert_close(states, padded_states, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(value, padded_value, rtol=1e-5, atol=1e-5)
+    largest = max(gradient.abs().max() for gradient in padded_gradients)
+    assert largest > 0
+    for gradient, padded in zip(gradients, padded_gradients, strict=True):
+        assert (gradient - padded).abs().max() < 1e-4 * largest
