@@ -31,8 +31,9 @@ from bench import memory, record
 from bench.peers import SUBJECTS, distinct_pairs
 from bench.step import dtypes
 from tli import lexicon
-from tli.config import TrainConfig, as_dict, option, parse
-from tli.errors import TliError, run_command
+from tli.config import TrainConfig
+from tli.runtime.cli import as_dict, option, parse
+from tli.runtime.errors import TliError, run_command
 from tli.starter import starter_folder
 
 SCRIPTS = {"peft-truncated": "peft_truncated", "peft-hook": "peft_hook", "sentence-transformers": "sentence_transformers_lora"}

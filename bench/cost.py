@@ -22,9 +22,10 @@ from rich.table import Table
 from bench import record, synthetic
 from bench.large import floor, measure
 from bench.step import dtypes
-from tli.config import MODELS, TrainConfig, as_dict, option, parse
-from tli.errors import TliError, run_command
+from tli.config import MODELS, TrainConfig
 from tli.figures import save_figure
+from tli.runtime.cli import as_dict, option, parse
+from tli.runtime.errors import TliError, run_command
 
 if typing.TYPE_CHECKING:
     import matplotlib.figure

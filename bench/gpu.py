@@ -27,8 +27,8 @@ import torch
 from rich.console import Console
 
 from bench import record
-from tli.config import as_dict, option, parse
-from tli.errors import TliError, disk_errors, run_command
+from tli.runtime.cli import as_dict, option, parse
+from tli.runtime.errors import TliError, disk_errors, run_command
 
 # kept back for what comes after the last case
 _RESERVE_S = 12

@@ -30,8 +30,9 @@ from bench import record
 from bench.gpu import card
 from bench.large import step_work
 from bench.peers import PeftBitsandbytes, PeftTruncated, Subject, Tli, truncated_config
-from tli.config import TrainConfig, argument, as_dict, option, parse
-from tli.errors import TliError, run_command
+from tli.config import TrainConfig
+from tli.runtime.cli import argument, as_dict, option, parse
+from tli.runtime.errors import TliError, run_command
 
 # bf16 has eight bits of a number, and the sums run in other orders
 LOSS_TOLERANCE = 0.02

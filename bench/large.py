@@ -32,8 +32,9 @@ from rich.table import Table
 
 from bench import memory, record
 from bench.step import dtypes
-from tli.config import TrainConfig, argument, as_dict, option, parse
-from tli.errors import TliError, run_command
+from tli.config import TrainConfig
+from tli.runtime.cli import argument, as_dict, option, parse
+from tli.runtime.errors import TliError, run_command
 
 # name -> which subject, its weights, its dtype (None: what training chooses), and how many steps are timed; a peer's forward takes minutes
 SUBJECTS = {
@@ -116,7 +117,7 @@ def step_work(config: TrainConfig, nodes: int) -> tuple[int, int]:
 
 def floor(config: TrainConfig, nodes: int) -> dict:
     """``step_work`` and how long it takes where nothing else is to be done: at ``product_rate`` of the config's dtype."""
-    from tli.truncated import place
+    from tli.runtime.device import place
 
     flops, _ = step_work(config, nodes)
     rate = product_rate(place(config.device, config.dtype).dtype)
@@ -126,9 +127,9 @@ def floor(config: TrainConfig, nodes: int) -> dict:
 @functools.cache
 def product_rate(dtype: torch.dtype) -> float:
     """Floating-point operations a second of the best of ten products of 1024 x 4096 x 4096."""
-    from tli import ops, processor
+    from tli.runtime import cpu, ops
 
-    multiply = ops.on_cpu(processor.ways().matmul_for(dtype)).linear
+    multiply = ops.on_cpu(cpu.ways().matmul_for(dtype)).linear
     x, weight = torch.randn(1024, 4096).to(dtype), torch.randn(4096, 4096).to(dtype)
     seconds = []
     # the first one makes oneDNN's program

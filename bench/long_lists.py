@@ -27,10 +27,11 @@ from rich.table import Table
 
 from bench import record
 from bench.memory import resident
-from tli.config import TrainConfig, as_dict, option, parse
-from tli.errors import TliError, run_command
+from tli.config import TrainConfig
 from tli.figures import save_figure
-from tli.files import replacing
+from tli.runtime.cli import as_dict, option, parse
+from tli.runtime.errors import TliError, run_command
+from tli.runtime.files import replacing
 
 STAGES = {"read": "reading", "split": "splitting", "hash": "hashing", "tokenise": "tokenising", "pack": "packing", "step": "a step"}
 FIGURE = record.ROOT / "docs" / "long-lists.png"
@@ -129,7 +130,8 @@ def measure_here(options: str, steps: str) -> None:
     from tli.objective import Objective, pooling
     from tli.packing import tokenise
     from tli.progress import TrainingState
-    from tli.truncated import place, run, truncate
+    from tli.runtime.device import place
+    from tli.truncated import run, truncate
 
     config, seconds, own = TrainConfig(**json.loads(options)), {}, {}
     checkpoint, placement = open_checkpoint(config.model), place("cpu", "float32")

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import record
-from tli.config import TrainConfig, as_dict
-from tli.errors import TliError, run_command
+from tli.config import TrainConfig
+from tli.runtime.cli import as_dict
+from tli.runtime.errors import TliError, run_command
 
 STEPS = 3
 _MIB = 1 << 20
@@ -81,7 +82,7 @@ def table(rows: list[dict]) -> Table:
 def main() -> None:
     """The command."""
     from bench.step import StepConfig, dtypes, taking_part, train_configs
-    from tli.config import parse
+    from tli.runtime.cli import parse
 
     config = parse(StepConfig, "bench.memory")
     names, _ = taking_part(config)

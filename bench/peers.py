@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from tli import lexicon
 from tli.config import TrainConfig
-from tli.errors import TliError
+from tli.runtime.device import place
+from tli.runtime.errors import TliError
 from tli.starter import starter_folder
-from tli.truncated import place
 
 
 def drawn_pairs(config: TrainConfig, distinct: bool = False) -> tuple[list[lexicon.Pair], list[lexicon.Pair]]:

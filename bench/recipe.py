@@ -14,8 +14,9 @@ from rich.table import Table
 
 from bench import record
 from bench.command import tli_train
-from tli.config import TrainConfig, as_dict, option, parse
-from tli.errors import TliError, run_command
+from tli.config import TrainConfig
+from tli.runtime.cli import as_dict, option, parse
+from tli.runtime.errors import TliError, run_command
 
 VARIANTS = {"default": [], "shuffled": ["--shuffle-pairs"], "paper": ["--recipe", "paper"]}
 METRICS = ("cosine", "mismatched", "gap", "p_at_1", "mrr")

@@ -12,10 +12,11 @@ import subprocess
 import torch
 
 import tli
-from tli import lexicon, processor, starter
+from tli import lexicon, starter
 from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
-from tli.files import sha256
+from tli.runtime import cpu
+from tli.runtime.files import sha256
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -27,7 +28,7 @@ def machine() -> dict:
     return {
         "processor": _first("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "instructions": processor.instructions(),
+        "instructions": cpu.instructions(),
         "torch_threads": torch.get_num_threads(),
         "memory_bytes": int(_first("/proc/meminfo", r"MemTotal:\s*(\d+) kB") or 0) * 1024,
         "system": platform.platform(),

@@ -28,8 +28,8 @@ from bench import record
 from bench.command import CommandConfig, command, run, tli_train, write_lists
 from bench.step import dtypes
 from tli import lexicon
-from tli.config import as_dict, option, parse
-from tli.errors import TliError, run_command
+from tli.runtime.cli import as_dict, option, parse
+from tli.runtime.errors import TliError, run_command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from bench import memory, record
 from bench.peers import SUBJECTS, Subject
-from tli.config import TrainConfig, as_dict, option, parse
-from tli.errors import TliError, run_command
-from tli.truncated import place
+from tli.config import TrainConfig
+from tli.runtime.cli import as_dict, option, parse
+from tli.runtime.device import place
+from tli.runtime.errors import TliError, run_command
 
 AGAIN = "tli again"
 # times faster per step than each, at least

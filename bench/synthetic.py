@@ -20,9 +20,10 @@ import zlib
 
 import numpy as np
 
-from tli.config import MODELS, argument, option, parse
-from tli.errors import TliError, disk_errors, run_command
-from tli.files import cache_folder, claim_output, replacing, sha256, write_text
+from tli.config import MODELS
+from tli.runtime.cli import argument, option, parse
+from tli.runtime.errors import TliError, disk_errors, run_command
+from tli.runtime.files import cache_folder, claim_output, replacing, sha256, write_text
 
 TOKENIZER = "llama-models==0.3.0"
 TOKENIZER_SHA256 = "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f"

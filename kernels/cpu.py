@@ -7,7 +7,7 @@
 kept(x) is x with the elements that dropout takes set to zero; s has 1/(1 - dropout) in it. A weight in NF4 stays packed: each product
 decodes a few of its rows at a time, forward and backward, which costs time and holds an eighth of the memory.
 
-Which library multiplies is a ``Matmul`` that the caller measured (tli/processor.py), since no processor can be told by its name:
+Which library multiplies is a ``Matmul`` that the caller measured (tli/runtime/cpu.py), since no processor can be told by its name:
 
     onednn   torch's own oneDNN operator. On an AMD EPYC with AVX-512 2.2 times as fast as MKL in fp32 and, with bf16 products, twice
              as fast again; with AVX2 alone as fast as MKL, and with neither a third of it; it refuses bf16 below AVX-512 (bench/LOG.md)

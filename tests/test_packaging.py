@@ -69,7 +69,7 @@ def test_kernels_know_nothing_of_tli():
 
 
 def test_only_ops_imports_the_kernels():
-    assert importers("tli_kernels", "tli") == ["tli/ops.py"]
+    assert importers("tli_kernels", "tli") == ["tli/runtime/ops.py"]
 
 
 def test_the_library_imports_no_bench_and_no_peft():

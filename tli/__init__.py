@@ -13,7 +13,7 @@ import pathlib
 import sys
 
 from tli.config import TrainConfig
-from tli.errors import TliError
+from tli.runtime.errors import TliError
 
 __all__ = ["TliError", "TrainConfig", "train"]
 __version__ = "0.1.0"

@@ -13,8 +13,8 @@ import typing
 
 import numpy as np
 
-from tli.errors import TliError
 from tli.resampling import bootstrap_interval
+from tli.runtime.errors import TliError
 
 if typing.TYPE_CHECKING:
     import torch

@@ -7,7 +7,8 @@ from tli.checkpoint import Checkpoint
 from tli.config import TrainConfig
 from tli.first_block import tabulate
 from tli.hooked import recompute_blocks, whole
-from tli.truncated import Placement, attend_in_steps, require_layer, truncate
+from tli.runtime.device import Placement
+from tli.truncated import attend_in_steps, require_layer, truncate
 
 
 def arm_model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> nn.Module:

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 from tli.config import TrainConfig
-from tli.errors import TliError
 from tli.lexicon import meaning_edges
 from tli.packing import TokenisedWords
 from tli.pairs import Pair, WordKeys, stored
-from tli.truncated import Batch, Placement, to_batch
+from tli.runtime.device import Placement
+from tli.runtime.errors import TliError
+from tli.truncated import Batch, to_batch
 
 
 class EpochBatches:

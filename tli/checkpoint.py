@@ -16,9 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tli import hub, ops
-from tli.errors import TliError, one_line
+from tli import hub
 from tli.mapped import read_alone, read_no_more
+from tli.runtime import ops
+from tli.runtime.errors import TliError, one_line
 
 # families whose truncated states were shown equal to the whole model's (tests/model/test_decoder.py)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")

@@ -22,9 +22,10 @@ from tli.packing import tokenise
 from tli.pairs import Pair
 from tli.records import DIFFERENCE, Layer
 from tli.resampling import bootstrap_interval, word_clusters
+from tli.runtime.device import Placement
 from tli.significance import P_VALUES, compare_groups, compare_rows, correct
 from tli.streaming import sink_share, stream_layers
-from tli.truncated import Placement, to_batch
+from tli.truncated import to_batch
 
 REF_CLIPSCORE = tuple(f"ref_{name}" for name in CLIPSCORE)
 TESTED = ("gap", "p_at_1", "mrr", "cosine", "mismatched", *CLIPSCORE, *REF_CLIPSCORE)

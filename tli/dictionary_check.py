@@ -8,9 +8,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 
-from tli.errors import TliError
 from tli.lexicon import SHIPPED, merged, read_pairs
 from tli.pairs import Pair, same_word
+from tli.runtime.errors import TliError
 from tli.word_lists import letters, read_rows, without_notes
 
 FREEDICT = pathlib.Path("/usr/share/dictd/freedict-swh-eng.index")

@@ -5,7 +5,8 @@ intervals and tests -> harm to the language model -> tables and files. With ``--
 anywhere, tested, without a model and without torch.
 """
 
-from tli.config import EvaluateConfig, as_dict, parse
+from tli.config import EvaluateConfig
+from tli.runtime.cli import as_dict, parse
 
 if __name__ == "__main__":
     # first of all: --help and a wrong flag must not wait for torch
@@ -21,10 +22,10 @@ import numpy as np
 
 import tli
 from tli import evaluation, lexicon, paired_table
-from tli.errors import TliError, run_command
-from tli.files import claim_output, sha256, write_text
 from tli.pairs import Pairs
 from tli.records import Layer
+from tli.runtime.errors import TliError, run_command
+from tli.runtime.files import claim_output, sha256, write_text
 from tli.tables import Table, show
 
 if typing.TYPE_CHECKING:
@@ -70,9 +71,10 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     from tli.checkpoint import open_checkpoint
     from tli.harm import harm, predict, read_windows
     from tli.objective import pooling, token_norm_at_hand
-    from tli.progress import layer_bar
     from tli.recorded import agreed, read_recorded, require_fit
-    from tli.truncated import place
+    from tli.runtime import environment
+    from tli.runtime.console import layer_bar
+    from tli.runtime.device import place
 
     adapters = {recorded.name: recorded for recorded in map(read_recorded, config.adapters)}
     if len(adapters) < len(config.adapters):
@@ -141,8 +143,8 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
         "measurements": measurements,
         "tests": tests,
         "harm": harm(predictions, windows, seed) if windows else None,
-        "versions": {**_versions(), **provenance.versions()},
-        "machine": provenance.machine(placement),
+        "versions": {**_versions(), **environment.versions()},
+        "machine": environment.machine(placement),
     }
     tables = evaluation.tables_of_adapters(facts)
     _write(output, facts, evaluation.tables_of_adapters(facts, full=True), "# Evaluation")

@@ -7,7 +7,8 @@ tied embeddings stay tied. The model is written file by file, with one of them i
 takes its name at the end: a kill leaves no half model, and the next export clears away what it left.
 """
 
-from tli.config import ExportConfig, as_dict, parse
+from tli.config import ExportConfig
+from tli.runtime.cli import as_dict, parse
 
 if __name__ == "__main__":
     # first of all: --help and a wrong flag must not wait for torch
@@ -26,13 +27,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tli import ops, provenance
 from tli.checkpoint import Checkpoint, open_checkpoint
-from tli.errors import TliError, disk_errors, run_command
-from tli.files import replacing, write_text
 from tli.lora import Adapter
 from tli.recorded import read_recorded, require_fit
-from tli.truncated import place
+from tli.runtime import environment, ops
+from tli.runtime.device import place
+from tli.runtime.errors import TliError, disk_errors, run_command
+from tli.runtime.files import replacing, write_text
 
 # what a model needs beside its weights and config.json
 _BESIDE = (
@@ -83,7 +84,7 @@ def export(config: ExportConfig) -> dict:
         "tensors": len(sizes),
         "merged": len(recorded.adapter.factors),
         "bytes": sum(sizes.values()),
-        "versions": provenance.versions(),
+        "versions": environment.versions(),
     }
     with _built_beside(output) as folder:
         _write_weights(source, recorded.adapter, files, dtype, folder, console)

@@ -9,8 +9,8 @@ import typing
 import numpy as np
 
 from tli.alignment import HISTOGRAM_EDGES, Alignment
-from tli.files import replacing
 from tli.records import SPLITS, Layer, aligned_layer, compared_layers, find_value, interval, number, place_name
+from tli.runtime.files import replacing
 
 if typing.TYPE_CHECKING:
     import matplotlib.figure

@@ -11,9 +11,9 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from tli import ops
 from tli.memory_model import table_bytes
-from tli.truncated import return_freed_memory
+from tli.runtime import ops
+from tli.runtime.environment import return_freed_memory
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _AT_ONCE = 1024

@@ -11,12 +11,12 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
-from tli.errors import TliError, disk_errors
-from tli.files import cores
-from tli.progress import STATE_FILE, stop_signals
+from tli.progress import STATE_FILE
+from tli.runtime.console import stop_signals
+from tli.runtime.errors import TliError, disk_errors
+from tli.runtime.files import cores
 
 REPORT = "report.json"
 _LOOK_EVERY_S = 0.1
@@ -157,40 +157,3 @@ def _finish(cell: Cell, folder: pathlib.Path, code: int) -> None:
     partial.rename(folder / cell.name)
     log.unlink()
     (folder / f".{cell.name}.lock").unlink()
-
-
-@contextlib.contextmanager
-def cells_bar(console, weights: Iterable[float]) -> Iterator[Callable[[float], None]]:
-    """A bar of cells with the time left, each counted by its weight; yields what to call with that of a complete one."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    weights = list(weights)
-    began, was_there = time.monotonic(), 0.0
-    columns = (
-        BarColumn(),
-        TextColumn("{task.fields[complete]}/{task.fields[cells]} cells"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=sum(weights), complete=0, cells=len(weights), left="")
-        complete = 0
-
-        def done(weight: float) -> None:
-            nonlocal complete, was_there
-            complete += 1
-            if time.monotonic() - began < 1:
-                # what an earlier run did says nothing of this one's speed
-                was_there += weight
-            bar.advance(task, weight)
-            state = bar.tasks[task]
-            new, left = state.completed - was_there, state.total - state.completed
-            estimate = "" if new <= 0 else f"about {_duration(left * (time.monotonic() - began) / new)} left"
-            bar.update(task, complete=complete, left=estimate)
-
-        yield done
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{seconds:.0f} s"

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from tli.checkpoint import Checkpoint
-from tli.truncated import Batch, Placement, load_block, load_norm, run, shell
+from tli.runtime.device import Placement
+from tli.truncated import Batch, load_block, load_norm, run, shell
 
 
 def whole(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> nn.Module:

@@ -12,8 +12,8 @@ import typing
 import urllib.parse
 import urllib.request
 
-from tli.errors import TliError, one_line
-from tli.files import cache_folder, replacing
+from tli.runtime.errors import TliError, one_line
+from tli.runtime.files import cache_folder, replacing
 
 if typing.TYPE_CHECKING:
     from torch import Tensor

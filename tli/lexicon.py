@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from tli.errors import TliError, run_command
 from tli.pairs import Pair, Pairs, WordKeys, pair_writer, same_word, stored
+from tli.runtime.errors import TliError, run_command
 from tli.word_lists import further, read_rows
 
 SHIPPED = pathlib.Path(__file__).parent / "data" / "swahili-english.tsv"

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from tli import ops
-from tli.errors import TliError
-from tli.files import replacing, write_text
+from tli.runtime import ops
+from tli.runtime.errors import TliError
+from tli.runtime.files import replacing, write_text
 
 _KEY_PREFIX = "base_model.model.model."
 _KEY = re.compile(r"^base_model\.model\.model\.(?P<path>layers\.(?P<block>\d+)\..+)\.lora_(?P<factor>[AB])\.weight$")

@@ -5,7 +5,8 @@ transformers is imported. Where the tokenizer's file is on disk the list's words
 counted; else they are estimated, and the answer says so.
 """
 
-from tli.config import MemoryConfig, parse
+from tli.config import MemoryConfig
+from tli.runtime.cli import parse
 
 if __name__ == "__main__":
     # first of all: --help and a wrong flag need nothing else
@@ -17,18 +18,18 @@ import pathlib
 import sys
 
 from tli import hub, lexicon, starter
-from tli.errors import TliError, one_line, run_command
 from tli.memory_fit import as_flags, change_to_fit, largest_part, trained_pairs
 from tli.memory_model import Part, Run, allocations, predict, total
 from tli.model_shape import Shape
 from tli.packing import DEFAULT_WIDTH, tokenise
+from tli.runtime.errors import TliError, one_line, run_command
 from tli.tables import Table, show
 
 SIZES_GB = (2, 4, 6, 8, 12, 16, 24)
 # where nothing can be counted: nodes of a pair in batches of 64 to 512, and tokens of a pair in the list; measured on the
 # shipped list with two tokenizers (3.2 to 3.6 and 1.5 to 2.0)
 _NODES_PER_PAIR, _TOKENS_PER_PAIR = 3.6, 2.0
-# of a number, by device: on a CPU training computes in what its processor multiplies fastest (tli/processor.py)
+# of a number, by device: on a CPU training computes in what its processor multiplies fastest (tli/runtime/cpu.py)
 _DEVICES = {"cpu fp32": 4, "cpu bf16": 2, "gpu bf16": 2}
 
 

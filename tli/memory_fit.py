@@ -2,14 +2,12 @@
 
 import dataclasses
 import itertools
-import pathlib
-import re
 
 import numpy as np
 
-from tli.errors import TliError
 from tli.memory_model import Part, Run, predict, total
 from tli.packing import TokenisedWords
+from tli.runtime.errors import TliError
 
 _DRAWS = 4
 _HALVINGS = 7
@@ -80,32 +78,3 @@ def require_room(run: Run, available: int, held: int = 0, fixed: frozenset[str] 
     remedy = f"add {as_flags(changed)}" if changed else "use a smaller model, or a machine with more memory"
     must = f"{need / 1e9:.2f} GB must be free for this run (python -m tli.memory shows for what)"
     raise TliError("memory", must, f"{available / 1e9:.2f} GB", remedy)
-
-
-def available_bytes() -> int | None:
-    """What this machine, or the control group that the process is in, has left for it; None where it does not say (not Linux).
-
-    Page cache counts as free: the system gives it up when somebody needs the room.
-    """
-    found = []
-    meminfo = pathlib.Path("/proc/meminfo")
-    if meminfo.exists():
-        found += [int(size) * 1024 for size in re.findall(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())]
-    for limit, used, statistics, cache in _CGROUPS:
-        try:
-            pages = dict(line.split() for line in pathlib.Path(statistics).read_text().splitlines())
-            found.append(int(pathlib.Path(limit).read_text()) - int(pathlib.Path(used).read_text()) + int(pages.get(cache, 0)))
-        except (OSError, ValueError):
-            # no such group, or no limit ("max")
-            continue
-    return max(0, min(found)) if found else None
-
-
-# limit, use, and the page cache that use counts: version 2 and version 1 of control groups
-_CGROUPS = tuple(
-    tuple(f"/sys/fs/cgroup/{name}" for name in names[:3]) + names[3:]
-    for names in (
-        ("memory.max", "memory.current", "memory.stat", "file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_cache"),
-    )
-)

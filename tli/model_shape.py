@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from tli.errors import TliError
+from tli.runtime.errors import TliError
 
 NF4_BYTES = 0.5 + 4 / 64
 

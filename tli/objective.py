@@ -5,10 +5,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from tli import ops
 from tli.checkpoint import Checkpoint
-from tli.ops import Ops
 from tli.records import Layer
+from tli.runtime import ops
+from tli.runtime.ops import Ops
 from tli.truncated import Batch
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tli.errors import TliError, disk_errors
+from tli.runtime.errors import TliError, disk_errors
 
 DEFAULT_WIDTH = 128
 _CHUNK_WORDS = 2048

@@ -14,9 +14,9 @@ import pathlib
 
 import numpy as np
 
-from tli.errors import TliError
-from tli.files import sha256
 from tli.resampling import spread_of
+from tli.runtime.errors import TliError
+from tli.runtime.files import sha256
 from tli.significance import P_VALUES, compare_groups, compare_rows, correct, gains_of
 
 # what R, pandas, SQL and people write where there is no value

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from tli.errors import disk_errors
+from tli.runtime.errors import disk_errors
 
 _CHUNK_PAIRS = 4096
 

@@ -13,7 +13,6 @@ The step that is recorded is the run's last: a profiler takes memory, too, and w
 import contextlib
 import json
 import pathlib
-import re
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -22,9 +21,10 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity
 
-from tli import ops
-from tli.files import replacing
 from tli.memory_model import CATEGORIES
+from tli.runtime import ops
+from tli.runtime.environment import process_memory
+from tli.runtime.files import replacing
 from tli.tables import Table
 
 TRACE_FILE, FIGURE_FILE = "step_trace.json", "memory_step.png"
@@ -32,13 +32,6 @@ TRACE_FILE, FIGURE_FILE = "step_trace.json", "memory_step.png"
 FORWARD, LOSS, OPTIMISER = "forward", "loss", "optimiser"
 _LOOK_S = 0.01
 _STEP = ("activations", "gradients", "workspace")
-
-
-def process_memory(what: str) -> int:
-    """A number of bytes out of this process's status: RssAnon, VmHWM; 0 where the system does not say (not Linux)."""
-    status = pathlib.Path("/proc/self/status")
-    found = re.search(rf"{what}:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else 0
 
 
 class Profile:

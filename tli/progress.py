@@ -1,24 +1,22 @@
 """How a run shows how far it is, stops cleanly when asked to, and keeps what it needs to go on after a kill."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from tli.config import TrainConfig, as_dict
-from tli.errors import TliError
-from tli.files import replacing
+from tli.config import TrainConfig
 from tli.lora import LoRALinear
 from tli.pairs import Pairs
+from tli.runtime.cli import as_dict
+from tli.runtime.errors import TliError
+from tli.runtime.files import replacing
 
 STATE_FILE = "training_state.safetensors"
 # options that change nothing about the numbers: a resumed run may differ in them
@@ -126,57 +124,3 @@ def _named(adapters: dict[str, LoRALinear]) -> Iterator[tuple[str, torch.nn.Para
     for path, adapter in adapters.items():
         yield f"{path}.lora_A", adapter.lora_A
         yield f"{path}.lora_B", adapter.lora_B
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or a request to terminate sets; a second one acts as it always does."""
-    stop, former = threading.Event(), {}
-
-    def handle(number, frame):
-        stop.set()
-        signal.signal(number, former[number])
-
-    # only the main thread may change handlers; elsewhere signals act as they always do
-    if threading.current_thread() is threading.main_thread():
-        former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def training_bar(console, total: int) -> Iterator[Callable[[int, float, int], None]]:
-    """A bar of steps with the loss, words per second and the time left; yields what to call after each step.
-
-    It is called with the steps done, the last one's loss and its words.
-    """
-    from rich.progress import TextColumn
-
-    columns = TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[speed]:,.0f} words/s")
-    with _bar(console, "training", *columns) as bar:
-        task, shown = bar.add_task("training", total=total, loss=float("nan"), speed=0.0), time.monotonic()
-
-        def show(step: int, loss: float, words: int) -> None:
-            nonlocal shown
-            now = time.monotonic()
-            bar.update(task, completed=step, loss=loss, speed=words / (now - shown))
-            shown = now
-
-        yield show
-
-
-@contextlib.contextmanager
-def layer_bar(console, total: int) -> Iterator[Callable[[], None]]:
-    """A bar of layers with the time left; yields what to call after each layer."""
-    with _bar(console, "measuring layers") as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
-
-
-def _bar(console, name: str, *columns):
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(TextColumn(name), BarColumn(), MofNCompleteColumn(), *columns, TimeRemainingColumn(), console=console)

@@ -14,20 +14,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tli import comparison, lexicon, provenance, significance, starter
+from tli import comparison, lexicon, significance, starter
 from tli.alignment import Alignment, measure, measurements
 from tli.checkpoint import Checkpoint, open_checkpoint
-from tli.config import ProtocolConfig, TrainConfig, as_dict
-from tli.errors import TliError
+from tli.config import ProtocolConfig, TrainConfig
 from tli.figures import draw_protocol, save_figure
-from tli.files import claim_output, sha256, write_text
-from tli.grid import REPORT, Cell, cells_bar, run_cells
+from tli.grid import REPORT, Cell, run_cells
 from tli.objective import pooling
 from tli.pairs import Pair
 from tli.protocol_controls import adapters_everywhere, save_random_model, sink_only, tokenise_pairs
 from tli.protocol_report import PUBLISHED, markdown, sentence, show, verdict
 from tli.recorded import read_recorded
-from tli.truncated import place
+from tli.runtime import environment
+from tli.runtime.cli import as_dict
+from tli.runtime.console import cells_bar
+from tli.runtime.device import place
+from tli.runtime.errors import TliError
+from tli.runtime.files import claim_output, sha256, write_text
 
 FILES = ("protocol.json", "protocol.md", "protocol.png")
 METRICS = ("cosine", "mismatched", "gap", "p_at_1", "mrr", "sink_share")
@@ -194,7 +197,7 @@ def _facts(config: ProtocolConfig, checkpoint: Checkpoint, splits: dict[str, Seq
         "config": {name: getattr(config, name) for name in ("source", "target", "seed", "epochs")},
         "model": {"name": name, "family": checkpoint.config.model_type, "blocks": checkpoint.blocks, "sha256": checkpoint.sha256(deepest)},
         "pairs": {"name": file.name, "sha256": sha256(file), **{split: len(part) for split, part in splits.items()}},
-        "versions": provenance.versions(),
+        "versions": environment.versions(),
     }
 
 

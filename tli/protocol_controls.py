@@ -14,7 +14,8 @@ from tli.hooked import run_hooked, whole
 from tli.objective import Objective, pooling
 from tli.packing import TokenisedWords, tokenise
 from tli.pairs import Pair
-from tli.truncated import place, run, to_batch, truncate
+from tli.runtime.device import place
+from tli.truncated import run, to_batch, truncate
 
 _CHECKED_STEPS = 8
 

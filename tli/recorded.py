@@ -17,9 +17,10 @@ from torch import nn
 
 from tli import lora, starter
 from tli.checkpoint import Checkpoint
-from tli.errors import TliError
-from tli.files import sha256
-from tli.truncated import Placement, shell
+from tli.runtime.device import Placement
+from tli.runtime.errors import TliError
+from tli.runtime.files import sha256
+from tli.truncated import shell
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from tli.errors import TliError
+from tli.runtime.errors import TliError
 
 _RESAMPLES = 2000
 _FLIPS = 19_999

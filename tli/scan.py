@@ -6,7 +6,8 @@ The main columns are of the vectors that training aligns: each token state throu
 them stand the paper's, token states as they are with BOS pooled, so that a reader sees what the pooled sink does to a mean cosine.
 """
 
-from tli.config import ScanConfig, as_dict, parse
+from tli.config import ScanConfig
+from tli.runtime.cli import as_dict, parse
 
 if __name__ == "__main__":
     # first of all: --help and a wrong flag must not wait for torch
@@ -19,16 +20,17 @@ import time
 
 from tli import layers, lexicon, provenance, starter
 from tli.checkpoint import open_checkpoint, sight
-from tli.errors import TliError, run_command
 from tli.figures import draw_scan, save_figure
-from tli.files import claim_output, sha256, write_text
 from tli.objective import pooling, token_norm_at_hand
 from tli.packing import tokenise
 from tli.pairs import Pairs
-from tli.progress import layer_bar
 from tli.recorded import read_recorded, require_fit
+from tli.runtime import environment
+from tli.runtime.console import layer_bar
+from tli.runtime.device import place
+from tli.runtime.errors import TliError, run_command
+from tli.runtime.files import claim_output, sha256, write_text
 from tli.scan_report import show, verdict
-from tli.truncated import place
 
 FILES = ("scan.json", "scan.png")
 
@@ -80,14 +82,14 @@ def scan(config: ScanConfig) -> dict:
             "paper": layers.choose_layer_by_cosine(layers.of_stream(scans, "base", "raw_bos", "cosine")),
         },
         "sink_layers": {stream: layers.sink_layers(scans, stream) for stream in streams},
-        "versions": provenance.versions(),
-        "machine": provenance.machine(placement),
+        "versions": environment.versions(),
+        "machine": environment.machine(placement),
         "measurements": layers.records(scans, same, config.seed),
         "strata": layers.stratum_records(scans, layers.strata(pairs, words), same, config.seed),
     }
     report["verdict"] = verdict(report)
     save_figure(output / "scan.png", draw_scan(report))
-    report |= {"seconds": time.monotonic() - began, "peak_bytes": provenance.peak_bytes()}
+    report |= {"seconds": time.monotonic() - began, "peak_bytes": environment.peak_bytes()}
     write_text(output / "scan.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     show(report, console)
     console.print(f"in {output}: {', '.join(FILES)}")

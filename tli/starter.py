@@ -20,9 +20,9 @@ import sys
 import time
 import zipfile
 
-from tli.config import parse
-from tli.errors import TliError, disk_errors, run_command
-from tli.files import cache_folder, sha256
+from tli.runtime.cli import parse
+from tli.runtime.errors import TliError, disk_errors, run_command
+from tli.runtime.files import cache_folder, sha256
 
 # what the folder holds, for a model card: these weights, once rounded to Q4_1
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

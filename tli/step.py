@@ -22,10 +22,11 @@ from torch.profiler import record_function
 
 from tli import gradient_cache, lora
 from tli.config import TrainConfig
-from tli.errors import TliError
 from tli.objective import Objective
 from tli.profiling import FORWARD, LOSS, OPTIMISER
-from tli.truncated import Batch, Placement
+from tli.runtime.device import Placement
+from tli.runtime.errors import TliError
+from tli.truncated import Batch
 
 # a batch in the parts that --micro-batch makes, and its pairs that are no negatives
 Step = tuple[list[Batch], Tensor]

@@ -17,7 +17,9 @@ from tli.checkpoint import Checkpoint
 from tli.lora import Adapter, detach
 from tli.objective import Pooling
 from tli.packing import TokenisedWords
-from tli.truncated import Batch, Placement, block_tensors, load_block, load_norm, return_freed_memory, run, shell, to_batch
+from tli.runtime.device import Placement
+from tli.runtime.environment import return_freed_memory
+from tli.truncated import Batch, block_tensors, load_block, load_norm, run, shell, to_batch
 
 # a block's largest activations, the MLP's, stay small at this many nodes
 _CHUNK_NODES = 2048

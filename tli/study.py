@@ -7,7 +7,8 @@ Reads top to bottom: the folder and its settings -> the words -> a learning rate
 
 import sys
 
-from tli.config import ProtocolConfig, StudyConfig, as_dict, parse
+from tli.config import ProtocolConfig, StudyConfig
+from tli.runtime.cli import as_dict, parse
 
 if __name__ == "__main__":
     # first of all: --help and a wrong flag must not wait for torch
@@ -22,9 +23,10 @@ import numpy as np
 
 import tli
 from tli import lexicon, study_report
-from tli.errors import TliError, disk_errors, run_command
-from tli.files import replacing, sha256, write_text
-from tli.grid import Cell, cells_bar, run_cells
+from tli.grid import Cell, run_cells
+from tli.runtime.console import cells_bar
+from tli.runtime.errors import TliError, disk_errors, run_command
+from tli.runtime.files import replacing, sha256, write_text
 
 SETTINGS_FILE = "study.json"
 # what may differ from one call to the next: how large the grid and the search are, and how they are run
@@ -100,7 +102,8 @@ def _check_model(config: StudyConfig) -> int:
     """The model's number of blocks, when all ranks fit it: before anything is trained or written."""
     from tli import lora, starter
     from tli.checkpoint import open_checkpoint
-    from tli.truncated import place, require_layer, shell
+    from tli.runtime.device import place
+    from tli.truncated import require_layer, shell
 
     checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
     require_layer(checkpoint, config.layer)

@@ -12,10 +12,10 @@ import typing
 
 import numpy as np
 
-from tli import processor
 from tli.figures import save_figure
-from tli.files import write_text
 from tli.records import Layer, aligned_layer, find_value, interval, number, p_value, place_name
+from tli.runtime import cpu
+from tli.runtime.files import write_text
 from tli.significance import correct
 from tli.study_figures import draw_costs, draw_ranks
 from tli.tables import Table, as_markdown, once
@@ -120,7 +120,7 @@ def assemble(config: dict, search: dict[str, dict], reports: list[tuple[Cell, di
         "controls": _control(runs, arms, seeds, config["search_rank"], over_seeds, (*places, ALIGNED)),
         "costs": [_cost(arm, rank, [runs[arm, rank, shuffled, seed] for seed in seeds]) for arm, rank, shuffled in cells if not shuffled],
         "versions": first["versions"],
-        "machine": first["machine"] | {"processor": processor.name()},
+        "machine": first["machine"] | {"processor": cpu.name()},
     }
 
 

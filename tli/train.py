@@ -7,7 +7,8 @@ Everything random is a function of the seed and of a position (epoch, step, modu
 that was killed and resumed passes through the same numbers as one that was not, to the last bit.
 """
 
-from tli.config import TrainConfig, as_dict, parse
+from tli.config import TrainConfig
+from tli.runtime.cli import as_dict, parse
 
 if __name__ == "__main__":
     # first of all: --help and a wrong flag must not wait for torch
@@ -31,16 +32,19 @@ from tli import layers, lexicon, lora, profiling, provenance, report, starter, t
 from tli.arms import arm_model
 from tli.batches import EpochBatches
 from tli.checkpoint import Checkpoint, open_checkpoint, sight
-from tli.errors import run_command
-from tli.files import claim_output, sha256
 from tli.hooked import run_hooked
 from tli.objective import Pooling, pooling, token_norm_at_hand
 from tli.packing import TokenisedWords, tokenise
 from tli.pairs import Pairs
-from tli.progress import Progress, TrainingState, layer_bar, stop_signals, training_bar
+from tli.progress import Progress, TrainingState
+from tli.runtime import environment
+from tli.runtime.console import layer_bar, stop_signals, training_bar
+from tli.runtime.device import Placement, place
+from tli.runtime.errors import run_command
+from tli.runtime.files import claim_output, sha256
 from tli.step import Stepper, made_ahead, require_finite
 from tli.streaming import align_layers
-from tli.truncated import Placement, place, require_layer, run
+from tli.truncated import require_layer, run
 
 _SAVE_EVERY_S = 20.0
 
@@ -259,10 +263,10 @@ def _facts(
             "loss_last": progress.losses[-1],
             # of a batch in which nothing is told apart
             "chance_loss": math.log(per_batch) if config.loss == "infonce" else None,
-            "peak_bytes": provenance.peak_bytes(),
+            "peak_bytes": environment.peak_bytes(),
         },
-        "versions": provenance.versions(),
-        "machine": provenance.machine(placement),
+        "versions": environment.versions(),
+        "machine": environment.machine(placement),
         "shuffled": config.shuffle_pairs,
         "missing_output": None,
     }

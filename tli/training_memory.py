@@ -11,8 +11,9 @@ from tli.config import TrainConfig
 from tli.lora import trainable
 from tli.model_shape import Shape
 from tli.packing import TokenisedWords
+from tli.runtime import environment
+from tli.runtime.device import Placement
 from tli.tables import show
-from tli.truncated import Placement
 
 
 def needed(
@@ -44,7 +45,7 @@ def require_room(run: memory_model.Run, placement: Placement) -> None:
     if placement.device.type == "cuda":
         available, held = torch.cuda.mem_get_info(placement.device)[0], memory_model.CUDA_CONTEXT_BYTES
     else:
-        available, held = memory_fit.available_bytes(), memory_model.process_bytes(run)
+        available, held = environment.available_bytes(), memory_model.process_bytes(run)
     if available is not None:
         # packed weights help only where the ops compute from them
         memory_fit.require_room(run, available, held, frozenset() if placement.ops.supports_nf4 else frozenset({"weights"}))

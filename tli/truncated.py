@@ -4,21 +4,19 @@
 becomes an identity. (A transformers model made with ``num_hidden_layers=L`` applies it: its last state is another quantity.)
 """
 
-import contextlib
-import ctypes
 import dataclasses
-import functools
-import os
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tli import ops, processor
 from tli.checkpoint import Checkpoint
-from tli.errors import TliError
-from tli.ops import Ops
 from tli.packing import PackedWords
+from tli.runtime import ops
+from tli.runtime.device import Placement
+from tli.runtime.environment import return_freed_memory
+from tli.runtime.errors import TliError
+from tli.runtime.ops import Ops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,79 +65,6 @@ def to_batch(packed: PackedWords, dtype: torch.dtype, device: torch.device) -> B
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
     paths = ops.transpose_paths(torch.from_numpy(packed.indptr), torch.from_numpy(packed.indices), packed.input_ids.size)
     return Batch(mask=mask, transposed=tuple(part.to(device) for part in paths), **move)
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where and how weights are held, and what computes from them.
-
-    dtype      of weights and activations
-    device     where they are
-    weights    "full", or "nf4": linear weights rounded to NF4
-    ops        the implementation of the ops
-    attention  "sdpa", or "eager": two products and a softmax
-    """
-
-    dtype: torch.dtype
-    device: torch.device
-    weights: str = "full"
-    ops: Ops = ops.REFERENCE
-    attention: str = "sdpa"
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What decides a run's bytes beside its options and its seed: plain values, by name."""
-        facts = {"dtype": ops.name_of(self.dtype)}
-        if self.ops.matmul is None:
-            return facts
-        return facts | {"matmul": self.ops.matmul.name, "attention": self.attention}
-
-    @property
-    def width_step(self) -> int:
-        """What a bin's width is a multiple of: on a GPU few distinct widths, for each of which a CUDA graph is recorded."""
-        return 16 if self.device.type == "cuda" else 1
-
-
-def place(device: str, dtype: str, weights: str = "full", impl: str = "reference", begun: dict[str, str] | None = None) -> Placement:
-    """A ``Placement`` from the options' words, and on a CPU the threads that this process may have.
-
-    Args:
-        device:   cpu, cuda, cuda:N, or auto: the GPU if there is one
-        dtype:    float32, bfloat16, float16; auto: float32 on a CPU, bfloat16 on a GPU; fastest: what the CPU multiplies fastest
-        weights:  full or nf4
-        impl:     auto, reference or fused
-        begun:    ``Placement.facts`` of a run that is to go on: what it multiplied and attended with is taken where it runs here
-
-    Raises:
-        TliError: a device that is not on this machine, fused ops that cannot run on it, NF4 weights without what makes them.
-    """
-    try:
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise TliError("--device", "the device must be on this machine", device, "use --device cpu") from error
-    if chosen.type == "cpu":
-        processor.limit_threads()
-        processor.keep_few_programs()
-    if dtype in ("auto", "fastest"):
-        on_cpu = processor.ways().fastest if dtype == "fastest" and chosen.type == "cpu" else "float32"
-        dtype = on_cpu if chosen.type == "cpu" else "bfloat16"
-    begun, compute = begun or {}, getattr(torch, dtype)
-    resolved = ops.resolve(impl, compute, chosen, functools.partial(_matmul, dtype, begun.get("matmul")), weights)
-    attention = "sdpa"
-    if resolved.kind == "cpu":
-        kept = begun.get("attention")
-        attention = kept if kept in processor.ATTENTION else processor.ways().attention[dtype]
-    return Placement(compute, chosen, weights, resolved, attention)
-
-
-def _matmul(dtype: str, begun: str | None) -> ops.Matmul:
-    """What multiplies on this CPU: as the run that is to go on did, where that runs here, else the fastest."""
-    if begun is not None:
-        with contextlib.suppress(ValueError):
-            if processor.runs(kept := ops.Matmul.named(begun), dtype):
-                return kept
-    return processor.ways().matmul_for(getattr(torch, dtype))
 
 
 class FrozenLinear(nn.Linear):
@@ -246,13 +171,6 @@ def attend_in_steps(decoder: nn.Module) -> None:
     """
     # the blocks read it at each call
     decoder.config._attn_implementation = "eager"
-
-
-def return_freed_memory() -> None:
-    """Give freed memory back to the system: glibc finds the next block no room in the holes that the last one leaves."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def load_norm(checkpoint: Checkpoint, decoder: nn.Module, placement: Placement) -> None:

@@ -5,7 +5,8 @@ term in the same kernel, or cuBLAS's. Which is fastest depends on the card and o
 and backward are timed each way over a ladder of rows. Later runs on the same card, triton and torch read the result.
 """
 
-from tli.config import TuneConfig, parse
+from tli.config import TuneConfig
+from tli.runtime.cli import parse
 
 if __name__ == "__main__":
     # first of all: --help and a wrong flag must not wait for torch
@@ -21,8 +22,8 @@ from collections.abc import Callable
 
 import torch
 
-from tli import ops
-from tli.errors import TliError, run_command
+from tli.runtime import ops
+from tli.runtime.errors import TliError, run_command
 
 ROWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _REPEATS = 9

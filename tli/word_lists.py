@@ -15,8 +15,8 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 
-from tli.errors import TliError
 from tli.pairs import Pair, same_word
+from tli.runtime.errors import TliError
 
 # characters that mark no letter: soft hyphen, zero-width space, word joiner, byte order mark
 _INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")

@@ -18,7 +18,7 @@ from bench.step import AGAIN, StepConfig, agree, goals, interleave, measure, pre
 from tli import lexicon
 from tli.checkpoint import FAMILIES
 from tli.config import TrainConfig
-from tli.errors import TliError
+from tli.runtime.errors import TliError
 
 BATCH = 12
 PEFT = ["tli", "peft-truncated", "peft-hook"]

@@ -17,8 +17,9 @@ from bench.gpu_cases import Dequantise, Loss, Product, Subject
 from bench.gpu_operands import Place
 from bench.gpu_timing import AGAIN, Clock, Row, Skipped, Stopwatch
 from tests.support.fidelity import DEVICE
-from tli import ops, tune
-from tli.errors import TliError
+from tli import tune
+from tli.runtime import ops
+from tli.runtime.errors import TliError
 
 PLACE = Place(DEVICE, torch.float32, cold_bytes=20_000, rehearsal=True)
 SIZES = gpu_parity.Sizes(elements=1 << 10, eager=4, block=3)

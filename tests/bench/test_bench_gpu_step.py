@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import gpu_step
-from tli.errors import TliError
+from tli.runtime.errors import TliError
 
 
 @pytest.fixture(scope="module")

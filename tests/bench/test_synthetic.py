@@ -12,9 +12,10 @@ from safetensors import safe_open
 from bench import synthetic
 from tli import lexicon
 from tli.checkpoint import open_checkpoint
-from tli.errors import TliError
 from tli.packing import tokenise
-from tli.truncated import place, run, to_batch, truncate
+from tli.runtime.device import place
+from tli.runtime.errors import TliError
+from tli.truncated import run, to_batch, truncate
 
 
 @pytest.fixture(scope="module")

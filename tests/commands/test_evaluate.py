@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.small_adapters import UNREADABLE, save_adapter, unreadable
 from tli import evaluation, lexicon, lora, streaming, train
-from tli.config import EvaluateConfig, TrainConfig, parse
-from tli.errors import TliError, run_command
+from tli.config import EvaluateConfig, TrainConfig
 from tli.evaluate import evaluate
-from tli.files import sha256
 from tli.packing import TokenisedWords
+from tli.runtime.cli import parse
+from tli.runtime.errors import TliError, run_command
+from tli.runtime.files import sha256
 from tli.tables import show
 
 ROOT = pathlib.Path(__file__).parent.parent.parent

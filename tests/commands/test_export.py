@@ -23,11 +23,12 @@ import tli.export as export_module
 from tests.support.families import FAMILIES
 from tli import lora
 from tli.checkpoint import open_checkpoint
-from tli.config import ExportConfig, parse
-from tli.errors import TliError, run_command
+from tli.config import ExportConfig
 from tli.export import export
 from tli.hooked import whole
-from tli.truncated import place
+from tli.runtime.cli import parse
+from tli.runtime.device import place
+from tli.runtime.errors import TliError, run_command
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CPU = place("cpu", "float32")
@@ -194,8 +195,8 @@ def test_no_more_than_a_file_is_in_memory(make_model, tmp_path):
     settings = {"adapter": str(make_adapter(wide, tmp_path / "adapter")), "dtype": "float32"}
     runs = [{**settings, "output": str(tmp_path / str(shard_gb)), "shard_gb": shard_gb} for shard_gb in (0.02, 2.0)]
     code = (
-        "from tli import provenance; from tli.config import ExportConfig; from tli.export import export\n"
-        f"for run in {runs!r}: export(ExportConfig(**run)); print(provenance.peak_bytes())"
+        "from tli.runtime import environment; from tli.config import ExportConfig; from tli.export import export\n"
+        f"for run in {runs!r}: export(ExportConfig(**run)); print(environment.peak_bytes())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     by_file, at_once = map(int, done.stdout.split())

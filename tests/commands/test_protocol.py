@@ -19,12 +19,13 @@ import tli.protocol_controls as controls
 from tli import lexicon, train
 from tli.alignment import measure
 from tli.checkpoint import open_checkpoint
-from tli.config import ProtocolConfig, TrainConfig, parse
-from tli.errors import TliError
+from tli.config import ProtocolConfig, TrainConfig
 from tli.grid import Cell
 from tli.protocol import FILES, METRICS, RANDOM, SWITCHES, measure_anew, options_of, protocol
 from tli.protocol_report import sentence, verdict
 from tli.records import find_value
+from tli.runtime.cli import parse
+from tli.runtime.errors import TliError
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 BY_NAME = {switch.name: switch for switch in SWITCHES}

@@ -19,16 +19,18 @@ from tests.support.families import FAMILIES
 from tests.support.small_adapters import UNREADABLE, unreadable
 from tli import layers, lexicon, lora, streaming
 from tli.checkpoint import open_checkpoint
-from tli.config import ScanConfig, parse
-from tli.errors import TliError, run_command
+from tli.config import ScanConfig
 from tli.figures import draw_scan
-from tli.files import sha256
 from tli.objective import Pooling, pooling
 from tli.packing import TokenisedWords, tokenise
+from tli.runtime.cli import parse
+from tli.runtime.device import place
+from tli.runtime.errors import TliError, run_command
+from tli.runtime.files import sha256
 from tli.scan import _pairs
 from tli.scan import scan as scan_command
 from tli.scan_report import show, verdict
-from tli.truncated import place, to_batch, truncate
+from tli.truncated import to_batch, truncate
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CPU = place("cpu", "float32")

@@ -14,9 +14,10 @@ import pytest
 
 import tli.study as study_module
 from tli import lexicon, study_report
-from tli.config import StudyConfig, parse
-from tli.errors import TliError, run_command
+from tli.config import StudyConfig
 from tli.grid import Cell, run_cells
+from tli.runtime.cli import parse
+from tli.runtime.errors import TliError, run_command
 from tli.study import study
 
 ROOT = pathlib.Path(__file__).parent.parent.parent

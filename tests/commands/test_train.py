@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 import tli.train as train_module
 from tli import lexicon, lora, scan, train
 from tli.batches import EpochBatches
-from tli.config import ScanConfig, TrainConfig, parse
-from tli.errors import TliError, run_command
+from tli.config import ScanConfig, TrainConfig
+from tli.runtime.cli import parse
+from tli.runtime.errors import TliError, run_command
 from tli.step import rate
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -162,7 +163,7 @@ def test_shuffling_teaches_no_true_pair_and_measures_true_ones(settings, tmp_pat
 def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_list):
     pairs = lexicon.read_pairs(str(word_list), "swahili", "english")
     from tli.checkpoint import open_checkpoint
-    from tli.truncated import place
+    from tli.runtime.device import place
 
     config = TrainConfig(**settings)
     words = train_module._tokenise(config, open_checkpoint(settings["model"]), [pairs])
@@ -246,8 +247,10 @@ def start(settings: dict, save_every_s: float) -> subprocess.Popen:
     """The command in a process of its own, saving its state as often as this."""
     flags = as_flags(settings)
     code = (
-        f"import sys, tli.train as t; t._SAVE_EVERY_S = {save_every_s}; from tli.config import TrainConfig, parse; "
-        f"from tli.errors import run_command; run_command(lambda: t.train(parse(TrainConfig, 'tli.train', {flags!r} + ['--no-report'])))"
+        f"import sys, tli.train as t; t._SAVE_EVERY_S = {save_every_s}; "
+        f"from tli.config import TrainConfig; from tli.runtime.cli import parse; "
+        f"from tli.runtime.errors import run_command; "
+        f"run_command(lambda: t.train(parse(TrainConfig, 'tli.train', {flags!r} + ['--no-report'])))"
     )
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tli.errors import TliError
 from tli.packing import pack, tokenise
+from tli.runtime.errors import TliError
 
 SINK = 7
 

@@ -13,11 +13,11 @@ import pytest
 import tli.train as train_module
 from tli import lexicon, lora, packing, scan, train
 from tli.config import EvaluateConfig, ScanConfig, TrainConfig
-from tli.errors import TliError
 from tli.evaluate import evaluate
 from tli.lexicon import read_pairs
 from tli.packing import tokenise
 from tli.pairs import Pair, stored
+from tli.runtime.errors import TliError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 PAIRS = st.lists(

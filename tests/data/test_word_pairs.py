@@ -18,9 +18,9 @@ import pytest
 
 from tli import dictionary_check
 from tli.dictionary_check import FREEDICT, check
-from tli.errors import TliError
 from tli.lexicon import SHIPPED, check_disjoint, read_pairs, same_meaning, split_pairs
 from tli.pairs import Pair
+from tli.runtime.errors import TliError
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"

@@ -12,7 +12,7 @@ from tli_kernels.cpu import Matmul
 from tli_kernels.nf4_weight import NF4Weight
 
 from tests.support.fidelity import assert_faithful
-from tli import processor
+from tli.runtime import cpu as processor
 
 SHAPES = [(64, 128), (192, 576), (257, 64), (1, 64)]
 

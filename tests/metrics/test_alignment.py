@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tli import alignment
 from tli.alignment import CLIPSCORE, HISTOGRAM_EDGES, RETRIEVAL, cosines, csls, measure, measurements
-from tli.errors import TliError
+from tli.runtime.errors import TliError
 
 NONE_ALIKE = np.zeros((0, 2), np.int64)
 

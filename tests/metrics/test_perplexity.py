@@ -13,9 +13,9 @@ from tests.support.small_adapters import save_adapter
 from tli import harm as harm_module
 from tli import lora
 from tli.checkpoint import open_checkpoint
-from tli.errors import TliError
 from tli.harm import NextTokens, TextWindows, harm, predict, read_windows
-from tli.truncated import place
+from tli.runtime.device import place
+from tli.runtime.errors import TliError
 
 CPU = place("cpu", "float32")
 TEXT = "Habari za asubuhi. Watoto wanasoma vitabu shuleni; mwalimu anafundisha. The children read books, and the teacher listens.\n" * 3

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 from tests.support.families import FAMILIES
 from tests.support.words import tokens_of
 from tli.checkpoint import open_checkpoint
-from tli.errors import TliError
 from tli.packing import tokenise
+from tli.runtime.device import place
+from tli.runtime.errors import TliError
 from tli.streaming import stream_layers
-from tli.truncated import place, run, to_batch, truncate
+from tli.truncated import run, to_batch, truncate
 
 WORDS = ["kitabu", "kitanda", "kiti", "mtoto", "mtu", "watu", "book", "books", "bookshop", "child", "children", "kitabu", "w"]
 CPU = place("cpu", "float32")

@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.families import FAMILIES
 from tests.support.words import tokens_of
-from tli import lora, ops
+from tli import lora
 from tli.checkpoint import open_checkpoint
-from tli.errors import TliError
 from tli.packing import tokenise
+from tli.runtime import ops
+from tli.runtime.device import place
+from tli.runtime.errors import TliError
 from tli.streaming import stream_layers
-from tli.truncated import place, run, to_batch, truncate
+from tli.truncated import run, to_batch, truncate
 
 CPU = place("cpu", "float32")
 WORDS = ["kitabu", "kitanda", "mtoto", "book", "bookshop", "child"]

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from bench import start
-from tli.errors import TliError
 from tli.mapped import read_alone, read_no_more
+from tli.runtime.errors import TliError
 
 ROWS, WIDTH = 4096, 4096
 

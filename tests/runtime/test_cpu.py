@@ -13,17 +13,20 @@ import torch
 from tli_kernels import cpu
 
 from tests.support.fidelity import assert_faithful
-from tli import first_block, lora, ops, processor
+from tli import first_block, lora
 from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
 from tli.lexicon import read_pairs
 from tli.objective import Objective, pooling
 from tli.packing import tokenise
-from tli.processor import Ways
 from tli.progress import STATE_FILE
+from tli.runtime import cpu as processor
+from tli.runtime import ops
+from tli.runtime.cpu import Ways
+from tli.runtime.device import Placement, place
 from tli.train import train
-from tli.truncated import Placement, attend_in_steps, place, run, truncate
+from tli.truncated import attend_in_steps, run, truncate
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PLAIN = Ways("float32", dict.fromkeys(processor.DTYPES, "torch"), dict.fromkeys(processor.DTYPES, "sdpa"))
@@ -217,7 +220,7 @@ def test_a_slow_task_is_left_out_after_its_first_rounds():
 
 
 def test_the_key_knows_what_onednn_was_told():
-    code = "import torch, tli; from tli import processor; print(processor.key())"
+    code = "import torch, tli; from tli.runtime import cpu as processor; print(processor.key())"
     keys = {
         subprocess.run(
             [sys.executable, "-c", code],

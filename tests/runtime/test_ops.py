@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from tli_kernels import launch, reference
 
 from tests.support.fidelity import DEVICE
-from tli import ops, train, tune
+from tli import train, tune
 from tli.config import MODELS, TrainConfig
-from tli.errors import TliError
+from tli.runtime import ops
+from tli.runtime.errors import TliError
 
 CPU, ONEDNN = torch.device("cpu"), ops.Matmul("onednn")
 

@@ -12,9 +12,9 @@ import pytest
 import scipy.stats
 
 from tli.config import EvaluateConfig
-from tli.errors import TliError, run_command
 from tli.evaluate import evaluate
 from tli.paired_table import compare_table, read_table
+from tli.runtime.errors import TliError, run_command
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 

@@ -12,8 +12,8 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tli.errors import TliError
 from tli.resampling import _resample_weights, bootstrap_interval, sign_flip, word_clusters
+from tli.runtime.errors import TliError
 from tli.significance import (
     compare_groups,
     compare_paired,

@@ -9,7 +9,8 @@ import torch
 
 from tli import lora
 from tli.checkpoint import open_checkpoint
-from tli.truncated import place, truncate
+from tli.runtime.device import place
+from tli.truncated import truncate
 
 
 def save_adapter(

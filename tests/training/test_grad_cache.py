@@ -12,7 +12,8 @@ from tli.config import TrainConfig
 from tli.lexicon import read_pairs
 from tli.objective import Objective, pooling
 from tli.packing import tokenise
-from tli.truncated import place, run, truncate
+from tli.runtime.device import place
+from tli.truncated import run, truncate
 
 LOSSES = {"infonce": ("infonce", 0.1, 0.4), "hinge": ("hinge", 0.1, 0.4)}
 

@@ -10,7 +10,8 @@ from tli import lora
 from tli.checkpoint import open_checkpoint
 from tli.objective import Objective, pooling
 from tli.packing import tokenise
-from tli.truncated import place, run, to_batch, truncate
+from tli.runtime.device import place
+from tli.truncated import run, to_batch, truncate
 
 CPU = place("cpu", "float32")
 SOURCES = ["kitabu", "kitanda", "mtoto", "mtu", "maji", "nyumba"]

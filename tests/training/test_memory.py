@@ -21,14 +21,14 @@ from tli.arms import arm_model
 from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
 from tli.config import MemoryConfig, TrainConfig
-from tli.errors import TliError
 from tli.hooked import run_hooked
 from tli.memory import memory
 from tli.model_shape import Shape
 from tli.objective import Objective, Pooling
 from tli.packing import tokenise
+from tli.runtime.device import place
+from tli.runtime.errors import TliError
 from tli.training_memory import needed as memory_needed
-from tli.truncated import place
 from tli.truncated import run as run_model
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -206,7 +206,7 @@ def test_a_run_that_will_not_fit_is_refused_before_its_model_is_loaded(make_mode
     beside = memory_model.total(memory_model.predict(needed)) - memory_model.process_bytes(needed)
     part = memory_model.total(memory_model.predict(dataclasses.replace(needed, micro_batch=13))) - memory_model.process_bytes(needed)
     assert part < beside
-    monkeypatch.setattr("tli.memory_fit.available_bytes", lambda: (part + beside) // 2)
+    monkeypatch.setattr("tli.runtime.environment.available_bytes", lambda: (part + beside) // 2)
 
     def load(*_):
         raise AssertionError("a weight was read")
@@ -219,7 +219,7 @@ def test_a_run_that_will_not_fit_is_refused_before_its_model_is_loaded(make_mode
     # what it names is taken
     done = train(TrainConfig(**options, micro_batch=size, output=str(tmp_path / "taken")))
     assert done["training"]["steps"] == 1
-    monkeypatch.setattr("tli.memory_fit.available_bytes", lambda: 1000)
+    monkeypatch.setattr("tli.runtime.environment.available_bytes", lambda: 1000)
     with pytest.raises(TliError, match="use a smaller model, or a machine with more memory"):
         train(TrainConfig(**options, output=str(tmp_path / "never")))
 

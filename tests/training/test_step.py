@@ -7,16 +7,18 @@ import pytest
 import torch
 from tli_kernels import launch
 
-from tli import lora, ops
+from tli import lora
 from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
-from tli.errors import TliError
 from tli.lexicon import read_pairs
 from tli.objective import pooling
 from tli.packing import tokenise
+from tli.runtime import ops
+from tli.runtime.device import Placement, place
+from tli.runtime.errors import TliError
 from tli.step import Stepper, _padded, _Recording, _tensors, made_ahead
-from tli.truncated import Placement, place, run, truncate
+from tli.truncated import run, truncate
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -22,8 +22,8 @@ from tli_kernels.nf4_weight import NF4Weight  # noqa: F401
 from tli_kernels.token_table import TokenTable  # noqa: F401
 from torch import Tensor
 
-from tli.errors import TliError, one_line
-from tli.files import cache_folder, write_text
+from tli.runtime.errors import TliError, one_line
+from tli.runtime.files import cache_folder, write_text
 
 dequantise, transpose_paths = reference.dequantise, reference.transpose_paths
 nf4_decoder = cpu.nf4_decoder

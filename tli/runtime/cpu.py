@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tli import ops
-from tli.errors import TliError
-from tli.files import cache_folder, write_text
+from tli.runtime import ops
+from tli.runtime.errors import TliError
+from tli.runtime.files import cache_folder, write_text
 
 # of what a container may use: version 2 of control groups, and version 1
 _QUOTAS = (pathlib.Path("/sys/fs/cgroup/cpu.max"), pathlib.Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))

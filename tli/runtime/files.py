@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from tli.errors import TliError, disk_errors
+from tli.runtime.errors import TliError, disk_errors
 
 _HASH_CHUNK_BYTES = 1 << 20
 

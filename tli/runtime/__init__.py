@@ -1,0 +1,1 @@
+"""What a process stands on: errors, atomic files, command line, device and dtype, the door to the kernels, console."""

@@ -1,0 +1,98 @@
+"""How a run shows how far it is, and stops cleanly when it is asked to: bars and signals."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or a request to terminate sets; a second one acts as it always does."""
+    stop, former = threading.Event(), {}
+
+    def handle(number, frame):
+        stop.set()
+        signal.signal(number, former[number])
+
+    # only the main thread may change handlers; elsewhere signals act as they always do
+    if threading.current_thread() is threading.main_thread():
+        former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def training_bar(console, total: int) -> Iterator[Callable[[int, float, int], None]]:
+    """A bar of steps with the loss, words per second and the time left; yields what to call after each step.
+
+    It is called with the steps done, the last one's loss and its words.
+    """
+    from rich.progress import TextColumn
+
+    columns = TextColumn("loss {task.fields[loss]:.4f}"), TextColumn("{task.fields[speed]:,.0f} words/s")
+    with _bar(console, "training", *columns) as bar:
+        task, shown = bar.add_task("training", total=total, loss=float("nan"), speed=0.0), time.monotonic()
+
+        def show(step: int, loss: float, words: int) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            bar.update(task, completed=step, loss=loss, speed=words / (now - shown))
+            shown = now
+
+        yield show
+
+
+@contextlib.contextmanager
+def layer_bar(console, total: int) -> Iterator[Callable[[], None]]:
+    """A bar of layers with the time left; yields what to call after each layer."""
+    with _bar(console, "measuring layers") as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
+
+
+def _bar(console, name: str, *columns):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(TextColumn(name), BarColumn(), MofNCompleteColumn(), *columns, TimeRemainingColumn(), console=console)
+
+
+@contextlib.contextmanager
+def cells_bar(console, weights: Iterable[float]) -> Iterator[Callable[[float], None]]:
+    """A bar of cells with the time left, each counted by its weight; yields what to call with that of a complete one."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    weights = list(weights)
+    began, was_there = time.monotonic(), 0.0
+    columns = (
+        BarColumn(),
+        TextColumn("{task.fields[complete]}/{task.fields[cells]} cells"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=sum(weights), complete=0, cells=len(weights), left="")
+        complete = 0
+
+        def done(weight: float) -> None:
+            nonlocal complete, was_there
+            complete += 1
+            if time.monotonic() - began < 1:
+                # what an earlier run did says nothing of this one's speed
+                was_there += weight
+            bar.advance(task, weight)
+            state = bar.tasks[task]
+            new, left = state.completed - was_there, state.total - state.completed
+            estimate = "" if new <= 0 else f"about {_duration(left * (time.monotonic() - began) / new)} left"
+            bar.update(task, complete=complete, left=estimate)
+
+        yield done
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{seconds:.0f} s"
