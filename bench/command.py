@@ -30,8 +30,8 @@ from rich.table import Table
 from bench import memory, record
 from bench.peers import SUBJECTS, distinct_pairs
 from bench.step import dtypes
-from tli import lexicon
 from tli.config import TrainConfig
+from tli.data import word_pairs
 from tli.runtime.cli import as_dict, option, parse
 from tli.runtime.errors import TliError, run_command
 from tli.starter import starter_folder
@@ -109,9 +109,9 @@ def tli_train(flags: list[str]) -> Run:
     return run("python -m tli.train", [sys.executable, "-m", "tli.train", *flags])
 
 
-def write_lists(pairs: list[lexicon.Pair], folder: pathlib.Path, batch: int, limit: int | None = None, seed: int = 0) -> Lists:
+def write_lists(pairs: list[word_pairs.Pair], folder: pathlib.Path, batch: int, limit: int | None = None, seed: int = 0) -> Lists:
     """Two lists of columns source and target: whole batches of pairs to train, no two of which mean the same, and some to hold out."""
-    trained, held_out = lexicon.split_pairs(pairs, 0.1, seed)
+    trained, held_out = word_pairs.split_pairs(pairs, 0.1, seed)
     numbers = distinct_pairs(trained, np.random.default_rng(seed).permutation(len(trained)))[:limit]
     # a last, smaller batch would be one in the scripts and spread over all by tli
     numbers = numbers[: len(numbers) // batch * batch]
@@ -177,7 +177,7 @@ def main() -> None:
     names, missing = installed(list(dict.fromkeys(["tli", *config.subjects.split(",")])))
     model = config.model or str(starter_folder())
     with tempfile.TemporaryDirectory() as folder:
-        lists = write_lists(lexicon.read_pairs(config.pairs, "swahili", "english"), pathlib.Path(folder), config.batch, config.limit)
+        lists = write_lists(word_pairs.read_pairs(config.pairs, "swahili", "english"), pathlib.Path(folder), config.batch, config.limit)
 
         def once(name: str, dtype: str | None, number: int | str, config: CommandConfig = config) -> Run:
             done = run(name, command(name, dtype, config, model, lists, f"{folder}/{name}-{dtype}-{number}"))

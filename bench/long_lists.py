@@ -124,11 +124,12 @@ def measure_here(options: str, steps: str) -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from tli import gradient_cache, lexicon, lora
-    from tli.batches import EpochBatches
+    from tli import gradient_cache, lora
     from tli.checkpoint import open_checkpoint, sight
+    from tli.data import word_pairs
+    from tli.data.loader import EpochBatches
+    from tli.data.packing import tokenise
     from tli.objective import Objective, pooling
-    from tli.packing import tokenise
     from tli.progress import TrainingState
     from tli.runtime.device import place
     from tli.truncated import run, truncate
@@ -138,7 +139,7 @@ def measure_here(options: str, steps: str) -> None:
     # what the first list of any length makes the libraries load
     tokenizer = checkpoint.tokenizer()
     tokenizer(["word"], return_offsets_mapping=True)
-    lexicon.split_pairs([lexicon.Pair(f"a{i}", f"b{i}") for i in range(4)], 0.5, 0)
+    word_pairs.split_pairs([word_pairs.Pair(f"a{i}", f"b{i}") for i in range(4)], 0.5, 0)
     most = own["imports"] = resident("RssAnon")
 
     @contextlib.contextmanager
@@ -156,9 +157,9 @@ def measure_here(options: str, steps: str) -> None:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     with stage("read"):
-        pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
+        pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     with stage("split"):
-        trained, held_out = lexicon.split_pairs(pairs, config.held_out, config.seed)
+        trained, held_out = word_pairs.split_pairs(pairs, config.held_out, config.seed)
     with stage("hash"):
         TrainingState(pathlib.Path(), config, trained)
     with stage("tokenise"):

@@ -27,16 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tli import lexicon
 from tli.config import TrainConfig
+from tli.data import word_pairs
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
 from tli.starter import starter_folder
 
 
-def drawn_pairs(config: TrainConfig, distinct: bool = False) -> tuple[list[lexicon.Pair], list[lexicon.Pair]]:
+def drawn_pairs(config: TrainConfig, distinct: bool = False) -> tuple[list[word_pairs.Pair], list[word_pairs.Pair]]:
     """The batch, ``config.batch`` random pairs of the list, no two of which mean the same if ``distinct``; and the rest of the list."""
-    pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
+    pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     order = np.random.default_rng(config.seed).permutation(len(pairs))
     chosen = (distinct_pairs(pairs, order) if distinct else order)[: config.batch]
     if len(chosen) < config.batch:
@@ -46,10 +46,10 @@ def drawn_pairs(config: TrainConfig, distinct: bool = False) -> tuple[list[lexic
     return [pairs[i] for i in chosen], [pairs[i] for i in sorted(rest)]
 
 
-def distinct_pairs(pairs: list[lexicon.Pair], order: np.ndarray) -> np.ndarray:
+def distinct_pairs(pairs: list[word_pairs.Pair], order: np.ndarray) -> np.ndarray:
     """Of the numbers in ``order`` those whose pair means the same as no earlier one of them."""
     alike: dict[int, set[int]] = {}
-    for i, j in lexicon.same_meaning(pairs).tolist():
+    for i, j in word_pairs.same_meaning(pairs).tolist():
         alike.setdefault(i, set()).add(j)
     taken: set[int] = set()
     for number in order.tolist():
@@ -117,10 +117,10 @@ class Tli(Subject):
     def __init__(self, config: TrainConfig, distinct: bool = False):
         from tli import lora
         from tli.arms import arm_model
-        from tli.batches import EpochBatches
         from tli.checkpoint import open_checkpoint, sight
+        from tli.data.loader import EpochBatches
+        from tli.data.packing import tokenise
         from tli.objective import pooling, token_norm_at_hand
-        from tli.packing import tokenise
         from tli.step import Stepper
         from tli.truncated import run
 
@@ -182,7 +182,7 @@ class _Peer(Subject):
         # neither BOS nor a token of the prefix alone is pooled
         self.own = [torch.tensor([False, *(end > len(config.prefix) for _, end in spans)]) for spans in encoded["offset_mapping"]]
         self.same = torch.zeros(len(batch), len(batch), dtype=torch.bool)
-        self.same[tuple(lexicon.same_meaning(batch).T)] = True
+        self.same[tuple(word_pairs.same_meaning(batch).T)] = True
         self.same = self.same.to(self.device)
         self._build(folder)
         self.model.train()

@@ -12,9 +12,10 @@ import subprocess
 import torch
 
 import tli
-from tli import lexicon, starter
+from tli import starter
 from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
+from tli.data import word_pairs
 from tli.runtime import cpu
 from tli.runtime.files import sha256
 
@@ -41,14 +42,14 @@ def machine() -> dict:
 
 def material(config: TrainConfig) -> dict:
     """The model and the list that were used, by name and hash."""
-    words = pathlib.Path(config.pairs or lexicon.SHIPPED)
+    words = pathlib.Path(config.pairs or word_pairs.SHIPPED)
     checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
     return {
         "model": {"name": config.model or starter.NAME, "sha256": checkpoint.sha256(checkpoint.blocks)},
         "pairs": {
             "name": words.name,
             "sha256": sha256(words),
-            "pairs": len(lexicon.read_pairs(config.pairs, config.source, config.target)),
+            "pairs": len(word_pairs.read_pairs(config.pairs, config.source, config.target)),
         },
     }
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from bench import record
 from bench.command import CommandConfig, command, run, tli_train, write_lists
 from bench.step import dtypes
-from tli import lexicon
+from tli.data import word_pairs
 from tli.runtime.cli import as_dict, option, parse
 from tli.runtime.errors import TliError, run_command
 
@@ -69,7 +69,7 @@ def large(config: StartConfig, console: Console) -> dict:
     model = pathlib.Path(config.model).expanduser()
     one_step = CommandConfig(model=str(model), epochs=1, batch=config.batch, layer=config.layer, rank=config.rank, dropout=0.0, warmup=0)
     with tempfile.TemporaryDirectory() as folder:
-        lists = write_lists(lexicon.read_pairs(None, "swahili", "english"), pathlib.Path(folder), config.batch, config.batch)
+        lists = write_lists(word_pairs.read_pairs(None, "swahili", "english"), pathlib.Path(folder), config.batch, config.batch)
         keys = [("tli", None), *(("peft-truncated", dtype) for dtype in dtypes("cpu"))]
 
         def once(key: tuple[str, str | None], number: int) -> tuple[float, int]:
@@ -95,7 +95,9 @@ def large(config: StartConfig, console: Console) -> dict:
         for number in range(config.runs):
             for which in order.permutation(len(keys)):
                 rows[keys[which]]["runs"].append(once(keys[which], number)[0])
-        needed = needed_bytes(model, config.layer, [pair for path in lists for pair in lexicon.read_pairs(str(path), "source", "target")])
+        needed = needed_bytes(
+            model, config.layer, [pair for path in lists for pair in word_pairs.read_pairs(str(path), "source", "target")]
+        )
     own = rows["tli", None]
     for row in rows.values():
         ratios = [mine / tli for mine, tli in zip(row["runs"], own["runs"], strict=True)]
@@ -144,7 +146,7 @@ def cached(model: pathlib.Path) -> int:
     return pages * mmap.PAGESIZE
 
 
-def needed_bytes(model: pathlib.Path, layer: int, pairs: list[lexicon.Pair]) -> int:
+def needed_bytes(model: pathlib.Path, layer: int, pairs: list[word_pairs.Pair]) -> int:
     """Bytes of the tensors that a run up to ``layer`` cannot do without: blocks, final norm, and a row for each distinct token."""
     from transformers import AutoTokenizer
 

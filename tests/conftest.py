@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.support import interpreter
-from tli import lexicon
+from tli.data import word_pairs
 
 interpreter.mend_bfloat16()
 
@@ -34,7 +34,7 @@ def tokenizer():
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    words = [word for pair in lexicon.read_pairs(None, "swahili", "english") for word in (pair.source, pair.target)]
+    words = [word for pair in word_pairs.read_pairs(None, "swahili", "english") for word in (pair.source, pair.target)]
     bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
@@ -43,7 +43,7 @@ def tokenizer():
 def word_list(tmp_path_factory) -> pathlib.Path:
     """The first 60 shipped pairs."""
     path = tmp_path_factory.mktemp("words") / "sixty.tsv"
-    path.write_text("\n".join(lexicon.SHIPPED.read_text(encoding="utf-8").splitlines()[:61]) + "\n", encoding="utf-8")
+    path.write_text("\n".join(word_pairs.SHIPPED.read_text(encoding="utf-8").splitlines()[:61]) + "\n", encoding="utf-8")
     return path
 
 

@@ -12,20 +12,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from tli import lexicon
 from tli.alignment import CLIPSCORE, RETRIEVAL, Alignment, measure
 from tli.checkpoint import Checkpoint, sight
 from tli.clipscore import Scores, ref_clip_scores
+from tli.data import word_pairs
+from tli.data.batch import to_batch
+from tli.data.packing import tokenise
+from tli.data.pair_store import Pair
 from tli.lora import Adapter
 from tli.objective import Pooling
-from tli.packing import tokenise
-from tli.pairs import Pair
 from tli.records import DIFFERENCE, Layer
 from tli.resampling import bootstrap_interval, word_clusters
 from tli.runtime.device import Placement
 from tli.significance import P_VALUES, compare_groups, compare_rows, correct
 from tli.streaming import sink_share, stream_layers
-from tli.truncated import to_batch
 
 REF_CLIPSCORE = tuple(f"ref_{name}" for name in CLIPSCORE)
 TESTED = ("gap", "p_at_1", "mrr", "cosine", "mismatched", *CLIPSCORE, *REF_CLIPSCORE)
@@ -86,7 +86,7 @@ def measure_layers(
     words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), prefix)
     batch = to_batch(words.pack(np.arange(len(texts)), pool_bos), placement.dtype, placement.device)
     ends = list(itertools.accumulate(map(len, splits.values()), initial=0))
-    parts = {split: (slice(*ends[i : i + 2]), lexicon.same_meaning(part)) for i, (split, part) in enumerate(splits.items())}
+    parts = {split: (slice(*ends[i : i + 2]), word_pairs.same_meaning(part)) for i, (split, part) in enumerate(splits.items())}
     found = {}
 
     def visit(layer: Layer, states: Sequence[Tensor]) -> None:
@@ -127,7 +127,7 @@ def assess(
     measurements, tests, gains = [], [], {}
     for split, pairs in splits.items():
         here = {(stream, layer): measured for (of, stream, layer), measured in found.items() if of == split}
-        clusters = word_clusters(len(pairs), lexicon.same_meaning(pairs))
+        clusters = word_clusters(len(pairs), word_pairs.same_meaning(pairs))
         everything = {key: measured.per_pair() for key, measured in here.items()}
         means, changes = _assess(everything, clusters, seed)
         for record in means:

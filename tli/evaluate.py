@@ -21,8 +21,9 @@ import typing
 import numpy as np
 
 import tli
-from tli import evaluation, lexicon, paired_table
-from tli.pairs import Pairs
+from tli import evaluation, paired_table
+from tli.data import word_pairs
+from tli.data.pair_store import Pairs
 from tli.records import Layer
 from tli.runtime.errors import TliError, run_command
 from tli.runtime.files import claim_output, sha256, write_text
@@ -88,7 +89,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     pool_bos = agreed(known, "eval_pool_bos", False) if config.sink is None else config.sink == "in"
     seed = known[0].option("seed", 0) if config.seed is None else config.seed
     splits, lists = _read_lists(config, known)
-    splits = {split: pairs.subset(lexicon.sample(pairs, seed)) for split, pairs in splits.items()}
+    splits = {split: pairs.subset(word_pairs.sample(pairs, seed)) for split, pairs in splits.items()}
     models = dict.fromkeys([config.model] if config.model else [recorded.model_name() for recorded in known])
     if len(models) > 1:
         raise TliError(
@@ -163,8 +164,8 @@ def _read_lists(config: EvaluateConfig, known: "list[Recorded]") -> tuple[dict[s
     )
     source, target = config.source or source, config.target or target
     path = recorded_path if config.pairs is None else config.pairs
-    pairs = lexicon.read_pairs(path, source, target)
-    file = pathlib.Path(path or lexicon.SHIPPED)
+    pairs = word_pairs.read_pairs(path, source, target)
+    file = pathlib.Path(path or word_pairs.SHIPPED)
     hashes = {recorded.report["pairs"]["sha256"] for recorded in known if recorded.report is not None}
     is_recorded = hashes == {sha256(file)} and all(recorded.report is not None for recorded in known)
     if hashes and not is_recorded and config.pairs is None:
@@ -175,17 +176,17 @@ def _read_lists(config: EvaluateConfig, known: "list[Recorded]") -> tuple[dict[s
     if not is_recorded:
         path_held_out, share = None, config.held_out
     if path_held_out is not None:
-        splits = {"trained": pairs, "held_out": lexicon.read_pairs(path_held_out, source, target)}
+        splits = {"trained": pairs, "held_out": word_pairs.read_pairs(path_held_out, source, target)}
     elif share is not None:
         split_seed = agreed(known, "seed", 0) if is_recorded else config.seed or 0
-        splits = dict(zip(("trained", "held_out"), lexicon.split_pairs(pairs, share, split_seed)))
+        splits = dict(zip(("trained", "held_out"), word_pairs.split_pairs(pairs, share, split_seed)))
     else:
         splits = {"all": pairs}
     if config.held_out_pairs is not None:
         # with a list of its own to hold out, the rest is what was trained
-        splits = {"trained": splits.get("trained", pairs), "held_out": lexicon.read_pairs(config.held_out_pairs, source, target)}
+        splits = {"trained": splits.get("trained", pairs), "held_out": word_pairs.read_pairs(config.held_out_pairs, source, target)}
     if "held_out" in splits:
-        lexicon.check_disjoint(splits["trained"], splits["held_out"])
+        word_pairs.check_disjoint(splits["trained"], splits["held_out"])
     counts = {split: len(part) for split, part in splits.items()}
     facts = {"name": file.name, "sha256": sha256(file), "source": source, "target": target, "split_is_recorded": is_recorded, **counts}
     return splits, facts

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tli.truncated import Batch
+from tli.data.batch import Batch
 
 
 def backward(parts: Sequence[Batch], vectors_of: Callable[[Batch], Tensor], loss_of: Callable[[Tensor], Tensor]) -> Tensor:

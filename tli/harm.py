@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tli.checkpoint import Checkpoint, sight
+from tli.data.batch import Batch
 from tli.lora import Adapter
 from tli.resampling import bootstrap_interval
 from tli.runtime import ops
@@ -28,7 +29,6 @@ from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
 from tli.significance import compare_rows
 from tli.streaming import stream_layers
-from tli.truncated import Batch
 
 DEFAULT_WIDTH = 256
 # positions whose logits are held at a time

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from tli.checkpoint import Checkpoint
+from tli.data.batch import Batch
 from tli.runtime.device import Placement
-from tli.truncated import Batch, load_block, load_norm, run, shell
+from tli.truncated import load_block, load_norm, run, shell
 
 
 def whole(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> nn.Module:

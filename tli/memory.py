@@ -17,11 +17,12 @@ import json
 import pathlib
 import sys
 
-from tli import hub, lexicon, starter
+from tli import hub, starter
+from tli.data import word_pairs
+from tli.data.packing import DEFAULT_WIDTH, tokenise
 from tli.memory_fit import as_flags, change_to_fit, largest_part, trained_pairs
 from tli.memory_model import Part, Run, allocations, predict, total
 from tli.model_shape import Shape
-from tli.packing import DEFAULT_WIDTH, tokenise
 from tli.runtime.errors import TliError, one_line, run_command
 from tli.tables import Table, show
 
@@ -49,7 +50,7 @@ def memory(config: MemoryConfig) -> dict:
     if config.layer > shape.blocks:
         must = f"the layer must be from 1 to {shape.blocks}, the model's number of blocks"
         raise TliError("--layer", must, config.layer, "choose one in this range")
-    pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
+    pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     tokenizer = _tokenizer_file(config.model, folder)
     trained, batch = trained_pairs(len(pairs), config.held_out, config.batch)
     part, rows = _estimated(shape, len(pairs), batch) if tokenizer is None else _counted(config, tokenizer, path, pairs, trained, batch)

@@ -5,8 +5,8 @@ import itertools
 
 import numpy as np
 
+from tli.data.packing import TokenisedWords
 from tli.memory_model import Part, Run, predict, total
-from tli.packing import TokenisedWords
 from tli.runtime.errors import TliError
 
 _DRAWS = 4

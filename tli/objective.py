@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tli.checkpoint import Checkpoint
+from tli.data.batch import Batch
 from tli.records import Layer
 from tli.runtime import ops
 from tli.runtime.ops import Ops
-from tli.truncated import Batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from tli.config import TrainConfig
+from tli.data.pair_store import Pairs
 from tli.lora import LoRALinear
-from tli.pairs import Pairs
 from tli.runtime.cli import as_dict
 from tli.runtime.errors import TliError
 from tli.runtime.files import replacing

@@ -14,14 +14,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tli import comparison, lexicon, significance, starter
+from tli import comparison, significance, starter
 from tli.alignment import Alignment, measure, measurements
 from tli.checkpoint import Checkpoint, open_checkpoint
 from tli.config import ProtocolConfig, TrainConfig
+from tli.data import word_pairs
+from tli.data.pair_store import Pair
 from tli.figures import draw_protocol, save_figure
 from tli.grid import REPORT, Cell, run_cells
 from tli.objective import pooling
-from tli.pairs import Pair
 from tli.protocol_controls import adapters_everywhere, save_random_model, sink_only, tokenise_pairs
 from tli.protocol_report import PUBLISHED, markdown, sentence, show, verdict
 from tli.recorded import read_recorded
@@ -138,8 +139,8 @@ def protocol(config: ProtocolConfig) -> dict:
 
     console = Console(stderr=True, highlight=False)
     output = pathlib.Path(config.output).expanduser()
-    pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
-    splits = dict(zip(("trained", "held_out"), lexicon.split_pairs(pairs, TrainConfig().held_out, config.seed)))
+    pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
+    splits = dict(zip(("trained", "held_out"), word_pairs.split_pairs(pairs, TrainConfig().held_out, config.seed)))
     checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
     runs = {switch.name: options_of(switch, config, output) for switch in SWITCHES}
     deepest = max(options["layer"] for options in runs.values())
@@ -148,7 +149,7 @@ def protocol(config: ProtocolConfig) -> dict:
         raise TliError("--model", must, checkpoint.blocks, "choose a deeper model")
     facts = _facts(config, checkpoint, splits, deepest)
     # what is measured here must be what the cells' own reports measure
-    splits = {split: part.subset(lexicon.sample(part, config.seed)) for split, part in splits.items()}
+    splits = {split: part.subset(word_pairs.sample(part, config.seed)) for split, part in splits.items()}
     _claim(output, facts, config.overwrite)
 
     folder, random_folder = output / "cells", _random_folder(output)
@@ -190,7 +191,7 @@ def _random_folder(output: pathlib.Path) -> pathlib.Path:
 
 def _facts(config: ProtocolConfig, checkpoint: Checkpoint, splits: dict[str, Sequence[Pair]], deepest: int) -> dict:
     """What must be the same for a stopped protocol to go on: plain JSON values."""
-    file = pathlib.Path(config.pairs or lexicon.SHIPPED)
+    file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
     local = None if checkpoint.folder is None else checkpoint.folder.resolve().name
     name = starter.NAME if config.model is None else local or config.model
     return {
@@ -272,7 +273,7 @@ def measure_null(words, splits: dict[str, Sequence[Pair]], width: int, seed: int
     found, expected, first = {}, {}, 0
     for split, pairs in splits.items():
         part = np.arange(first, first + len(pairs))
-        found[split, "before", None] = measure(source[part], target[part], lexicon.same_meaning(pairs))
+        found[split, "before", None] = measure(source[part], target[part], word_pairs.same_meaning(pairs))
         expected[split], first = float(cosine[part].mean()), first + len(pairs)
     return {"cell": None, "layer": None, "parameters": 0, "expected": expected, "measurements": _records(found, seed), "tests": []}
 

@@ -8,14 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tli import lexicon, lora
+from tli import lora
 from tli.checkpoint import Checkpoint, sight
+from tli.data import word_pairs
+from tli.data.batch import to_batch
+from tli.data.packing import TokenisedWords, tokenise
+from tli.data.pair_store import Pair
 from tli.hooked import run_hooked, whole
 from tli.objective import Objective, pooling
-from tli.packing import TokenisedWords, tokenise
-from tli.pairs import Pair
 from tli.runtime.device import place
-from tli.truncated import run, to_batch, truncate
+from tli.truncated import run, truncate
 
 _CHECKED_STEPS = 8
 
@@ -105,7 +107,7 @@ def adapters_everywhere(options: dict, checkpoint: Checkpoint, pairs: Sequence[P
         for step, taken in enumerate(numbers):
             packed = words.pack(np.concatenate([taken, taken + len(pairs)]), options["pool_bos"])
             batch = to_batch(packed, placement.dtype, placement.device)
-            same = torch.from_numpy(lexicon.same_meaning([pairs[i] for i in taken])).to(placement.device)
+            same = torch.from_numpy(word_pairs.same_meaning([pairs[i] for i in taken])).to(placement.device)
             for index, module in enumerate(adapters.values()):
                 module.seed = step << 16 | index
             states = run(decoder, batch) if where == "below" else run_hooked(decoder, batch, layer)

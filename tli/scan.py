@@ -18,12 +18,13 @@ import json
 import pathlib
 import time
 
-from tli import layers, lexicon, provenance, starter
+from tli import layers, provenance, starter
 from tli.checkpoint import open_checkpoint, sight
+from tli.data import word_pairs
+from tli.data.packing import tokenise
+from tli.data.pair_store import Pairs
 from tli.figures import draw_scan, save_figure
 from tli.objective import pooling, token_norm_at_hand
-from tli.packing import tokenise
-from tli.pairs import Pairs
 from tli.recorded import read_recorded, require_fit
 from tli.runtime import environment
 from tli.runtime.console import layer_bar
@@ -50,7 +51,7 @@ def scan(config: ScanConfig) -> dict:
     console = Console(stderr=True, highlight=False)
     output = pathlib.Path(config.output).expanduser()
     pairs, listed = _pairs(config)
-    same = lexicon.same_meaning(pairs)
+    same = word_pairs.same_meaning(pairs)
     adapted = None if config.adapter is None else read_recorded(config.adapter)
     streams = {"base": None} if adapted is None else {"base": None, "adapter": adapted.adapter}
     name = config.model or (starter.NAME if adapted is None else adapted.model_name())
@@ -70,7 +71,7 @@ def scan(config: ScanConfig) -> dict:
     with layer_bar(console, checkpoint.blocks + 2) as done:
         scans, missing_output = layers.scan_layers(checkpoint, words, same, pool, placement, streams, done)
 
-    list_file = pathlib.Path(config.pairs or lexicon.SHIPPED)
+    list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
     report = {
         "config": {**as_dict(config), "token_norm": token_norm},
         "model": provenance.model_facts(name, checkpoint, hashed(max(layer for _, layer in scans if layer != "output"))),
@@ -98,14 +99,14 @@ def scan(config: ScanConfig) -> dict:
 
 def _pairs(config: ScanConfig) -> tuple[Pairs, int]:
     """The pairs of the chosen split, or a random sample of them, in the order of the list, and how many the split has."""
-    pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
+    pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     if config.split != "all":
-        pairs = dict(zip(("trained", "held_out"), lexicon.split_pairs(pairs, config.held_out, config.seed), strict=True))[config.split]
+        pairs = dict(zip(("trained", "held_out"), word_pairs.split_pairs(pairs, config.held_out, config.seed), strict=True))[config.split]
     if config.sample is None:
-        return pairs.subset(lexicon.sample(pairs, config.seed)), len(pairs)
+        return pairs.subset(word_pairs.sample(pairs, config.seed)), len(pairs)
     if not 2 <= config.sample <= len(pairs):
         raise TliError("--sample", f"a sample must have from 2 to {len(pairs)} pairs, as many as there are", config.sample, "change it")
-    return pairs.subset(lexicon.sample(pairs, config.seed, config.sample)), len(pairs)
+    return pairs.subset(word_pairs.sample(pairs, config.seed, config.sample)), len(pairs)
 
 
 def main() -> None:

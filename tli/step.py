@@ -10,10 +10,9 @@ before the first recording; a shape that is new later is recorded then, and beyo
 """
 
 import collections
-import concurrent.futures
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -22,14 +21,12 @@ from torch.profiler import record_function
 
 from tli import gradient_cache, lora
 from tli.config import TrainConfig
+from tli.data.batch import Batch
+from tli.data.loader import Step, tensors_of
 from tli.objective import Objective
 from tli.profiling import FORWARD, LOSS, OPTIMISER
 from tli.runtime.device import Placement
 from tli.runtime.errors import TliError
-from tli.truncated import Batch
-
-# a batch in the parts that --micro-batch makes, and its pairs that are no negatives
-Step = tuple[list[Batch], Tensor]
 
 _STEPS_BEFORE_RECORDING = 3
 # entries and pairs are filled up to multiples of these
@@ -95,7 +92,7 @@ class Stepper:
         self._set(position)
         if self.record:
             parts, same = _padded(parts, same)
-        shape = tuple(tensor.shape for tensor in _tensors(parts, same))
+        shape = tuple(tensor.shape for tensor in tensors_of(parts, same))
         early = self.taken < _STEPS_BEFORE_RECORDING or position < 2
         if self.record and not early and (shape in self.recordings or len(self.recordings) < _MOST_SHAPES):
             loss = self._replay(shape, parts, same)
@@ -157,7 +154,7 @@ class Stepper:
         if shape not in self.recordings:
             self.recordings[shape] = self._recorded(parts, same)
         recording = self.recordings[shape]
-        for memory, fresh in zip(_tensors(recording.parts, recording.same), _tensors(parts, same), strict=True):
+        for memory, fresh in zip(tensors_of(recording.parts, recording.same), tensors_of(parts, same), strict=True):
             memory.copy_(fresh)
         recording.graph.replay()
         return recording.loss
@@ -198,39 +195,7 @@ def require_finite(position: int, loss: float) -> None:
         raise TliError(f"step {position + 1}", "the loss must be finite", loss, "lower --lr, or check the model's weights")
 
 
-def made_ahead(steps: Iterable[Step], device: torch.device) -> Iterator[Step]:
-    """The same batches, each made while the step before it runs: by another thread, on another of the GPU's streams.
-
-    On a CPU, where both would want the same processors, they are made when they are asked for.
-    """
-    if device.type != "cuda":
-        yield from steps
-        return
-    iterator, stream = iter(steps), torch.cuda.Stream(device)
-
-    def make() -> tuple[Step, torch.cuda.Event] | None:
-        with torch.cuda.stream(stream):
-            step = next(iterator, None)
-            return None if step is None else (step, stream.record_event())
-
-    with concurrent.futures.ThreadPoolExecutor(1) as worker:
-        made = worker.submit(make)
-        while (result := made.result()) is not None:
-            made = worker.submit(make)
-            (parts, same), event = result
-            here = torch.cuda.current_stream(device)
-            here.wait_event(event)
-            for tensor in _tensors(parts, same):
-                # its memory may be used anew only when this stream is done with it
-                tensor.record_stream(here)
-            yield parts, same
-
-
 def _padded(parts: list[Batch], same: Tensor) -> Step:
     """The same batch in one of few shapes. A pair that is no negative may stand there more than once."""
     missing = -len(same) % _SAME_STEP
     return [part.padded(_ENTRIES_STEP) for part in parts], torch.cat([same, same[-1:].expand(missing, 2)]) if missing else same
-
-
-def _tensors(parts: list[Batch], same: Tensor) -> list[Tensor]:
-    return [tensor for part in parts for tensor in part.tensors()] + [same]

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from tli.alignment import Alignment, measure
 from tli.checkpoint import Checkpoint
+from tli.data.batch import Batch, to_batch
+from tli.data.packing import TokenisedWords
 from tli.lora import Adapter, detach
 from tli.objective import Pooling
-from tli.packing import TokenisedWords
 from tli.runtime.device import Placement
 from tli.runtime.environment import return_freed_memory
-from tli.truncated import Batch, block_tensors, load_block, load_norm, run, shell, to_batch
+from tli.truncated import block_tensors, load_block, load_norm, run, shell
 
 # a block's largest activations, the MLP's, stay small at this many nodes
 _CHUNK_NODES = 2048

@@ -22,7 +22,8 @@ import pathlib
 import numpy as np
 
 import tli
-from tli import lexicon, study_report
+from tli import study_report
+from tli.data import word_pairs
 from tli.grid import Cell, run_cells
 from tli.runtime.console import cells_bar
 from tli.runtime.errors import TliError, disk_errors, run_command
@@ -121,7 +122,7 @@ def _ranks(config: StudyConfig) -> list[int]:
 def _claim(folder: pathlib.Path, config: StudyConfig) -> None:
     """Make the study's folder, or find that this study may go on in it."""
     settings = {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}
-    settings |= {"pairs": sha256(config.pairs or lexicon.SHIPPED), "version": tli.__version__}
+    settings |= {"pairs": sha256(config.pairs or word_pairs.SHIPPED), "version": tli.__version__}
     file = folder / SETTINGS_FILE
     if file.is_file():
         try:
@@ -143,8 +144,8 @@ def _write_lists(folder: pathlib.Path, config: StudyConfig) -> None:
     """The pairs that a rate is judged by, and all others, which the grid's seeds split: no word is in both lists."""
     if (folder / "search.jsonl").is_file():
         return
-    pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
-    rest, judged = lexicon.split_pairs(pairs, config.search_share, _SEARCH_SPLIT)
+    pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
+    rest, judged = word_pairs.split_pairs(pairs, config.search_share, _SEARCH_SPLIT)
     for name, part in (("grid", rest), ("search", judged)):
         with replacing(folder / f"{name}.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
             for pair in part:

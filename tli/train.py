@@ -28,21 +28,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tli import layers, lexicon, lora, profiling, provenance, report, starter, training_memory
+from tli import layers, lora, profiling, provenance, report, starter, training_memory
 from tli.arms import arm_model
-from tli.batches import EpochBatches
 from tli.checkpoint import Checkpoint, open_checkpoint, sight
+from tli.data import word_pairs
+from tli.data.loader import EpochBatches, made_ahead
+from tli.data.packing import TokenisedWords, tokenise
+from tli.data.pair_store import Pairs
 from tli.hooked import run_hooked
 from tli.objective import Pooling, pooling, token_norm_at_hand
-from tli.packing import TokenisedWords, tokenise
-from tli.pairs import Pairs
 from tli.progress import Progress, TrainingState
 from tli.runtime import environment
 from tli.runtime.console import layer_bar, stop_signals, training_bar
 from tli.runtime.device import Placement, place
 from tli.runtime.errors import run_command
 from tli.runtime.files import claim_output, sha256
-from tli.step import Stepper, made_ahead, require_finite
+from tli.step import Stepper, require_finite
 from tli.streaming import align_layers
 from tli.truncated import require_layer, run
 
@@ -124,11 +125,11 @@ def train(config: TrainConfig) -> dict:
 
 def _read_pairs(config: TrainConfig) -> tuple[Pairs, Pairs]:
     """Trained and held-out pairs, which share no word."""
-    pairs = lexicon.read_pairs(config.pairs, config.source, config.target)
+    pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     if config.held_out_pairs is None:
-        return lexicon.split_pairs(pairs, config.held_out, config.seed)
-    held_out = lexicon.read_pairs(config.held_out_pairs, config.source, config.target)
-    lexicon.check_disjoint(pairs, held_out)
+        return word_pairs.split_pairs(pairs, config.held_out, config.seed)
+    held_out = word_pairs.read_pairs(config.held_out_pairs, config.source, config.target)
+    word_pairs.check_disjoint(pairs, held_out)
     return pairs, held_out
 
 
@@ -229,8 +230,8 @@ def _splits(trained: Pairs, held_out: Pairs, seed: int) -> dict[str, tuple[np.nd
 
 def _measured(pairs: Pairs, first: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers, from ``first`` on, of the pairs that are measured: all, or a sample; and those among them that mean the same."""
-    numbers = lexicon.sample(pairs, seed)
-    return first + numbers, lexicon.same_meaning(pairs.subset(numbers))
+    numbers = word_pairs.sample(pairs, seed)
+    return first + numbers, word_pairs.same_meaning(pairs.subset(numbers))
 
 
 def _facts(
@@ -245,7 +246,7 @@ def _facts(
 ) -> dict:
     """What the run was: plain JSON values, for the report."""
     file = output / lora.ADAPTER_FILE
-    list_file = pathlib.Path(config.pairs or lexicon.SHIPPED)
+    list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
     per_batch = len(trained) / -(-len(trained) // config.batch)
     return {
         "config": as_dict(config),

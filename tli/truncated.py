@@ -4,67 +4,17 @@
 becomes an identity. (A transformers model made with ``num_hidden_layers=L`` applies it: its last state is another quantity.)
 """
 
-import dataclasses
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tli.checkpoint import Checkpoint
-from tli.packing import PackedWords
+from tli.data.batch import Batch
 from tli.runtime import ops
 from tli.runtime.device import Placement
 from tli.runtime.environment import return_freed_memory
 from tli.runtime.errors import TliError
 from tli.runtime.ops import Ops
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """``PackedWords`` as the model takes them, on its device: T = bins·width nodes.
-
-    input_ids     int64 [bins, width]
-    position_ids  int64 [bins, width]
-    mask          compute dtype [bins, 1, width, width], 0 where a node may look and the dtype's lowest value elsewhere
-    indptr        int64 [words + 1]
-    indices       int64 [entries]
-    sinks         int64 [words]
-    transposed    int64 [T + 1] and [entries], ``ops.transpose_paths`` of indptr and indices; None: made where it is needed
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    mask: Tensor
-    indptr: Tensor
-    indices: Tensor
-    sinks: Tensor
-    transposed: tuple[Tensor, Tensor] | None = None
-
-    def tensors(self) -> list[Tensor]:
-        """All of them, in one order."""
-        return [self.input_ids, self.position_ids, self.mask, self.indptr, self.indices, self.sinks, *(self.transposed or ())]
-
-    def clone(self) -> "Batch":
-        """The same in memory of its own."""
-        *plain, node_indptr, words = (tensor.clone() for tensor in self.tensors())
-        return Batch(*plain, transposed=(node_indptr, words))
-
-    def padded(self, step: int) -> "Batch":
-        """The same, its entries filled up to a multiple of ``step`` with some behind the last word's, which the fused ops pass by."""
-        missing, (node_indptr, words) = -len(self.indices) % step, self.transposed
-        words = nn.functional.pad(words, (0, missing))
-        return dataclasses.replace(self, indices=nn.functional.pad(self.indices, (0, missing)), transposed=(node_indptr, words))
-
-
-def to_batch(packed: PackedWords, dtype: torch.dtype, device: torch.device) -> Batch:
-    """Move packed words to the model's device and turn what a node sees into an additive mask of its dtype."""
-    move = {
-        name: torch.from_numpy(getattr(packed, name)).to(device) for name in ("input_ids", "position_ids", "indptr", "indices", "sinks")
-    }
-    hidden = torch.from_numpy(~packed.visible).to(device)[:, None]
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
-    paths = ops.transpose_paths(torch.from_numpy(packed.indptr), torch.from_numpy(packed.indices), packed.input_ids.size)
-    return Batch(mask=mask, transposed=tuple(part.to(device) for part in paths), **move)
 
 
 class FrozenLinear(nn.Linear):

@@ -15,9 +15,9 @@ from torch import nn
 from bench import command, cost, large, memory, record, start, step
 from bench.peers import SUBJECTS, Subject, distinct_pairs, drawn_pairs
 from bench.step import AGAIN, StepConfig, agree, goals, interleave, measure, prepare, summary, taking_part, train_configs
-from tli import lexicon
 from tli.checkpoint import FAMILIES
 from tli.config import TrainConfig
+from tli.data import word_pairs
 from tli.runtime.errors import TliError
 
 BATCH = 12
@@ -102,14 +102,14 @@ def test_what_is_not_installed_is_left_out_and_named(monkeypatch):
 def test_distinct_pairs_leave_no_two_of_a_meaning_and_none_out_without_need():
     config = TrainConfig(batch=1000)
     batch, rest = drawn_pairs(config, distinct=True)
-    pairs = lexicon.read_pairs(None, "swahili", "english")
+    pairs = word_pairs.read_pairs(None, "swahili", "english")
     assert len(batch) == 1000
     assert len(rest) == len(pairs) - 1000
-    assert len(lexicon.same_meaning(batch)) == 0
-    assert len(lexicon.same_meaning(drawn_pairs(config)[0])) > 0
+    assert len(word_pairs.same_meaning(batch)) == 0
+    assert len(word_pairs.same_meaning(drawn_pairs(config)[0])) > 0
     order = torch.randperm(len(pairs)).numpy()
     taken = set(distinct_pairs(pairs, order).tolist())
-    alike = {tuple(edge) for edge in lexicon.same_meaning(pairs).tolist()}
+    alike = {tuple(edge) for edge in word_pairs.same_meaning(pairs).tolist()}
     # each one left out means the same as one that was taken
     assert all(any((number, other) in alike for other in taken) for number in range(len(pairs)) if number not in taken)
 
@@ -221,11 +221,11 @@ def test_the_scripts_take_the_same_steps_and_leave_adapters(make_model, tmp_path
     from peft import PeftModel
     from transformers import AutoModel
 
-    model, lists = make_model("llama"), command.write_lists(lexicon.read_pairs(None, "swahili", "english"), tmp_path, batch=8, limit=20)
-    trained = lexicon.read_pairs(str(lists[0]), "source", "target")
+    model, lists = make_model("llama"), command.write_lists(word_pairs.read_pairs(None, "swahili", "english"), tmp_path, batch=8, limit=20)
+    trained = word_pairs.read_pairs(str(lists[0]), "source", "target")
     # whole batches, without two of a meaning
     assert len(trained) == 16
-    assert len(lexicon.same_meaning(trained)) == 0
+    assert len(word_pairs.same_meaning(trained)) == 0
     said = {}
     for name in ("peft-truncated", "peft-hook"):
         config = command.CommandConfig(epochs=2, batch=8, rank=4, dropout=0.0)
@@ -267,7 +267,7 @@ def test_needed_bytes_are_those_of_blocks_norm_and_rows(make_model, tokenizer):
     from transformers import AutoModel
 
     folder = make_model("llama")
-    pairs = lexicon.read_pairs(None, "swahili", "english")[:5]
+    pairs = word_pairs.read_pairs(None, "swahili", "english")[:5]
     words = [" " + word for pair in pairs for word in (pair.source, pair.target)]
     rows = {0}.union(*(tokenizer(word, add_special_tokens=False)["input_ids"] for word in words))
     model = AutoModel.from_pretrained(folder)

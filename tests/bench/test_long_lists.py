@@ -3,7 +3,7 @@
 import json
 
 from bench import long_lists
-from tli.lexicon import read_pairs
+from tli.data.word_pairs import read_pairs
 
 
 def test_own_memory_grows_by_less_than_a_hundred_bytes_a_pair(make_model, tmp_path):

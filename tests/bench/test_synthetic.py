@@ -10,12 +10,13 @@ import torch
 from safetensors import safe_open
 
 from bench import synthetic
-from tli import lexicon
 from tli.checkpoint import open_checkpoint
-from tli.packing import tokenise
+from tli.data import word_pairs
+from tli.data.batch import to_batch
+from tli.data.packing import tokenise
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
-from tli.truncated import run, to_batch, truncate
+from tli.truncated import run, truncate
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_the_tokens_are_llama_3s(folder):
 
     tokenizer = open_checkpoint(str(folder)).tokenizer()
     assert tokenizer.bos_token_id == 128_000
-    words = {word for pair in lexicon.read_pairs(None, "swahili", "english") for word in (pair.source, pair.target) if word.isalpha()}
+    words = {word for pair in word_pairs.read_pairs(None, "swahili", "english") for word in (pair.source, pair.target) if word.isalpha()}
     assert len(words) > 2000
     for word in sorted(words):
         assert tokenizer.encode(f" {word}", add_special_tokens=False) == encode(f" {word}".encode())

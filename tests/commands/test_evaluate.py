@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.small_adapters import UNREADABLE, save_adapter, unreadable
-from tli import evaluation, lexicon, lora, streaming, train
+from tli import evaluation, lora, streaming, train
 from tli.config import EvaluateConfig, TrainConfig
+from tli.data import word_pairs
+from tli.data.packing import TokenisedWords
 from tli.evaluate import evaluate
-from tli.packing import TokenisedWords
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError, run_command
 from tli.runtime.files import sha256
@@ -88,9 +89,9 @@ def test_what_the_training_measured_is_measured_again(trained, facts):
 
 def test_scores_are_those_of_pefts_whole_model(trained, facts, word_list, make_model, tokenizer):
     """CLIPScore and RefCLIPScore, with their mismatched values, from transformers' hidden states, one word at a time."""
-    pairs = lexicon.split_pairs(lexicon.read_pairs(str(word_list), "swahili", "english"), 0.2, 3)[1]
+    pairs = word_pairs.split_pairs(word_pairs.read_pairs(str(word_list), "swahili", "english"), 0.2, 3)[1]
     folder = make_model("llama", **SIZES)
-    same = {tuple(edge) for edge in lexicon.same_meaning(pairs).tolist()}
+    same = {tuple(edge) for edge in word_pairs.same_meaning(pairs).tolist()}
     for when in ("before", "after"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         if when == "after":
@@ -231,7 +232,7 @@ def test_an_adapter_without_a_report_is_measured_on_one_list_or_on_a_split_that_
 
 
 def test_another_list_may_be_held_out_unless_it_shares_a_word(trained, tmp_path):
-    rows = lexicon.SHIPPED.read_text(encoding="utf-8").splitlines()
+    rows = word_pairs.SHIPPED.read_text(encoding="utf-8").splitlines()
     for name, lines in (("other", rows[200:240]), ("shared", rows[10:40])):
         (tmp_path / f"{name}.tsv").write_text("\n".join([rows[0], *lines]) + "\n", encoding="utf-8")
     trained_pairs = json.loads((trained / "report.json").read_text())["pairs"]["trained"]

@@ -16,10 +16,11 @@ import torch
 
 import tli.protocol as protocol_module
 import tli.protocol_controls as controls
-from tli import lexicon, train
+from tli import train
 from tli.alignment import measure
 from tli.checkpoint import open_checkpoint
 from tli.config import ProtocolConfig, TrainConfig
+from tli.data import word_pairs
 from tli.grid import Cell
 from tli.protocol import FILES, METRICS, RANDOM, SWITCHES, measure_anew, options_of, protocol
 from tli.protocol_report import sentence, verdict
@@ -38,8 +39,8 @@ def model(make_model) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def splits(word_list) -> dict[str, list[lexicon.Pair]]:
-    return dict(zip(("trained", "held_out"), lexicon.split_pairs(lexicon.read_pairs(str(word_list), "swahili", "english"), 0.1, 0)))
+def splits(word_list) -> dict[str, list[word_pairs.Pair]]:
+    return dict(zip(("trained", "held_out"), word_pairs.split_pairs(word_pairs.read_pairs(str(word_list), "swahili", "english"), 0.1, 0)))
 
 
 def settings(model, word_list, output, **more) -> ProtocolConfig:

@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.families import FAMILIES
 from tests.support.small_adapters import UNREADABLE, unreadable
-from tli import layers, lexicon, lora, streaming
+from tli import layers, lora, streaming
 from tli.checkpoint import open_checkpoint
 from tli.config import ScanConfig
+from tli.data import word_pairs
+from tli.data.batch import to_batch
+from tli.data.packing import TokenisedWords, tokenise
 from tli.figures import draw_scan
 from tli.objective import Pooling, pooling
-from tli.packing import TokenisedWords, tokenise
 from tli.runtime.cli import parse
 from tli.runtime.device import place
 from tli.runtime.errors import TliError, run_command
@@ -30,7 +32,7 @@ from tli.runtime.files import sha256
 from tli.scan import _pairs
 from tli.scan import scan as scan_command
 from tli.scan_report import show, verdict
-from tli.truncated import to_batch, truncate
+from tli.truncated import truncate
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CPU = place("cpu", "float32")
@@ -38,9 +40,9 @@ NONE_ALIKE = np.zeros((0, 2), np.int64)
 
 
 @pytest.fixture(scope="module")
-def pairs() -> list[lexicon.Pair]:
+def pairs() -> list[word_pairs.Pair]:
     # two of them mean the same
-    return [*lexicon.read_pairs(None, "swahili", "english")[:24], lexicon.Pair("abiri", "passenger", loan=False)]
+    return [*word_pairs.read_pairs(None, "swahili", "english")[:24], word_pairs.Pair("abiri", "passenger", loan=False)]
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def settings(make_model, word_list, tmp_path) -> dict:
     return {"model": str(make_model("llama")), "pairs": str(word_list), "output": str(tmp_path / "out")}
 
 
-def spell(tokenizer, pairs: list[lexicon.Pair]) -> TokenisedWords:
+def spell(tokenizer, pairs: list[word_pairs.Pair]) -> TokenisedWords:
     return tokenise(tokenizer, [pair.source for pair in pairs] + [pair.target for pair in pairs], 60, " ")
 
 
@@ -115,14 +117,14 @@ def assert_scan_is(scans: dict, stream: str, truth: dict[tuple, np.ndarray], tol
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_scan_is_the_whole_models_states_word_by_word(make_model, tokenizer, pairs, family):
-    folder, words, same = make_model(family, blocks=3), spell(tokenizer, pairs), lexicon.same_meaning(pairs)
+    folder, words, same = make_model(family, blocks=3), spell(tokenizer, pairs), word_pairs.same_meaning(pairs)
     assert len(same) > 0
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert_scan_is(scanned(folder, words, same), "base", expected(model, words, same, final_norm=True), 5e-5)
 
 
 def test_a_scan_with_an_adapter_is_pefts_model_and_leaves_the_base_alone(make_model, tokenizer, pairs, tmp_path):
-    folder, words, same = make_model("llama"), spell(tokenizer, pairs), lexicon.same_meaning(pairs)
+    folder, words, same = make_model("llama"), spell(tokenizer, pairs), word_pairs.same_meaning(pairs)
     decoder = truncate(open_checkpoint(str(folder)), 2, words.rows, CPU)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0), seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -140,13 +142,13 @@ def test_a_scan_with_an_adapter_is_pefts_model_and_leaves_the_base_alone(make_mo
 
 def test_bins_chunks_padding_side_and_the_order_of_pairs_change_nothing(make_model, tokenizer, pairs, monkeypatch):
     folder = make_model("qwen3")
-    whole = scanned(folder, spell(tokenizer, pairs), lexicon.same_meaning(pairs))
+    whole = scanned(folder, spell(tokenizer, pairs), word_pairs.same_meaning(pairs))
     order = np.random.default_rng(3).permutation(len(pairs))
     moved = [pairs[i] for i in order]
     monkeypatch.setattr(streaming, "_CHUNK_NODES", 30)
     left = copy.deepcopy(tokenizer)
     left.padding_side, left.pad_token = "left", "</s>"
-    parts = scanned(folder, spell(left, moved), lexicon.same_meaning(moved), width=13)
+    parts = scanned(folder, spell(left, moved), word_pairs.same_meaning(moved), width=13)
     for key, scan in whole.items():
         for name, values in scan.per_pair.items():
             # a cosine may fall on the other side of the next one's rounding, no further
@@ -154,7 +156,7 @@ def test_bins_chunks_padding_side_and_the_order_of_pairs_change_nothing(make_mod
             np.testing.assert_allclose(values[order], parts[key].per_pair[name], atol=tolerance, err_msg=str((key, name)))
         for name, value in scan.of_set.items():
             assert parts[key].of_set[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (key, name)
-    one, other = (layers.records(found, lexicon.same_meaning(listed), seed=0) for found, listed in ((whole, pairs), (parts, moved)))
+    one, other = (layers.records(found, word_pairs.same_meaning(listed), seed=0) for found, listed in ((whole, pairs), (parts, moved)))
     for record, again in zip(one, other, strict=True):
         ends = [[r[end] for end in ("value", "low", "high") if r[end] is not None] for r in (record, again)]
         np.testing.assert_allclose(*ends, atol=2e-3, rtol=1e-4, err_msg=str(record))
@@ -265,7 +267,7 @@ def test_the_layer_is_chosen_by_what_the_gap_surely_is():
 
 
 def test_strata_are_what_their_names_say(tokenizer, pairs):
-    odd = [lexicon.Pair("redio", "radio", loan=True), lexicon.Pair("kitabu", "kitabu"), lexicon.Pair("a", "b", loan=False)]
+    odd = [word_pairs.Pair("redio", "radio", loan=True), word_pairs.Pair("kitabu", "kitabu"), word_pairs.Pair("a", "b", loan=False)]
     listed = pairs + odd
     words = spell(tokenizer, listed)
     found = layers.strata(listed, words)
@@ -285,7 +287,7 @@ def test_strata_are_what_their_names_say(tokenizer, pairs):
 
 
 def test_a_stratums_values_are_the_means_of_its_pairs(make_model, tokenizer, pairs):
-    words, same = spell(tokenizer, pairs), lexicon.same_meaning(pairs)
+    words, same = spell(tokenizer, pairs), word_pairs.same_meaning(pairs)
     scans = scanned(make_model("llama"), words, same)
     group = np.arange(len(pairs)) % 3 == 0
     found = layers.stratum_records(scans, {"every third": group, "one": np.arange(len(pairs)) == 4}, same, seed=0)
@@ -317,7 +319,7 @@ def test_the_command_writes_what_it_returns(settings, tmp_path):
 
 
 def test_a_scan_of_one_side_of_the_split_is_of_these_pairs(settings, tmp_path, word_list):
-    trained, held_out = lexicon.split_pairs(lexicon.read_pairs(word_list, "swahili", "english"), 0.2, 5)
+    trained, held_out = word_pairs.split_pairs(word_pairs.read_pairs(word_list, "swahili", "english"), 0.2, 5)
     for split, expected_pairs in (("trained", trained), ("held_out", held_out)):
         config = ScanConfig(**{**settings, "output": str(tmp_path / split)}, split=split, held_out=0.2, seed=5)
         pairs, listed = _pairs(config)

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import tli.study as study_module
-from tli import lexicon, study_report
+from tli import study_report
 from tli.config import StudyConfig
+from tli.data import word_pairs
 from tli.grid import Cell, run_cells
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError, run_command
@@ -27,7 +28,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 def settings(make_model, tmp_path_factory) -> dict:
     """A study of four cells and two controls, of a step or two each."""
     words = tmp_path_factory.mktemp("words") / "ninety.tsv"
-    rows = lexicon.SHIPPED.read_text(encoding="utf-8").splitlines()[:91]
+    rows = word_pairs.SHIPPED.read_text(encoding="utf-8").splitlines()[:91]
     words.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return {
         "model": str(make_model("llama")),
@@ -112,10 +113,10 @@ def test_the_rate_is_that_which_finds_the_search_words_best(complete, settings):
     used = {json.loads(path.read_text())["config"]["lr"] for path in (folder / "cells").glob("early-*/report.json")}
     assert used == {found["chosen"]}
     # and no cell of the grid has a word of theirs
-    lists = [lexicon.read_pairs(folder / f"{name}.jsonl", "swahili", "english") for name in ("grid", "search")]
-    lexicon.check_disjoint(*lists)
+    lists = [word_pairs.read_pairs(folder / f"{name}.jsonl", "swahili", "english") for name in ("grid", "search")]
+    word_pairs.check_disjoint(*lists)
     # nothing is lost on the way: glosses and loan marks, too
-    whole = {pair.source: pair for pair in lexicon.read_pairs(settings["pairs"], "swahili", "english")}
+    whole = {pair.source: pair for pair in word_pairs.read_pairs(settings["pairs"], "swahili", "english")}
     assert {pair.source: pair for part in lists for pair in part} == whole
 
 

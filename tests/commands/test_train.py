@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tli.train as train_module
-from tli import lexicon, lora, scan, train
-from tli.batches import EpochBatches
+from tli import lora, scan, train
 from tli.config import ScanConfig, TrainConfig
+from tli.data import word_pairs
+from tli.data.loader import EpochBatches
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError, run_command
 from tli.step import rate
@@ -161,7 +162,7 @@ def test_shuffling_teaches_no_true_pair_and_measures_true_ones(settings, tmp_pat
 
 
 def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_list):
-    pairs = lexicon.read_pairs(str(word_list), "swahili", "english")
+    pairs = word_pairs.read_pairs(str(word_list), "swahili", "english")
     from tli.checkpoint import open_checkpoint
     from tli.runtime.device import place
 
@@ -170,7 +171,7 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
     own, placement = np.arange(len(pairs)), place("cpu", "auto")
     # pairs 7, 20 and 4 come to share a gloss with 0, 0 and 3
     shared = [dataclasses.replace(pair, synonyms=(pairs[{7: 0, 20: 0, 4: 3}.get(i, i)].target,)) for i, pair in enumerate(pairs)]
-    edges = {tuple(edge) for edge in lexicon.same_meaning(shared).tolist()}
+    edges = {tuple(edge) for edge in word_pairs.same_meaning(shared).tolist()}
     assert edges == {(0, 7), (7, 0), (0, 20), (20, 0), (7, 20), (20, 7), (3, 4), (4, 3)}
     batches, sizes, found = EpochBatches(config, words, own, shared, placement), [], 0
     orders = np.array_split(np.random.default_rng([config.seed, 0, 0]).permutation(len(pairs)), 5)
@@ -189,7 +190,7 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
     partners = train_module._partners(len(pairs), dataclasses.replace(config, shuffle_pairs=True))
     taught = [dataclasses.replace(shared[own], source=pair.source) for pair, own in zip(pairs, partners, strict=True)]
     wide = EpochBatches(dataclasses.replace(config, batch=30), words, partners, shared, placement)
-    edges, found_wrong = {tuple(edge) for edge in lexicon.same_meaning(taught).tolist()}, 0
+    edges, found_wrong = {tuple(edge) for edge in word_pairs.same_meaning(taught).tolist()}, 0
     for (_, same), numbers in zip(wide.epoch(0), np.array_split(np.concatenate(orders), 2), strict=True):
         assert {(numbers[i], numbers[j]) for i, j in same.tolist()} == {(i, j) for i, j in edges if {i, j} <= {*numbers}}
         found_wrong += len(same)

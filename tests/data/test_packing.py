@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tli.packing import pack, tokenise
+from tli.data.packing import pack, tokenise
 from tli.runtime.errors import TliError
 
 SINK = 7
@@ -64,9 +64,9 @@ def test_padding_sees_itself_alone_and_belongs_to_no_word(words, width):
 
 
 def test_bins_of_real_words_are_well_filled(tokenizer):
-    from tli import lexicon
+    from tli.data import word_pairs
 
-    pairs = lexicon.read_pairs(None, "swahili", "english")[:256]
+    pairs = word_pairs.read_pairs(None, "swahili", "english")[:256]
     words = tokenise(tokenizer, [pair.source for pair in pairs] + [pair.target for pair in pairs], window=64)
     packed = words.pack(np.arange(512))
     assert packed.nodes / packed.input_ids.size > 0.95

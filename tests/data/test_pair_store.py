@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import tli.train as train_module
-from tli import lexicon, lora, packing, scan, train
+from tli import lora, scan, train
 from tli.config import EvaluateConfig, ScanConfig, TrainConfig
+from tli.data import packing, word_pairs
+from tli.data.packing import tokenise
+from tli.data.pair_store import Pair, stored
+from tli.data.word_pairs import read_pairs
 from tli.evaluate import evaluate
-from tli.lexicon import read_pairs
-from tli.packing import tokenise
-from tli.pairs import Pair, stored
 from tli.runtime.errors import TliError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -122,7 +123,7 @@ def test_words_tokenised_some_at_a_time_are_the_same_words(tokenizer, word_list,
 
 def few(monkeypatch, most: int) -> None:
     """Let lists of more than so many pairs count as long."""
-    monkeypatch.setattr(lexicon, "sample", functools.partial(lexicon.sample, most=most))
+    monkeypatch.setattr(word_pairs, "sample", functools.partial(word_pairs.sample, most=most))
 
 
 def test_of_a_long_list_a_sample_is_measured_and_said_to_be_one(make_model, word_list, tmp_path, monkeypatch, capsys):

@@ -16,10 +16,10 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from tli import dictionary_check
-from tli.dictionary_check import FREEDICT, check
-from tli.lexicon import SHIPPED, check_disjoint, read_pairs, same_meaning, split_pairs
-from tli.pairs import Pair
+from tli.data import dictionary as dictionary_check
+from tli.data.dictionary import FREEDICT, check
+from tli.data.pair_store import Pair
+from tli.data.word_pairs import SHIPPED, check_disjoint, read_pairs, same_meaning, split_pairs
 from tli.runtime.errors import TliError
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent

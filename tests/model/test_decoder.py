@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 from tests.support.families import FAMILIES
 from tests.support.words import tokens_of
 from tli.checkpoint import open_checkpoint
-from tli.packing import tokenise
+from tli.data.batch import to_batch
+from tli.data.packing import tokenise
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
 from tli.streaming import stream_layers
-from tli.truncated import run, to_batch, truncate
+from tli.truncated import run, truncate
 
 WORDS = ["kitabu", "kitanda", "kiti", "mtoto", "mtu", "watu", "book", "books", "bookshop", "child", "children", "kitabu", "w"]
 CPU = place("cpu", "float32")

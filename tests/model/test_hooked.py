@@ -15,13 +15,14 @@ from tests.support.families import FAMILIES
 from tests.support.words import tokens_of
 from tli import lora
 from tli.checkpoint import Checkpoint, open_checkpoint
+from tli.data.batch import to_batch
+from tli.data.packing import tokenise
 from tli.hooked import caught, recompute_blocks, run_hooked, whole
 from tli.objective import Objective, pooling
-from tli.packing import tokenise
 from tli.runtime import ops
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
-from tli.truncated import run, to_batch, truncate
+from tli.truncated import run, truncate
 
 # six pairs: sources, then targets
 WORDS = ["kitabu", "kitanda", "mtoto", "kiti", "mtu", "maji", "book", "bed", "child", "chair", "person", "water"]

@@ -7,13 +7,13 @@ from tli_kernels.token_table import TokenTable
 
 from tests.support.families import FAMILIES
 from tli import first_block, lora, memory_model
-from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
+from tli.data.loader import EpochBatches
+from tli.data.packing import tokenise
+from tli.data.word_pairs import read_pairs
 from tli.hooked import recompute_blocks
-from tli.lexicon import read_pairs
 from tli.objective import Objective, pooling
-from tli.packing import tokenise
 from tli.runtime import ops
 from tli.runtime.device import Placement, place
 from tli.runtime.ops import Ops

@@ -14,12 +14,12 @@ from tli_kernels import cpu
 
 from tests.support.fidelity import assert_faithful
 from tli import first_block, lora
-from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
-from tli.lexicon import read_pairs
+from tli.data.loader import EpochBatches
+from tli.data.packing import tokenise
+from tli.data.word_pairs import read_pairs
 from tli.objective import Objective, pooling
-from tli.packing import tokenise
 from tli.progress import STATE_FILE
 from tli.runtime import cpu as processor
 from tli.runtime import ops

@@ -6,12 +6,12 @@ import torch
 
 import tli.train as train_module
 from tli import gradient_cache, lora
-from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
-from tli.lexicon import read_pairs
+from tli.data.loader import EpochBatches
+from tli.data.packing import tokenise
+from tli.data.word_pairs import read_pairs
 from tli.objective import Objective, pooling
-from tli.packing import tokenise
 from tli.runtime.device import place
 from tli.truncated import run, truncate
 

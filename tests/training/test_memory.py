@@ -16,16 +16,17 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from tests.support.fake_hub import serving
-from tli import gradient_cache, lexicon, lora, memory_fit, memory_model, profiling, train
+from tli import gradient_cache, lora, memory_fit, memory_model, profiling, train
 from tli.arms import arm_model
-from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
 from tli.config import MemoryConfig, TrainConfig
+from tli.data import word_pairs
+from tli.data.loader import EpochBatches
+from tli.data.packing import tokenise
 from tli.hooked import run_hooked
 from tli.memory import memory
 from tli.model_shape import Shape
 from tli.objective import Objective, Pooling
-from tli.packing import tokenise
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
 from tli.training_memory import needed as memory_needed
@@ -42,7 +43,7 @@ class Step:
 
     def __init__(self, model: pathlib.Path, pairs: pathlib.Path, impl: str = "auto", dtype: str = "float32", **options):
         self.config = config = TrainConfig(model=str(model), pairs=str(pairs), impl=impl, dtype=dtype, output="unused", **options)
-        checkpoint, self.pairs = open_checkpoint(str(model)), lexicon.read_pairs(str(pairs), "swahili", "english")
+        checkpoint, self.pairs = open_checkpoint(str(model)), word_pairs.read_pairs(str(pairs), "swahili", "english")
         texts = [pair.source for pair in self.pairs] + [pair.target for pair in self.pairs]
         words, placement = tokenise(checkpoint.tokenizer(), texts, 64, " "), place("cpu", dtype, config.weights, impl)
         needed = memory_needed(config, checkpoint, words, len(self.pairs), "rms", placement)

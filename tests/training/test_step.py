@@ -8,16 +8,16 @@ import torch
 from tli_kernels import launch
 
 from tli import lora
-from tli.batches import EpochBatches
 from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
-from tli.lexicon import read_pairs
+from tli.data.loader import EpochBatches, made_ahead, tensors_of
+from tli.data.packing import tokenise
+from tli.data.word_pairs import read_pairs
 from tli.objective import pooling
-from tli.packing import tokenise
 from tli.runtime import ops
 from tli.runtime.device import Placement, place
 from tli.runtime.errors import TliError
-from tli.step import Stepper, _padded, _Recording, _tensors, made_ahead
+from tli.step import Stepper, _padded, _Recording
 from tli.truncated import run, truncate
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -96,7 +96,7 @@ def test_a_replay_drops_other_entries_each_time_and_every_shape_has_its_recordin
         losses += list(steps.finished())[-1:]
     assert losses[0] != losses[1] == losses[2]
     steps.take(5, others, other_same)
-    shapes = {tuple(tensor.shape for tensor in _tensors(*_padded(*batch))) for batch in ((parts, same), (others, other_same))}
+    shapes = {tuple(tensor.shape for tensor in tensors_of(*_padded(*batch))) for batch in ((parts, same), (others, other_same))}
     assert set(steps.recordings) == shapes
 
 

@@ -15,7 +15,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 
-from tli.pairs import Pair, same_word
+from tli.data.pair_store import Pair, same_word
 from tli.runtime.errors import TliError
 
 # characters that mark no letter: soft hyphen, zero-width space, word joiner, byte order mark

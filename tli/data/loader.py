@@ -1,17 +1,22 @@
 """An epoch's batches, packed one after the other while the steps are taken: what a batch costs depends on the batch alone."""
 
-from collections.abc import Iterator, Sequence
+import concurrent.futures
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tli.config import TrainConfig
-from tli.lexicon import meaning_edges
-from tli.packing import TokenisedWords
-from tli.pairs import Pair, WordKeys, stored
+from tli.data.batch import Batch, to_batch
+from tli.data.packing import TokenisedWords
+from tli.data.pair_store import Pair, WordKeys, stored
+from tli.data.word_pairs import meaning_edges
 from tli.runtime.device import Placement
 from tli.runtime.errors import TliError
-from tli.truncated import Batch, to_batch
+
+# a batch in the parts that --micro-batch makes, and its pairs that are no negatives
+Step = tuple[list[Batch], Tensor]
 
 
 class EpochBatches:
@@ -58,3 +63,35 @@ class EpochBatches:
         targets = self.partners[pairs] + len(self.words) // 2
         packed = self.words.pack(np.concatenate([pairs, targets]), self.config.pool_bos, width_step=self.placement.width_step)
         return to_batch(packed, self.placement.dtype, self.placement.device)
+
+
+def made_ahead(steps: Iterable[Step], device: torch.device) -> Iterator[Step]:
+    """The same batches, each made while the step before it runs: by another thread, on another of the GPU's streams.
+
+    On a CPU, where both would want the same processors, they are made when they are asked for.
+    """
+    if device.type != "cuda":
+        yield from steps
+        return
+    iterator, stream = iter(steps), torch.cuda.Stream(device)
+
+    def make() -> tuple[Step, torch.cuda.Event] | None:
+        with torch.cuda.stream(stream):
+            step = next(iterator, None)
+            return None if step is None else (step, stream.record_event())
+
+    with concurrent.futures.ThreadPoolExecutor(1) as worker:
+        made = worker.submit(make)
+        while (result := made.result()) is not None:
+            made = worker.submit(make)
+            (parts, same), event = result
+            here = torch.cuda.current_stream(device)
+            here.wait_event(event)
+            for tensor in tensors_of(parts, same):
+                # its memory may be used anew only when this stream is done with it
+                tensor.record_stream(here)
+            yield parts, same
+
+
+def tensors_of(parts: list[Batch], same: Tensor) -> list[Tensor]:
+    return [tensor for part in parts for tensor in part.tensors()] + [same]

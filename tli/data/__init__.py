@@ -1,0 +1,1 @@
+"""Word lists -> pairs -> tokens -> packed batches; and the shipped Swahili-English list."""

@@ -1,0 +1,191 @@
+"""Word pairs in: one per source word, a split that leaks no word, and who means the same.
+
+Readers are in ``tli/data/readers.py``; how a long list is held, in ``tli/data/pair_store.py``. ``python -m tli.lexicon check`` compares a
+list with a dictionary (``tli/data/dictionary.py``).
+"""
+
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from tli.data.pair_store import Pair, Pairs, WordKeys, pair_writer, same_word, stored
+from tli.data.readers import further, read_rows
+from tli.runtime.errors import TliError
+
+SHIPPED = pathlib.Path(__file__).parent / "swahili-english.tsv"
+# what a report measures of a longer list: retrieval compares all with all, and an interval of so many pairs is narrow enough
+MEASURED_PAIRS = 5_000
+
+
+def read_pairs(path: str | os.PathLike | None, source: str, target: str) -> Pairs:
+    """The cleaned pairs of a list, one per source word, in the order of the file.
+
+    Exact duplicates collapse; the further targets of a source word become synonyms of its first. A target may serve several
+    source words: such pairs share a meaning (``same_meaning``).
+
+    Args:
+        path:   ``.tsv``, ``.csv``, ``.json``, ``.jsonl``, or the ``.index`` of a dictd dictionary; None: the shipped list.
+        source: name of the source language's column or key, in any case. A dictd dictionary has no names.
+        target: name of the target language's. The columns ``class``, ``loan`` (yes or no) and ``synonyms`` (separated by
+                ``;``, in JSON also a list) may be there, too; others are ignored.
+
+    Raises:
+        TliError: with the file and the line of what is wrong.
+    """
+    return merged(read_rows(SHIPPED if path is None else pathlib.Path(path), source, target))
+
+
+def merged(rows: Iterable[Pair]) -> Pairs:
+    """One pair per source word, in the order of their first rows."""
+    with pair_writer() as writer:
+        for pair in rows:
+            writer.add(pair)
+        pairs = writer.pairs()
+        sources = pairs.keys().sources
+        order = np.argsort(sources, kind="stable")
+        starts = np.flatnonzero(np.concatenate([[True], sources[order][1:] != sources[order][:-1]])[: len(order)])
+        firsts, counts = order[starts], np.diff(starts, append=len(order))
+        if len(starts) == len(order):
+            return pairs
+        numbers = firsts.copy()
+        for word in np.flatnonzero(counts > 1):
+            rows_of_word = pairs.subset(order[starts[word] : starts[word] + counts[word]])
+            numbers[word] = writer.add(_merge(list(rows_of_word)))
+        return writer.pairs().subset(numbers[np.argsort(firsts)])
+
+
+def _merge(rows: Sequence[Pair]) -> Pair:
+    synonyms = further(gloss for pair in rows for gloss in pair.accepted)
+    word_class = next((pair.word_class for pair in rows if pair.word_class), "")
+    loan = next((pair.loan for pair in rows if pair.loan is not None), None)
+    return replace(rows[0], synonyms=synonyms, word_class=word_class, loan=loan)
+
+
+def sample(pairs: Sequence[Pair], seed: int, most: int = MEASURED_PAIRS) -> np.ndarray:
+    """Numbers of at most so many pairs, int64, ascending: all of them, or as many as that drawn at random."""
+    return np.sort(np.random.default_rng([seed, 3]).permutation(len(pairs))[:most])
+
+
+def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[Pairs, Pairs]:
+    """Trained and held-out pairs, each in the given order, such that no word stands on both sides.
+
+    Pairs that share a word, synonyms included, stay together. A string counts as one word in both languages, because to the
+    model it is one state. The held-out count is the nearest to ``held_out * len(pairs)`` that such groups can add up to.
+
+    Raises:
+        TliError: if a side would have fewer than 2 pairs, or no group is small enough to come near the share.
+    """
+    if not 0 < held_out < 1:
+        raise TliError("--held-out", "the share of held-out pairs must lie between 0 and 1", held_out, "give a share such as 0.1")
+    if seed < 0:
+        raise TliError("--seed", "the seed must be at least 0", seed, "give another seed")
+    pairs = stored(pairs)
+    goal = round(held_out * len(pairs))
+    groups = _connected(pairs.keys())
+    order = np.random.default_rng(seed).permutation(groups.max(initial=-1) + 1)
+    chosen = _subset_near(np.bincount(groups)[order].tolist() if len(order) else [], goal, least=2, most=len(pairs) - 2)
+    if chosen is None:
+        raise TliError(
+            "--held-out",
+            f"the list must fall into groups that share no word, such that about {max(goal, 2)} pairs can be held out and 2 be trained",
+            f"{len(pairs)} pairs in {len(order)} groups",
+            "add pairs or give another share",
+        )
+    is_held_out = np.isin(groups, order[chosen])
+    return pairs.subset(np.flatnonzero(~is_held_out)), pairs.subset(np.flatnonzero(is_held_out))
+
+
+def check_disjoint(trained: Sequence[Pair], held_out: Sequence[Pair]) -> None:
+    """Raise ``TliError`` with the first held-out word, in either language, synonyms included, that is trained, too."""
+    trained, held_out = stored(trained), stored(held_out)
+    known, keys = trained.keys(), held_out.keys()
+    shared = [np.isin(words, np.concatenate([known.sources, known.glosses])) for words in (keys.sources, keys.glosses)]
+    numbers = np.concatenate([np.flatnonzero(shared[0]), keys.gloss_owners()[shared[1]]])
+    if not len(numbers):
+        return
+    number = numbers.min()
+    pair, own = held_out[number], keys.take(np.array([number]))
+    for word, key in zip((pair.source, *pair.accepted), (*own.sources, *own.glosses)):
+        owners = np.concatenate([np.flatnonzero(known.sources == key), known.gloss_owners()[known.glosses == key]])
+        if len(owners):
+            other = trained[owners.max()]
+            got = f"{same_word(word)!r} in {other.source} = {other.target} (trained) and in {pair.source} = {pair.target} (held out)"
+            raise TliError("--held-out-pairs", "no word may stand on both sides", got, "remove it from one of the two lists")
+
+
+def same_meaning(pairs: Sequence[Pair]) -> np.ndarray:
+    """``meaning_edges`` of pairs. Their number grows with the square of how many share a gloss: for lists of bounded length."""
+    return meaning_edges(stored(pairs).keys())
+
+
+def meaning_edges(keys: WordKeys) -> np.ndarray:
+    """All (i, j), i != j, where pairs i and j share a source word or an accepted gloss.
+
+    Returns:
+        int64 [E, 2], sorted, each pair of pairs in both orders. A retrieved j is as right as i, and never a negative of i.
+    """
+    from scipy.sparse import csr_array
+
+    pairs = len(keys.sources)
+    owners, words, first = [], [], 0
+    for owner, side in ((np.arange(pairs), keys.sources), (keys.gloss_owners(), keys.glosses)):
+        _, word, count = np.unique(side, return_inverse=True, return_counts=True)
+        shared = count[word] > 1
+        owners.append(owner[shared])
+        # a word of one language is no gloss of the other
+        words.append(word[shared] + first)
+        first += len(count)
+    rows_and_columns = np.concatenate(owners), np.concatenate(words)
+    incidence = csr_array((np.ones(len(rows_and_columns[0]), np.int32), rows_and_columns), shape=(pairs, first))
+    edges = np.stack((incidence @ incidence.T).nonzero(), axis=1).astype(np.int64)
+    edges = edges[edges[:, 0] != edges[:, 1]]
+    return edges[np.lexsort((edges[:, 1], edges[:, 0]))]
+
+
+def _connected(keys: WordKeys) -> np.ndarray:
+    """int [B]: number of the group, from 0 in the order of their first pairs, of each; a chain of shared words joins pairs into one."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    pairs = len(keys.sources)
+    if not pairs:
+        return np.zeros(0, np.int64)
+    words = np.concatenate([keys.sources, keys.glosses])
+    order = np.argsort(words, kind="stable")
+    words = words[order]
+    # the pairs of a word lie side by side: each is joined with the next
+    again = np.flatnonzero(words[1:] == words[:-1])
+    owners = np.concatenate([np.arange(pairs), keys.gloss_owners()])
+    ends = owners[order[again]], owners[order[again + 1]]
+    graph = coo_array((np.ones(len(ends[0]), bool), ends), shape=(pairs, pairs)).tocsr()
+    return connected_components(graph, directed=False)[1]
+
+
+def _subset_near(sizes: list[int], goal: int, least: int, most: int) -> list[int] | None:
+    """Indices of sizes whose sum, within [least, most], is nearest to ``goal``; None if that is more than twice the goal.
+
+    Subset sum by dynamic programming: bit c of ``sums`` says that some of the sizes so far add up to c.
+    """
+    most = max(0, min(most, max(least, 2 * goal)))
+    sums, last_index, in_range = 1, np.full(most + 1, -1), (1 << most + 1) - 1
+    for index, size in enumerate(sizes):
+        fresh = (sums << size) & in_range & ~sums
+        sums |= fresh
+        while fresh:
+            last_index[fresh.bit_length() - 1] = index
+            fresh ^= 1 << (fresh.bit_length() - 1)
+        if least <= goal <= most and last_index[goal] >= 0:
+            break
+    totals = least + np.flatnonzero(last_index[least:] >= 0)
+    if not len(totals):
+        return None
+    # the first of two that are as near
+    total = int(totals[np.abs(totals - goal).argmin()])
+    chosen = []
+    while total:
+        chosen.append(last_index[total])
+        total -= sizes[chosen[-1]]
+    return chosen
