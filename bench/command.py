@@ -32,9 +32,9 @@ from bench.peers import SUBJECTS, distinct_pairs
 from bench.step import dtypes
 from tli.config import TrainConfig
 from tli.data import word_pairs
+from tli.model.starter import starter_folder
 from tli.runtime.cli import as_dict, option, parse
 from tli.runtime.errors import TliError, run_command
-from tli.starter import starter_folder
 
 SCRIPTS = {"peft-truncated": "peft_truncated", "peft-hook": "peft_hook", "sentence-transformers": "sentence_transformers_lora"}
 # times faster than each, at least

@@ -104,8 +104,8 @@ def step_work(config: TrainConfig, nodes: int) -> tuple[int, int]:
     Each weight multiplies each node once forward and once backward, but block 0's q, k and v, whose products are looked up by token and
     into which no gradient goes; adapters, attention and norms are left out.
     """
-    from tli.checkpoint import open_checkpoint
-    from tli.starter import starter_folder
+    from tli.model.checkpoint import open_checkpoint
+    from tli.model.starter import starter_folder
 
     shape = open_checkpoint(config.model or str(starter_folder())).config
     width, hidden = shape.hidden_size, shape.intermediate_size

@@ -110,7 +110,7 @@ def _write_model(folder: pathlib.Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from tli.starter import starter_folder
+    from tli.model.starter import starter_folder
 
     tokenizer = AutoTokenizer.from_pretrained(starter_folder())
     torch.manual_seed(0)
@@ -124,15 +124,17 @@ def measure_here(options: str, steps: str) -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from tli import gradient_cache, lora
-    from tli.checkpoint import open_checkpoint, sight
+    from tli import gradient_cache
     from tli.data import word_pairs
     from tli.data.loader import EpochBatches
     from tli.data.packing import tokenise
-    from tli.objective import Objective, pooling
+    from tli.model import lora
+    from tli.model.checkpoint import open_checkpoint, sight
+    from tli.model.decoder import run, truncate
+    from tli.model.pooling import pooling
+    from tli.objective import Objective
     from tli.progress import TrainingState
     from tli.runtime.device import place
-    from tli.truncated import run, truncate
 
     config, seconds, own = TrainConfig(**json.loads(options)), {}, {}
     checkpoint, placement = open_checkpoint(config.model), place("cpu", "float32")

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from tli.config import TrainConfig
 from tli.data import word_pairs
+from tli.model.starter import starter_folder
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
-from tli.starter import starter_folder
 
 
 def drawn_pairs(config: TrainConfig, distinct: bool = False) -> tuple[list[word_pairs.Pair], list[word_pairs.Pair]]:
@@ -115,14 +115,13 @@ class Tli(Subject):
         import tli.train  # noqa: F401
 
     def __init__(self, config: TrainConfig, distinct: bool = False):
-        from tli import lora
-        from tli.arms import arm_model
-        from tli.checkpoint import open_checkpoint, sight
         from tli.data.loader import EpochBatches
         from tli.data.packing import tokenise
-        from tli.objective import pooling, token_norm_at_hand
+        from tli.model import lora
+        from tli.model.checkpoint import open_checkpoint, sight
+        from tli.model.decoder import arm_model, run
+        from tli.model.pooling import pooling, token_norm_at_hand
         from tli.step import Stepper
-        from tli.truncated import run
 
         self.config = config
         batch, rest = drawn_pairs(config, distinct)

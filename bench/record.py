@@ -12,10 +12,10 @@ import subprocess
 import torch
 
 import tli
-from tli import starter
-from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
 from tli.data import word_pairs
+from tli.model import starter
+from tli.model.checkpoint import open_checkpoint
 from tli.runtime import cpu
 from tli.runtime.files import sha256
 

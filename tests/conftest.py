@@ -20,7 +20,7 @@ interpreter.mend_bfloat16()
 @pytest.fixture(scope="session")
 def starter() -> pathlib.Path:
     """The starter model's folder, in the user's cache: fetched once per machine, not once per run."""
-    from tli.starter import starter_folder
+    from tli.model.starter import starter_folder
 
     return starter_folder()
 

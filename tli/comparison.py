@@ -13,19 +13,21 @@ import numpy as np
 from torch import Tensor
 
 from tli.alignment import CLIPSCORE, RETRIEVAL, Alignment, measure
-from tli.checkpoint import Checkpoint, sight
 from tli.clipscore import Scores, ref_clip_scores
 from tli.data import word_pairs
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.data.pair_store import Pair
-from tli.lora import Adapter
-from tli.objective import Pooling
-from tli.records import DIFFERENCE, Layer
+from tli.model.checkpoint import Checkpoint, sight
+from tli.model.hidden_states import stream_layers
+from tli.model.lora import Adapter
+from tli.model.pooling import Pooling
+from tli.model.shape import Layer
+from tli.records import DIFFERENCE
 from tli.resampling import bootstrap_interval, word_clusters
 from tli.runtime.device import Placement
 from tli.significance import P_VALUES, compare_groups, compare_rows, correct
-from tli.streaming import sink_share, stream_layers
+from tli.streaming import sink_share
 
 REF_CLIPSCORE = tuple(f"ref_{name}" for name in CLIPSCORE)
 TESTED = ("gap", "p_at_1", "mrr", "cosine", "mismatched", *CLIPSCORE, *REF_CLIPSCORE)

@@ -24,13 +24,13 @@ import tli
 from tli import evaluation, paired_table
 from tli.data import word_pairs
 from tli.data.pair_store import Pairs
-from tli.records import Layer
+from tli.model.shape import Layer
 from tli.runtime.errors import TliError, run_command
 from tli.runtime.files import claim_output, sha256, write_text
 from tli.tables import Table, show
 
 if typing.TYPE_CHECKING:
-    from tli.recorded import Recorded
+    from tli.model.trained_adapter import Recorded
 
 # of cosine: about half of the gain that the paper reports
 _MARGIN = 0.05
@@ -68,11 +68,12 @@ def _evaluate_table(config: EvaluateConfig, console) -> dict:
 
 def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     # torch and transformers, which a table does without
-    from tli import comparison, provenance, starter
-    from tli.checkpoint import open_checkpoint
+    from tli import comparison
     from tli.harm import harm, predict, read_windows
-    from tli.objective import pooling, token_norm_at_hand
-    from tli.recorded import agreed, read_recorded, require_fit
+    from tli.model import starter
+    from tli.model.checkpoint import model_facts, open_checkpoint
+    from tli.model.pooling import pooling, token_norm_at_hand
+    from tli.model.trained_adapter import agreed, read_recorded, require_fit
     from tli.runtime import environment
     from tli.runtime.console import layer_bar
     from tli.runtime.device import place
@@ -135,7 +136,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     facts = {
         "config": as_dict(config),
         "adapters": [recorded.facts() for recorded in known],
-        "model": provenance.model_facts(name, checkpoint, hashed(checkpoint.blocks if measured[-1] == "output" else measured[-1])),
+        "model": model_facts(name, checkpoint, hashed(checkpoint.blocks if measured[-1] == "output" else measured[-1])),
         "pairs": lists,
         "settings": {**used, "seed": seed, "source": lists["source"], "target": lists["target"]},
         "differences": differences,
@@ -156,7 +157,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
 
 def _read_lists(config: EvaluateConfig, known: "list[Recorded]") -> tuple[dict[str, Pairs], dict]:
     """The pairs by list, "trained" and "held_out", or "all" where nobody knows which were trained; and facts about them."""
-    from tli.recorded import agreed
+    from tli.model.trained_adapter import agreed
 
     source, target, recorded_path, path_held_out, share = (
         agreed(known, name, default)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import typing
 
-from tli.records import DIFFERENCE, Layer, interval, number, p_value
+from tli.model.shape import Layer
+from tli.records import DIFFERENCE, interval, number, p_value
 from tli.tables import Table, as_markdown, once
 
 if typing.TYPE_CHECKING:

@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tli.checkpoint import Checkpoint, open_checkpoint
-from tli.lora import Adapter
-from tli.recorded import read_recorded, require_fit
+from tli.model.checkpoint import Checkpoint, open_checkpoint
+from tli.model.lora import Adapter
+from tli.model.trained_adapter import read_recorded, require_fit
 from tli.runtime import environment, ops
 from tli.runtime.device import place
 from tli.runtime.errors import TliError, disk_errors, run_command

@@ -9,7 +9,8 @@ import typing
 import numpy as np
 
 from tli.alignment import HISTOGRAM_EDGES, Alignment
-from tli.records import SPLITS, Layer, aligned_layer, compared_layers, find_value, interval, number, place_name
+from tli.model.shape import Layer
+from tli.records import SPLITS, aligned_layer, compared_layers, find_value, interval, number, place_name
 from tli.runtime.files import replacing
 
 if typing.TYPE_CHECKING:

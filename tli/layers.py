@@ -17,18 +17,19 @@ import numpy as np
 from torch import Tensor
 
 from tli.alignment import cosines, csls, measure
-from tli.checkpoint import Checkpoint
 from tli.data.batch import Batch, to_batch
 from tli.data.packing import DEFAULT_WIDTH, TokenisedWords
 from tli.data.pair_store import Pair
 from tli.geometry import centred, geometry, standardised
-from tli.lora import Adapter
-from tli.objective import Pooling
-from tli.records import Layer
+from tli.model.checkpoint import Checkpoint
+from tli.model.hidden_states import stream_layers
+from tli.model.lora import Adapter
+from tli.model.pooling import Pooling
+from tli.model.shape import Layer
 from tli.resampling import bootstrap_interval, word_clusters
 from tli.runtime.device import Placement
 from tli.runtime.errors import TliError
-from tli.streaming import stream_layers, token_lengths
+from tli.streaming import token_lengths
 
 VECTORS = ("word", "word_bos", "raw", "raw_bos")
 _BOTH_WAYS = tuple(f"{metric}{way}" for metric in ("p_at_1", "p_at_5", "mrr") for way in ("", "_forward", "_backward"))

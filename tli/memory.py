@@ -17,12 +17,12 @@ import json
 import pathlib
 import sys
 
-from tli import hub, starter
 from tli.data import word_pairs
 from tli.data.packing import DEFAULT_WIDTH, tokenise
 from tli.memory_fit import as_flags, change_to_fit, largest_part, trained_pairs
 from tli.memory_model import Part, Run, allocations, predict, total
-from tli.model_shape import Shape
+from tli.model import hub, starter
+from tli.model.shape import Shape
 from tli.runtime.errors import TliError, one_line, run_command
 from tli.tables import Table, show
 

@@ -14,7 +14,7 @@ kept(x)·Aᵀ, a frozen one nothing. Imports neither torch nor transformers: it 
 import dataclasses
 import math
 
-from tli.model_shape import NF4_BYTES, Shape, targets_of
+from tli.model.shape import NF4_BYTES, Shape, table_bytes, targets_of
 
 CATEGORIES = ("weights", "embedding rows", "activations", "gradients and optimiser", "workspace", "words")
 MB = 10**6
@@ -30,8 +30,6 @@ FIRST_STEPS_BYTES, HOLES, HOLES_OF_LARGE, GRADIENT_HOLES, MAPPED_BYTES = 60 * MB
 PROGRAMS_BYTES = 120 * MB
 # not measured: no GPU was at hand. A context with kernels of torch and Triton; cuBLAS's workspace, which torch allocates
 CUDA_CONTEXT_BYTES, CUBLAS_BYTES = 450 * MB, 8_519_680
-# of tables, where the weights that they replace are smaller
-MOST_TABLE_BYTES = 64 << 20
 # of a pair of the list (bench/long_lists.py)
 PAIR_BYTES = 100
 # of numbers decoded at a time on a CPU (kernels/cpu.py), of cosines in a block (kernels/blocked.py), of keys by which dropout keeps
@@ -296,21 +294,8 @@ def _kept_workspace(run: Run) -> int:
     return CUBLAS_BYTES + decoded
 
 
-def table_bytes(rows: int, outputs: int, element: int, weight_bytes: int) -> int | None:
-    """How large the tables of block 0's q, k and v products are, or None where they would take more memory than they are worth.
-
-    Args:
-        rows:          V, the embedding rows that are kept: a product for each
-        outputs:       out-features of q, k and v together
-        element:       bytes of a number in the compute dtype
-        weight_bytes:  what the weights that they replace take, as they are held
-    """
-    wanted = rows * outputs * element
-    return wanted if wanted <= max(MOST_TABLE_BYTES, weight_bytes) else None
-
-
 def _tables(run: Run) -> tuple[int, int]:
-    """Bytes of the tables in the place of block 0's q, k and v weights (tli/first_block.py), and of those weights and biases."""
+    """Bytes of the tables in the place of block 0's q, k and v weights (tli/model/token_table.py), and of those weights and biases."""
     replaced = {path: run.shape.linear()[f"self_attn.{path}"] for path in ("q_proj", "k_proj", "v_proj")}
     weights = int(sum(n * k for n, k in replaced.values()) * (NF4_BYTES if run.weights == "nf4" else run.element))
     tables = None if run.exact else table_bytes(run.rows, sum(n for n, _ in replaced.values()), run.element, weights)

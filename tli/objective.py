@@ -2,57 +2,10 @@
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
-from tli.checkpoint import Checkpoint
-from tli.data.batch import Batch
-from tli.records import Layer
 from tli.runtime import ops
 from tli.runtime.ops import Ops
-
-
-@dataclasses.dataclass(frozen=True)
-class Pooling:
-    """How a word state comes of token states: a norm on each token, the mean over the word's nodes, unit length; in fp32.
-
-    norm_weight:  fp32 [D], the weight of the token norm; None leaves token states as they are
-    norm_eps:     its epsilon
-    ops:          the implementation
-    """
-
-    norm_weight: Tensor | None
-    norm_eps: float
-    ops: Ops = ops.REFERENCE
-
-    def __call__(self, states: Tensor, batch: Batch) -> Tensor:
-        """Word states of packed words: token states [T, D] -> fp32 unit rows [words, D]."""
-        return self.ops.pool_norm(states, batch.indptr, batch.indices, self.norm_weight, self.norm_eps, batch.transposed)
-
-    def at(self, layer: Layer) -> "Pooling":
-        """The pooling of a layer's states: those of ``output`` are normalised already."""
-        return self.plain() if layer == "output" else self
-
-    def plain(self) -> "Pooling":
-        """The same without a token norm."""
-        return dataclasses.replace(self, norm_weight=None)
-
-
-def token_norm_at_hand(token_norm: str, checkpoint: Checkpoint) -> str:
-    """What ``auto`` means for this checkpoint: ``final``, or ``rms`` in a folder without the shard that holds the final norm."""
-    if token_norm != "auto":
-        return token_norm
-    return "final" if checkpoint.folder is None or checkpoint.at_hand("norm.weight") else "rms"
-
-
-def pooling(token_norm: str, checkpoint: Checkpoint, device: torch.device, ops: Ops = ops.REFERENCE) -> Pooling:
-    """The pooling for a ``--token-norm``: ``final`` reads the model's final norm, ``rms`` has unit weights, ``none`` is none."""
-    weight, eps = None, checkpoint.config.rms_norm_eps
-    if token_norm == "final":
-        weight, eps = checkpoint.final_norm()
-    elif token_norm == "rms":
-        weight = torch.ones(checkpoint.config.hidden_size)
-    return Pooling(None if weight is None else weight.to(device), eps, ops)
 
 
 @dataclasses.dataclass(frozen=True)

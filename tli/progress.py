@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from tli.config import TrainConfig
 from tli.data.pair_store import Pairs
-from tli.lora import LoRALinear
+from tli.model.lora import LoRALinear
 from tli.runtime.cli import as_dict
 from tli.runtime.errors import TliError
 from tli.runtime.files import replacing

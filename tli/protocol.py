@@ -14,18 +14,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tli import comparison, significance, starter
+from tli import comparison, significance
 from tli.alignment import Alignment, measure, measurements
-from tli.checkpoint import Checkpoint, open_checkpoint
 from tli.config import ProtocolConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.pair_store import Pair
 from tli.figures import draw_protocol, save_figure
 from tli.grid import REPORT, Cell, run_cells
-from tli.objective import pooling
+from tli.model import starter
+from tli.model.checkpoint import Checkpoint, open_checkpoint
+from tli.model.pooling import pooling
+from tli.model.trained_adapter import read_recorded
 from tli.protocol_controls import adapters_everywhere, save_random_model, sink_only, tokenise_pairs
 from tli.protocol_report import PUBLISHED, markdown, sentence, show, verdict
-from tli.recorded import read_recorded
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import cells_bar

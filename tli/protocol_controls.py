@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tli import lora
-from tli.checkpoint import Checkpoint, sight
 from tli.data import word_pairs
 from tli.data.batch import to_batch
 from tli.data.packing import TokenisedWords, tokenise
 from tli.data.pair_store import Pair
-from tli.hooked import run_hooked, whole
-from tli.objective import Objective, pooling
+from tli.model import lora
+from tli.model.checkpoint import Checkpoint, sight
+from tli.model.decoder import run, run_hooked, truncate, whole
+from tli.model.pooling import pooling
+from tli.objective import Objective
 from tli.runtime.device import place
-from tli.truncated import run, truncate
 
 _CHECKED_STEPS = 8
 

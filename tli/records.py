@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-Layer = int | str
+from tli.model.shape import Layer
 
 SPLITS = {"trained": "trained", "held_out": "held out"}
 DIFFERENCE = "trained - held_out"

@@ -18,14 +18,15 @@ import json
 import pathlib
 import time
 
-from tli import layers, provenance, starter
-from tli.checkpoint import open_checkpoint, sight
+from tli import layers
 from tli.data import word_pairs
 from tli.data.packing import tokenise
 from tli.data.pair_store import Pairs
 from tli.figures import draw_scan, save_figure
-from tli.objective import pooling, token_norm_at_hand
-from tli.recorded import read_recorded, require_fit
+from tli.model import starter
+from tli.model.checkpoint import model_facts, open_checkpoint, sight
+from tli.model.pooling import pooling, token_norm_at_hand
+from tli.model.trained_adapter import read_recorded, require_fit
 from tli.runtime import environment
 from tli.runtime.console import layer_bar
 from tli.runtime.device import place
@@ -74,7 +75,7 @@ def scan(config: ScanConfig) -> dict:
     list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
     report = {
         "config": {**as_dict(config), "token_norm": token_norm},
-        "model": provenance.model_facts(name, checkpoint, hashed(max(layer for _, layer in scans if layer != "output"))),
+        "model": model_facts(name, checkpoint, hashed(max(layer for _, layer in scans if layer != "output"))),
         "adapter": None if adapted is None else adapted.facts(),
         "pairs": {"name": list_file.name, "sha256": sha256(list_file), "listed": listed, "scanned": len(pairs)},
         "missing_output": missing_output,

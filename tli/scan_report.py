@@ -8,7 +8,8 @@ from __future__ import annotations
 import shlex
 import typing
 
-from tli.records import Layer, interval, number, place_name
+from tli.model.shape import Layer
+from tli.records import interval, number, place_name
 from tli.tables import Table
 from tli.tables import show as show_tables
 

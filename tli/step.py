@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from tli import gradient_cache, lora
+from tli import gradient_cache
 from tli.config import TrainConfig
 from tli.data.batch import Batch
 from tli.data.loader import Step, tensors_of
+from tli.model import lora
 from tli.objective import Objective
 from tli.profiling import FORWARD, LOSS, OPTIMISER
 from tli.runtime.device import Placement

@@ -101,10 +101,10 @@ def _place_of_process(config: StudyConfig) -> tuple[int, int, str]:
 
 def _check_model(config: StudyConfig) -> int:
     """The model's number of blocks, when all ranks fit it: before anything is trained or written."""
-    from tli import lora, starter
-    from tli.checkpoint import open_checkpoint
+    from tli.model import lora, starter
+    from tli.model.checkpoint import open_checkpoint
+    from tli.model.decoder import require_layer, shell
     from tli.runtime.device import place
-    from tli.truncated import require_layer, shell
 
     checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
     require_layer(checkpoint, config.layer)

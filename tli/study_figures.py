@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typing
 
-from tli.records import Layer, place_name
+from tli.model.shape import Layer
+from tli.records import place_name
 
 if typing.TYPE_CHECKING:
     import matplotlib.figure

@@ -13,7 +13,8 @@ import typing
 import numpy as np
 
 from tli.figures import save_figure
-from tli.records import Layer, aligned_layer, find_value, interval, number, p_value, place_name
+from tli.model.shape import Layer
+from tli.records import aligned_layer, find_value, interval, number, p_value, place_name
 from tli.runtime import cpu
 from tli.runtime.files import write_text
 from tli.significance import correct

@@ -1,7 +1,7 @@
 """``python -m tli.train``: align word pairs at layer L with LoRA adapters, and measure what came of it.
 
 Reads top to bottom: pairs -> tokens -> the model with adapters -> steps -> the adapter's files -> the report. By default the model
-ends at layer L; the arms that it is compared with run the whole model (``tli/hooked.py``).
+ends at layer L; the arms that it is compared with run the whole model (``tli/model/decoder.py``).
 
 Everything random is a function of the seed and of a position (epoch, step, module), never of what came before it. So a run
 that was killed and resumed passes through the same numbers as one that was not, to the last bit.
@@ -28,15 +28,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tli import layers, lora, profiling, provenance, report, starter, training_memory
-from tli.arms import arm_model
-from tli.checkpoint import Checkpoint, open_checkpoint, sight
+from tli import layers, profiling, report, training_memory
 from tli.data import word_pairs
 from tli.data.loader import EpochBatches, made_ahead
 from tli.data.packing import TokenisedWords, tokenise
 from tli.data.pair_store import Pairs
-from tli.hooked import run_hooked
-from tli.objective import Pooling, pooling, token_norm_at_hand
+from tli.model import lora, starter
+from tli.model.checkpoint import Checkpoint, model_facts, open_checkpoint, sight
+from tli.model.decoder import arm_model, require_layer, run, run_hooked
+from tli.model.pooling import Pooling, pooling, token_norm_at_hand
 from tli.progress import Progress, TrainingState
 from tli.runtime import environment
 from tli.runtime.console import layer_bar, stop_signals, training_bar
@@ -45,7 +45,6 @@ from tli.runtime.errors import run_command
 from tli.runtime.files import claim_output, sha256
 from tli.step import Stepper, require_finite
 from tli.streaming import align_layers
-from tli.truncated import require_layer, run
 
 _SAVE_EVERY_S = 20.0
 
@@ -250,7 +249,7 @@ def _facts(
     per_batch = len(trained) / -(-len(trained) // config.batch)
     return {
         "config": as_dict(config),
-        "model": provenance.model_facts(
+        "model": model_facts(
             config.model or starter.NAME, checkpoint, checkpoint.sha256(config.layer if config.arm == "early" else checkpoint.blocks)
         ),
         "pairs": {"trained": len(trained), "held_out": len(held_out), "name": list_file.name, "sha256": sha256(list_file)},

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from tli import figures, memory_fit, memory_model, profiling
-from tli.checkpoint import Checkpoint
 from tli.config import TrainConfig
 from tli.data.packing import TokenisedWords
-from tli.lora import trainable
-from tli.model_shape import Shape
+from tli.model.checkpoint import Checkpoint
+from tli.model.lora import trainable
+from tli.model.shape import Shape
 from tli.runtime import environment
 from tli.runtime.device import Placement
 from tli.tables import show

@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 
 from bench import synthetic
-from tli.checkpoint import open_checkpoint
 from tli.data import word_pairs
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
+from tli.model.checkpoint import open_checkpoint
+from tli.model.decoder import run, truncate
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
-from tli.truncated import run, truncate
 
 
 @pytest.fixture(scope="module")

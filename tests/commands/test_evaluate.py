@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.small_adapters import UNREADABLE, save_adapter, unreadable
-from tli import evaluation, lora, streaming, train
+from tli import evaluation, train
 from tli.config import EvaluateConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.packing import TokenisedWords
 from tli.evaluate import evaluate
+from tli.model import hidden_states, lora
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError, run_command
 from tli.runtime.files import sha256
@@ -170,13 +171,13 @@ def test_a_margin_that_is_given_is_the_margin(trained, tmp_path):
 
 
 def test_layers_are_chosen_and_blocks_above_them_are_not_read(trained, tmp_path, monkeypatch):
-    read, load_block = [], streaming.load_block
+    read, load_block = [], hidden_states.load_block
 
     def counted(checkpoint, block, index, placement):
         read.append(index)
         load_block(checkpoint, block, index, placement)
 
-    monkeypatch.setattr(streaming, "load_block", counted)
+    monkeypatch.setattr(hidden_states, "load_block", counted)
     facts = run(trained, layers=" 2, 1,2 ", output=str(tmp_path / "out"))
     assert facts["layers"] == [1, 2]
     assert {record["layer"] for record in facts["measurements"]} == {1, 2}
@@ -186,7 +187,7 @@ def test_layers_are_chosen_and_blocks_above_them_are_not_read(trained, tmp_path,
 
 
 def test_results_do_not_depend_on_batch_bin_width_padding_side_or_word_order(trained, facts, tmp_path, monkeypatch, word_list, make_model):
-    monkeypatch.setattr("tli.streaming._CHUNK_NODES", 64)
+    monkeypatch.setattr("tli.model.hidden_states._CHUNK_NODES", 64)
     pack = TokenisedWords.pack
     monkeypatch.setattr(TokenisedWords, "pack", lambda words, numbers, pool_bos=False: pack(words, numbers, pool_bos, width=12))
     narrow = run(trained, layers="2,output", output=str(tmp_path / "narrow"))

@@ -21,11 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 import tli.export as export_module
 from tests.support.families import FAMILIES
-from tli import lora
-from tli.checkpoint import open_checkpoint
 from tli.config import ExportConfig
 from tli.export import export
-from tli.hooked import whole
+from tli.model import lora
+from tli.model.checkpoint import open_checkpoint
+from tli.model.decoder import whole
 from tli.runtime.cli import parse
 from tli.runtime.device import place
 from tli.runtime.errors import TliError, run_command

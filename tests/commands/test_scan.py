@@ -17,14 +17,16 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.families import FAMILIES
 from tests.support.small_adapters import UNREADABLE, unreadable
-from tli import layers, lora, streaming
-from tli.checkpoint import open_checkpoint
+from tli import layers, streaming
 from tli.config import ScanConfig
 from tli.data import word_pairs
 from tli.data.batch import to_batch
 from tli.data.packing import TokenisedWords, tokenise
 from tli.figures import draw_scan
-from tli.objective import Pooling, pooling
+from tli.model import hidden_states, lora
+from tli.model.checkpoint import open_checkpoint
+from tli.model.decoder import truncate
+from tli.model.pooling import Pooling, pooling
 from tli.runtime.cli import parse
 from tli.runtime.device import place
 from tli.runtime.errors import TliError, run_command
@@ -32,7 +34,6 @@ from tli.runtime.files import sha256
 from tli.scan import _pairs
 from tli.scan import scan as scan_command
 from tli.scan_report import show, verdict
-from tli.truncated import truncate
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CPU = place("cpu", "float32")
@@ -145,7 +146,7 @@ def test_bins_chunks_padding_side_and_the_order_of_pairs_change_nothing(make_mod
     whole = scanned(folder, spell(tokenizer, pairs), word_pairs.same_meaning(pairs))
     order = np.random.default_rng(3).permutation(len(pairs))
     moved = [pairs[i] for i in order]
-    monkeypatch.setattr(streaming, "_CHUNK_NODES", 30)
+    monkeypatch.setattr(hidden_states, "_CHUNK_NODES", 30)
     left = copy.deepcopy(tokenizer)
     left.padding_side, left.pad_token = "left", "</s>"
     parts = scanned(folder, spell(left, moved), word_pairs.same_meaning(moved), width=13)
@@ -164,14 +165,14 @@ def test_bins_chunks_padding_side_and_the_order_of_pairs_change_nothing(make_mod
 
 def test_one_block_at_a_time_is_in_memory(make_model, tokenizer, pairs, monkeypatch):
     loaded, alive = [], []
-    load = streaming.load_block
+    load = hidden_states.load_block
 
     def watched(checkpoint, block, *arguments):
         alive.append(sum(weight() is not None for weight in loaded))
         load(checkpoint, block, *arguments)
         loaded.extend(weakref.ref(parameter) for parameter in block.parameters())
 
-    monkeypatch.setattr(streaming, "load_block", watched)
+    monkeypatch.setattr(hidden_states, "load_block", watched)
     scanned(make_model("llama"), spell(tokenizer, pairs), NONE_ALIKE)
     assert alive == [0, 0, 0, 0]
     assert len(loaded) == 4 * 9

@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tli.train as train_module
-from tli import lora, scan, train
+from tli import scan, train
 from tli.config import ScanConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.loader import EpochBatches
+from tli.model import lora
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError, run_command
 from tli.step import rate
@@ -163,7 +164,7 @@ def test_shuffling_teaches_no_true_pair_and_measures_true_ones(settings, tmp_pat
 
 def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_list):
     pairs = word_pairs.read_pairs(str(word_list), "swahili", "english")
-    from tli.checkpoint import open_checkpoint
+    from tli.model.checkpoint import open_checkpoint
     from tli.runtime.device import place
 
     config = TrainConfig(**settings)

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from tests.support.families import FAMILIES
 from tests.support.small_adapters import save_adapter
 from tli import harm as harm_module
-from tli import lora
-from tli.checkpoint import open_checkpoint
 from tli.harm import NextTokens, TextWindows, harm, predict, read_windows
+from tli.model import lora
+from tli.model.checkpoint import open_checkpoint
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
 
@@ -92,7 +92,7 @@ def test_no_number_depends_on_how_much_is_held_at_once(make_model, text, tmp_pat
     usual, _ = predict(checkpoint, windows, CPU, [adapter])
     monkeypatch.setattr(harm_module, "_CHUNK_POSITIONS", 3)
     monkeypatch.setattr(harm_module, "_HEAD_ROWS", 37)
-    monkeypatch.setattr("tli.streaming._CHUNK_NODES", 30)
+    monkeypatch.setattr("tli.model.hidden_states._CHUNK_NODES", 30)
     chunked, _ = predict(checkpoint, windows, CPU, [adapter])
     for one, other in zip(usual, chunked):
         np.testing.assert_allclose(other.surprise, one.surprise, atol=1e-5)

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.families import FAMILIES
 from tests.support.words import tokens_of
-from tli.checkpoint import open_checkpoint
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
+from tli.model.checkpoint import open_checkpoint
+from tli.model.decoder import run, truncate
+from tli.model.hidden_states import stream_layers
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
-from tli.streaming import stream_layers
-from tli.truncated import run, truncate
 
 WORDS = ["kitabu", "kitanda", "kiti", "mtoto", "mtu", "watu", "book", "books", "bookshop", "child", "children", "kitabu", "w"]
 CPU = place("cpu", "float32")
@@ -100,7 +100,7 @@ def test_a_chunk_of_bins_changes_nothing(make_model, tokenizer, monkeypatch):
     checkpoint = open_checkpoint(str(make_model("gemma3_text")))
     results = []
     for nodes in (12, 24, 10_000):
-        monkeypatch.setattr("tli.streaming._CHUNK_NODES", nodes)
+        monkeypatch.setattr("tli.model.hidden_states._CHUNK_NODES", nodes)
         stream_layers(checkpoint, batch, words.rows, CPU, [None, None], lambda layer, states: results.append(states))
     third = len(results) // 3
     for one, two, whole in zip(results[:third], results[third : 2 * third], results[2 * third :], strict=True):

@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM
 from tests.model.test_decoder import relative_error, whole_states
 from tests.support.families import FAMILIES
 from tests.support.words import tokens_of
-from tli import lora
-from tli.checkpoint import Checkpoint, open_checkpoint
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
-from tli.hooked import caught, recompute_blocks, run_hooked, whole
-from tli.objective import Objective, pooling
+from tli.model import lora
+from tli.model.checkpoint import Checkpoint, open_checkpoint
+from tli.model.decoder import caught, recompute_blocks, run, run_hooked, truncate, whole
+from tli.model.pooling import pooling
+from tli.objective import Objective
 from tli.runtime import ops
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
-from tli.truncated import run, truncate
 
 # six pairs: sources, then targets
 WORDS = ["kitabu", "kitanda", "mtoto", "kiti", "mtu", "maji", "book", "bed", "child", "chair", "person", "water"]

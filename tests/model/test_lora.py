@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.families import FAMILIES
 from tests.support.words import tokens_of
-from tli import lora
-from tli.checkpoint import open_checkpoint
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
+from tli.model import lora
+from tli.model.checkpoint import open_checkpoint
+from tli.model.decoder import run, truncate
+from tli.model.hidden_states import stream_layers
 from tli.runtime import ops
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
-from tli.streaming import stream_layers
-from tli.truncated import run, truncate
 
 CPU = place("cpu", "float32")
 WORDS = ["kitabu", "kitanda", "mtoto", "book", "bookshop", "child"]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench import start
-from tli.mapped import read_alone, read_no_more
+from tli.model.safetensors_io import read_alone, read_no_more
 from tli.runtime.errors import TliError
 
 ROWS, WIDTH = 4096, 4096

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tli import starter as module
+from tli.model import starter as module
 from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
 
@@ -137,7 +137,7 @@ def left_in(cache: pathlib.Path) -> list[str]:
 
 def start(code: str, **options) -> subprocess.Popen:
     """Python with ``tli.starter`` as ``m`` that expects the hashes that ``online`` has set here."""
-    prelude = f"import tli.starter as m; m.WHEEL_SHA256, m.GGUF_SHA256 = {module.WHEEL_SHA256!r}, {module.GGUF_SHA256!r}\n"
+    prelude = f"import tli.model.starter as m; m.WHEEL_SHA256, m.GGUF_SHA256 = {module.WHEEL_SHA256!r}, {module.GGUF_SHA256!r}\n"
     return subprocess.Popen(
         [sys.executable, "-c", prelude + code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
@@ -213,7 +213,7 @@ def test_the_conversion_agrees_with_transformers_own_reader(online, tiny_gguf):
 
 def test_a_warm_cache_needs_no_pip_no_network_and_no_torch(starter):
     code = """
-import sys, time, tli.starter as m, subprocess
+import sys, time, tli.model.starter as m, subprocess
 subprocess.Popen = None
 before = time.perf_counter()
 print(m.starter_folder())
@@ -282,7 +282,10 @@ def test_two_processes_at_once_fetch_it_once(online, cache):
 
 
 def test_progress_goes_to_standard_error_only(online):
-    shown = start("import sys; sys.argv = ['starter']; m.main()", env=os.environ | {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1"})
+    shown = start(
+        "import sys; sys.argv = ['starter']; from tli.starter import main; main()",
+        env=os.environ | {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1"},
+    )
     output, errors = shown.communicate(timeout=60)
     assert shown.returncode == 0
     assert output == f"{module.starter_folder()}\n"

@@ -6,18 +6,18 @@ import torch
 from tli_kernels.token_table import TokenTable
 
 from tests.support.families import FAMILIES
-from tli import first_block, lora, memory_model
-from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
 from tli.data.loader import EpochBatches
 from tli.data.packing import tokenise
 from tli.data.word_pairs import read_pairs
-from tli.hooked import recompute_blocks
-from tli.objective import Objective, pooling
+from tli.model import lora, shape, token_table
+from tli.model.checkpoint import open_checkpoint
+from tli.model.decoder import recompute_blocks, run, truncate
+from tli.model.pooling import pooling
+from tli.objective import Objective
 from tli.runtime import ops
 from tli.runtime.device import Placement, place
 from tli.runtime.ops import Ops
-from tli.truncated import run, truncate
 
 TABLED = {"cpu": lambda: ops.on_cpu(ops.Matmul()), "fused": ops.fused}
 
@@ -32,7 +32,7 @@ def gradients(
     words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
     decoder = truncate(checkpoint, 2, words.rows, placement)
     if tabled:
-        assert first_block.tabulate(decoder) == len(words.rows) * sum(tables(decoder)[name].shape[0] for name in "qkv") * 4
+        assert token_table.tabulate(decoder) == len(words.rows) * sum(tables(decoder)[name].shape[0] for name in "qkv") * 4
     if more.get("checkpointing"):
         recompute_blocks(decoder)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0, targets=targets, dropout=0.3), seed=1)
@@ -82,15 +82,15 @@ def test_the_weights_stay_where_they_are_smaller_and_where_every_bit_counts(make
         return truncate(checkpoint, 1, np.arange(200), place("cpu", "float32", impl=impl))
 
     # 200 rows of 128 products against 48 x 128 weights
-    monkeypatch.setattr(memory_model, "MOST_TABLE_BYTES", 200 * 128 * 4)
-    assert first_block.tabulate(loaded()) == 200 * 128 * 4
-    monkeypatch.setattr(memory_model, "MOST_TABLE_BYTES", 200 * 128 * 4 - 1)
+    monkeypatch.setattr(shape, "MOST_TABLE_BYTES", 200 * 128 * 4)
+    assert token_table.tabulate(loaded()) == 200 * 128 * 4
+    monkeypatch.setattr(shape, "MOST_TABLE_BYTES", 200 * 128 * 4 - 1)
     decoder = loaded()
-    assert first_block.tabulate(decoder) is None
+    assert token_table.tabulate(decoder) is None
     assert not tables(decoder)
-    assert memory_model.table_bytes(200, 128, 4, weight_bytes=200 * 128 * 4) == 200 * 128 * 4
-    monkeypatch.setattr(memory_model, "MOST_TABLE_BYTES", 1 << 30)
-    assert first_block.tabulate(loaded("reference")) is None
+    assert shape.table_bytes(200, 128, 4, weight_bytes=200 * 128 * 4) == 200 * 128 * 4
+    monkeypatch.setattr(shape, "MOST_TABLE_BYTES", 1 << 30)
+    assert token_table.tabulate(loaded("reference")) is None
 
 
 def test_a_table_is_of_the_tokens_that_were_set_and_has_no_way_back():

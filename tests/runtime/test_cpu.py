@@ -13,20 +13,21 @@ import torch
 from tli_kernels import cpu
 
 from tests.support.fidelity import assert_faithful
-from tli import first_block, lora
-from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
 from tli.data.loader import EpochBatches
 from tli.data.packing import tokenise
 from tli.data.word_pairs import read_pairs
-from tli.objective import Objective, pooling
+from tli.model import lora, token_table
+from tli.model.checkpoint import open_checkpoint
+from tli.model.decoder import attend_in_steps, run, truncate
+from tli.model.pooling import pooling
+from tli.objective import Objective
 from tli.progress import STATE_FILE
 from tli.runtime import cpu as processor
 from tli.runtime import ops
 from tli.runtime.cpu import Ways
 from tli.runtime.device import Placement, place
 from tli.train import train
-from tli.truncated import attend_in_steps, run, truncate
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PLAIN = Ways("float32", dict.fromkeys(processor.DTYPES, "torch"), dict.fromkeys(processor.DTYPES, "sdpa"))
@@ -278,7 +279,7 @@ def test_loss_and_gradients_in_bfloat16_are_as_true_as_transformers_own(make_mod
         chosen = ops.on_cpu(ops.Matmul.named(matmul)) if fast else ops.REFERENCE
         decoder = truncate(checkpoint, 2, words.rows, Placement(torch.bfloat16, torch.device("cpu"), ops=chosen)).to(dtype)
         if fast:
-            first_block.tabulate(decoder)
+            token_table.tabulate(decoder)
             attend_in_steps(decoder)
         lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0))
         generator = torch.Generator().manual_seed(0)

@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import torch
 
-from tli import lora
-from tli.checkpoint import open_checkpoint
+from tli.model import lora
+from tli.model.checkpoint import open_checkpoint
+from tli.model.decoder import truncate
 from tli.runtime.device import place
-from tli.truncated import truncate
 
 
 def save_adapter(

@@ -5,15 +5,17 @@ import pytest
 import torch
 
 import tli.train as train_module
-from tli import gradient_cache, lora
-from tli.checkpoint import open_checkpoint
+from tli import gradient_cache
 from tli.config import TrainConfig
 from tli.data.loader import EpochBatches
 from tli.data.packing import tokenise
 from tli.data.word_pairs import read_pairs
-from tli.objective import Objective, pooling
+from tli.model import lora
+from tli.model.checkpoint import open_checkpoint
+from tli.model.decoder import run, truncate
+from tli.model.pooling import pooling
+from tli.objective import Objective
 from tli.runtime.device import place
-from tli.truncated import run, truncate
 
 LOSSES = {"infonce": ("infonce", 0.1, 0.4), "hinge": ("hinge", 0.1, 0.4)}
 

@@ -6,13 +6,14 @@ import torch
 
 from tests.support.families import FAMILIES
 from tests.support.words import tokens_of
-from tli import lora
-from tli.checkpoint import open_checkpoint
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
-from tli.objective import Objective, pooling
+from tli.model import lora
+from tli.model.checkpoint import open_checkpoint
+from tli.model.decoder import run, truncate
+from tli.model.pooling import pooling
+from tli.objective import Objective
 from tli.runtime.device import place
-from tli.truncated import run, truncate
 
 CPU = place("cpu", "float32")
 SOURCES = ["kitabu", "kitanda", "mtoto", "mtu", "maji", "nyumba"]

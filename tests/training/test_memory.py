@@ -16,21 +16,22 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from tests.support.fake_hub import serving
-from tli import gradient_cache, lora, memory_fit, memory_model, profiling, train
-from tli.arms import arm_model
-from tli.checkpoint import open_checkpoint
+from tli import gradient_cache, memory_fit, memory_model, profiling, train
 from tli.config import MemoryConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.loader import EpochBatches
 from tli.data.packing import tokenise
-from tli.hooked import run_hooked
 from tli.memory import memory
-from tli.model_shape import Shape
-from tli.objective import Objective, Pooling
+from tli.model import lora
+from tli.model.checkpoint import open_checkpoint
+from tli.model.decoder import arm_model, run_hooked
+from tli.model.decoder import run as run_model
+from tli.model.pooling import Pooling
+from tli.model.shape import Shape
+from tli.objective import Objective
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
 from tli.training_memory import needed as memory_needed
-from tli.truncated import run as run_model
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 # wide beside the batch, as real models are: what has the size of a vocabulary or of a word list must not decide
@@ -276,13 +277,13 @@ def test_the_starter_is_not_fetched_for_it(tmp_path):
     assert not (tmp_path / "empty").exists()
     facts = json.loads(done.stdout)
     assert not facts["counted"]
-    from tli import starter
+    from tli.model import starter
 
     assert facts["model"]["hidden"] == starter.SIZES["intermediate_size"]
 
 
 def test_the_starters_sizes_are_its_configs(starter):
-    from tli.starter import SIZES
+    from tli.model.starter import SIZES
 
     config = json.loads((starter / "config.json").read_text())
     assert {name: config[name] for name in SIZES} == SIZES

@@ -7,18 +7,18 @@ import pytest
 import torch
 from tli_kernels import launch
 
-from tli import lora
-from tli.checkpoint import open_checkpoint
 from tli.config import TrainConfig
 from tli.data.loader import EpochBatches, made_ahead, tensors_of
 from tli.data.packing import tokenise
 from tli.data.word_pairs import read_pairs
-from tli.objective import pooling
+from tli.model import lora
+from tli.model.checkpoint import open_checkpoint
+from tli.model.decoder import run, truncate
+from tli.model.pooling import pooling
 from tli.runtime import ops
 from tli.runtime.device import Placement, place
 from tli.runtime.errors import TliError
 from tli.step import Stepper, _padded, _Recording
-from tli.truncated import run, truncate
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -1,4 +1,9 @@
-"""A decoder's sizes out of its config.json, without transformers: what its linear layers measure, and what a block weighs."""
+"""A decoder's sizes out of its config.json, without transformers: what its linear layers measure, and what a block weighs.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import re
@@ -17,6 +22,10 @@ _USUAL = {
     "gemma3_text": {"head_dim": 256, "num_key_value_heads": 4, "num_attention_heads": 8, "vocab_size": 262208},
 }
 LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+# of tables, where the weights that they replace are smaller
+MOST_TABLE_BYTES = 64 << 20
+
+Layer = int | str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Shape:
     biases: tuple[str, ...]
 
     @classmethod
-    def from_config(cls, config: dict, name: str) -> "Shape":
+    def from_config(cls, config: dict, name: str) -> Shape:
         """The shape that a ``config.json`` describes; of a model of text and images the decoder's.
 
         Raises:
@@ -106,3 +115,16 @@ def targets_of(block: int, targets: str) -> tuple[str, ...]:
     except re.error:
         return ()
     return tuple(path for path in LINEAR if pattern.fullmatch(path) or pattern.fullmatch(f"layers.{block}.{path}"))
+
+
+def table_bytes(rows: int, outputs: int, element: int, weight_bytes: int) -> int | None:
+    """How large the tables of block 0's q, k and v products are, or None where they would take more memory than they are worth.
+
+    Args:
+        rows:          V, the embedding rows that are kept: a product for each
+        outputs:       out-features of q, k and v together
+        element:       bytes of a number in the compute dtype
+        weight_bytes:  what the weights that they replace take, as they are held
+    """
+    wanted = rows * outputs * element
+    return wanted if wanted <= max(MOST_TABLE_BYTES, weight_bytes) else None

@@ -87,7 +87,7 @@ def fetch_tensor(repository: str, revision: str, file: str, name: str) -> Tensor
     """
     from safetensors.torch import load, save
 
-    from tli.mapped import one_tensor
+    from tli.model.safetensors_io import one_tensor
 
     kept = cache_folder() / "tensors" / repository.replace("/", "--") / revision / f"{name}.safetensors"
     if kept.is_file():

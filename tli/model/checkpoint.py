@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tli import hub
-from tli.mapped import read_alone, read_no_more
+from tli.model import hub
+from tli.model.safetensors_io import read_alone, read_no_more
 from tli.runtime import ops
 from tli.runtime.errors import TliError, one_line
 
@@ -286,3 +286,14 @@ def _open(path: pathlib.Path):
         raise TliError(path, "the file must be whole safetensors", one_line(error), "download it again") from error
     with shard as opened:
         yield opened
+
+
+def model_facts(name: str, checkpoint: Checkpoint, sha256: str) -> dict:
+    """What the model is called and is; ``sha256``: ``checkpoint.sha256`` of the blocks that were read."""
+    return {
+        "name": name,
+        "family": checkpoint.config.model_type,
+        "blocks": checkpoint.blocks,
+        "width": checkpoint.config.hidden_size,
+        "sha256": sha256,
+    }

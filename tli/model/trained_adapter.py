@@ -15,12 +15,12 @@ from collections.abc import Callable
 import numpy as np
 from torch import nn
 
-from tli import lora, starter
-from tli.checkpoint import Checkpoint
+from tli.model import lora, starter
+from tli.model.checkpoint import Checkpoint
+from tli.model.decoder import shell
 from tli.runtime.device import Placement
 from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
-from tli.truncated import shell
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from tli.memory_model import table_bytes
+from tli.model.shape import table_bytes
 from tli.runtime import ops
 from tli.runtime.environment import return_freed_memory
 

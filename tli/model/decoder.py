@@ -1,15 +1,28 @@
-"""The model that ends after block L: transformers' own blocks, with nothing built, read or computed behind them.
+"""The frozen decoder: transformers' own blocks, cut after block L, or whole with hidden state L caught by a forward hook.
 
 ``hidden_states[L]`` is the residual stream after L blocks and *before* any final norm, so the norm at the end of the shell
-becomes an identity. (A transformers model made with ``num_hidden_layers=L`` applies it: its last state is another quantity.)
+becomes an identity. (A transformers model made with ``num_hidden_layers=L`` applies it: its last state is another quantity.) Nothing
+is built, read or computed behind block L.
+
+The arms that it is compared with run the whole model. ``full`` runs every block and aligns the output, after the final norm, with
+adapters in all blocks. ``full-hook`` runs every block, too, but its loss reads hidden state L, caught on its way, and its adapters lie
+below: what those who train an early layer with other tools do, and what must give the losses and gradients of the model that ends at L.
+Blocks, linear layers, embedding rows and packed words are the truncated model's own, so the arms differ in nothing else.
 """
+
+import contextlib
+import functools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
-from tli.checkpoint import Checkpoint
+from tli.config import TrainConfig
 from tli.data.batch import Batch
+from tli.model.checkpoint import Checkpoint
+from tli.model.token_table import tabulate
 from tli.runtime import ops
 from tli.runtime.device import Placement
 from tli.runtime.environment import return_freed_memory
@@ -151,3 +164,80 @@ def _placed(tensor: Tensor | ops.NF4Weight, placement: Placement, linear: bool) 
 def block_tensors(block: nn.Module, index: int) -> dict[str, tuple[str, nn.Parameter]]:
     """Of each parameter of a block: its name in the checkpoint -> (its name in the block, the parameter)."""
     return {f"layers.{index}.{local}": (local, parameter) for local, parameter in block.named_parameters()}
+
+
+def whole(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> nn.Module:
+    """transformers' decoder with all its blocks and its final norm: its last hidden state is ``output``.
+
+    Each tensor is read once, and no more than one block is held twice while it is.
+
+    Args:
+        checkpoint:  an open checkpoint
+        rows:        as for ``truncate``
+        placement:   as for ``truncate``
+
+    Returns:
+        The decoder, frozen and in evaluation mode. Adapters go into it in place.
+
+    Raises:
+        TliError: an absent shard, a missing or misshapen tensor.
+    """
+    decoder = shell(checkpoint, checkpoint.blocks, rows, placement)
+    for index, block in enumerate(decoder.layers):
+        load_block(checkpoint, block, index, placement)
+    load_norm(checkpoint, decoder, placement)
+    return decoder
+
+
+@contextlib.contextmanager
+def caught(block: nn.Module) -> Iterator[list[Tensor]]:
+    """The states that ``block`` gives while the context is open; its hook is gone afterwards, whatever happened inside."""
+    states = []
+    handle = block.register_forward_hook(lambda module, arguments, output: states.append(output))
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+def run_hooked(decoder: nn.Module, batch: Batch, layer: int) -> Tensor:
+    """Hidden state ``layer`` of each node, [T, D] as from ``run``, out of a pass through all blocks."""
+    with caught(decoder.layers[layer - 1]) as states:
+        run(decoder, batch)
+    return states[0].flatten(0, 1)
+
+
+def recompute_blocks(decoder: nn.Module) -> None:
+    """Keep of each block only what goes in, from now on, and compute the rest anew in the backward pass (gradient checkpointing).
+
+    Gradients are those without it: dropout is a function of its step's seed, so it drops the same entries again. (transformers'
+    own switch changes its name and its place among the hooks from version to version, and its reentrant form loses the gradients
+    of adapters above frozen embeddings.)
+    """
+    for block in decoder.layers:
+        block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
+
+
+def arm_model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> nn.Module:
+    """The arm's model, still without adapters: it ends at ``config.layer``, or is whole.
+
+    Args:
+        config:      arm, layer, impl and checkpointing count
+        checkpoint:  an open checkpoint
+        rows:        int64 [V] token ids whose embedding rows are kept; None keeps all
+        placement:   dtype, device and rounding of the weights
+
+    Raises:
+        TliError: as ``truncate`` and ``whole``.
+    """
+    if config.arm == "early":
+        decoder = truncate(checkpoint, config.layer, rows, placement)
+    else:
+        require_layer(checkpoint, config.layer)
+        decoder = whole(checkpoint, rows, placement)
+    tabulate(decoder)
+    if placement.attention == "eager":
+        attend_in_steps(decoder)
+    if config.checkpointing:
+        recompute_blocks(decoder)
+    return decoder

@@ -1,0 +1,1 @@
+"""A checkpoint -> the frozen decoder that ends at layer L, its LoRA adapters, its hidden states."""

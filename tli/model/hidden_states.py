@@ -1,0 +1,129 @@
+"""All layers' states of packed words, with one block's weights in memory at a time.
+
+transformers' own forward runs over a decoder whose blocks are stand-ins: each reads its block from the checkpoint when its
+turn comes, sends every stream of states through it, and drops it. Streams differ in the adapter they wear (None: the
+base), so a comparison before and after training reads the weights once.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tli.data.batch import Batch
+from tli.model.checkpoint import Checkpoint
+from tli.model.decoder import block_tensors, load_block, load_norm, run, shell
+from tli.model.lora import Adapter, detach
+from tli.runtime.device import Placement
+from tli.runtime.environment import return_freed_memory
+
+# a block's largest activations, the MLP's, stay small at this many nodes
+_CHUNK_NODES = 2048
+
+
+class _StreamedBlock(nn.Module):
+    """Stands where block ``index`` would: takes and gives states [streams·bins, width, D]."""
+
+    def __init__(
+        self, block: nn.Module, index: int, checkpoint: Checkpoint, placement: Placement, streams: Sequence[Adapter | None], visit
+    ):
+        super().__init__()
+        # in a list, so that the block's parameters are nobody's but its own
+        self.block = [block]
+        self.index, self.checkpoint, self.placement, self.streams, self.visit = index, checkpoint, placement, streams, visit
+        self.attention_type = getattr(block, "attention_type", None)
+
+    def forward(self, states: Tensor, *arguments, **named) -> Tensor:
+        block = self.block.pop()
+        if self.index == 0:
+            self.visit(0, states.chunk(len(self.streams)))
+        return_freed_memory()
+        load_block(self.checkpoint, block, self.index, self.placement)
+        results = []
+        for part, (adapter, stream) in enumerate(zip(self.streams, states.chunk(len(self.streams)), strict=True)):
+            wrapped = {} if adapter is None else adapter.attach(block, f"layers.{self.index}.")
+            results.append(self._chunked(block, stream, part * len(stream), arguments, named))
+            detach(block, wrapped)
+        states = torch.cat(results)
+        self.visit(self.index + 1, states.chunk(len(self.streams)))
+        return states
+
+    def _chunked(self, block: nn.Module, stream: Tensor, offset: int, arguments: tuple, named: dict) -> Tensor:
+        bins = max(1, _CHUNK_NODES // stream.shape[1])
+        total = len(stream) * len(self.streams)
+        chunks = []
+        for start in range(0, len(stream), bins):
+            rows = slice(offset + start, offset + min(start + bins, len(stream)))
+            mine = [_rows(value, rows, total) for value in arguments]
+            mine_named = {name: _rows(value, rows, total) for name, value in named.items()}
+            chunks.append(block(stream[start : start + bins], *mine, **mine_named))
+        return torch.cat(chunks)
+
+
+def _rows(value, rows: slice, total: int):
+    """What a chunk of bins gets of an argument that a block takes: its rows where there is one per bin, else all of it."""
+    if isinstance(value, tuple):
+        return tuple(_rows(item, rows, total) for item in value)
+    return value[rows] if isinstance(value, Tensor) and value.ndim > 1 and len(value) == total else value
+
+
+@torch.no_grad()
+def stream_layers(
+    checkpoint: Checkpoint,
+    batch: Batch,
+    rows: np.ndarray | None,
+    placement: Placement,
+    streams: Sequence[Adapter | None],
+    visit: Callable[[int | str, Sequence[Tensor]], None],
+) -> str | None:
+    """Call ``visit(layer, states)`` for layer 0, 1, ... N and ``output``, with the states [T, D] of each stream.
+
+    Args:
+        checkpoint:  an open checkpoint
+        batch:       the packed words
+        rows:        the embedding rows that input ids count in, as for ``truncate``
+        placement:   as for ``truncate``
+        streams:     adapters to compare; None is the base.
+        visit:       gets a layer and its states; keeps what it wants of them
+
+    Returns:
+        None, or, where shards are absent, why the pass ended before ``output``.
+    """
+    whole = shell(checkpoint, checkpoint.blocks, rows, placement)
+    available, reason = _available(checkpoint, whole)
+    width = batch.input_ids.shape[1]
+
+    def flat_visit(layer, states):
+        visit(layer, [stream.reshape(-1, stream.shape[-1]) for stream in states])
+
+    stand_ins = [_StreamedBlock(whole.layers[i], i, checkpoint, placement, streams, flat_visit) for i in range(available)]
+    whole.layers = nn.ModuleList(stand_ins)
+    whole.config.num_hidden_layers = available
+    if reason is None:
+        load_norm(checkpoint, whole, placement)
+    else:
+        whole.norm = nn.Identity()
+    copies = len(streams)
+    repeated = Batch(
+        batch.input_ids.repeat(copies, 1),
+        batch.position_ids.repeat(copies, 1),
+        batch.mask.repeat(copies, 1, 1, 1),
+        batch.indptr,
+        batch.indices,
+        batch.sinks,
+    )
+    states = run(whole, repeated)
+    if reason is None:
+        flat_visit("output", states.view(copies, -1, width, states.shape[-1]).unbind())
+    return reason
+
+
+def _available(checkpoint: Checkpoint, whole: nn.Module) -> tuple[int, str | None]:
+    """How many blocks can be read, and why not all."""
+    for index, block in enumerate(whole.layers):
+        absent = checkpoint.absent(list(block_tensors(block, index)))
+        if absent:
+            return index, f"{absent[0]} is absent, which holds block {index} and what follows"
+    absent = checkpoint.absent(["norm.weight"])
+    return len(whole.layers), f"{absent[0]} is absent, which holds the final norm" if absent else None
