@@ -13,8 +13,8 @@ import typing
 
 import numpy as np
 
-from tli.resampling import bootstrap_interval
 from tli.runtime.errors import TliError
+from tli.stats.bootstrap import bootstrap_interval
 
 if typing.TYPE_CHECKING:
     import torch

@@ -24,9 +24,9 @@ from tli.model.lora import Adapter
 from tli.model.pooling import Pooling
 from tli.model.shape import Layer
 from tli.records import DIFFERENCE
-from tli.resampling import bootstrap_interval, word_clusters
 from tli.runtime.device import Placement
-from tli.significance import P_VALUES, compare_groups, compare_rows, correct
+from tli.stats.bootstrap import bootstrap_interval, word_clusters
+from tli.stats.tests import P_VALUES, compare_groups, compare_rows, correct
 from tli.streaming import sink_share
 
 REF_CLIPSCORE = tuple(f"ref_{name}" for name in CLIPSCORE)

@@ -23,12 +23,12 @@ from tli.data.batch import Batch
 from tli.model.checkpoint import Checkpoint, sight
 from tli.model.hidden_states import stream_layers
 from tli.model.lora import Adapter
-from tli.resampling import bootstrap_interval
 from tli.runtime import ops
 from tli.runtime.device import Placement
 from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
-from tli.significance import compare_rows
+from tli.stats.bootstrap import bootstrap_interval
+from tli.stats.tests import compare_rows
 
 DEFAULT_WIDTH = 256
 # positions whose logits are held at a time

@@ -26,9 +26,9 @@ from tli.model.hidden_states import stream_layers
 from tli.model.lora import Adapter
 from tli.model.pooling import Pooling
 from tli.model.shape import Layer
-from tli.resampling import bootstrap_interval, word_clusters
 from tli.runtime.device import Placement
 from tli.runtime.errors import TliError
+from tli.stats.bootstrap import bootstrap_interval, word_clusters
 from tli.streaming import token_lengths
 
 VECTORS = ("word", "word_bos", "raw", "raw_bos")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tli import comparison, significance
+from tli import comparison
 from tli.alignment import Alignment, measure, measurements
 from tli.config import ProtocolConfig, TrainConfig
 from tli.data import word_pairs
@@ -33,6 +33,7 @@ from tli.runtime.console import cells_bar
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
 from tli.runtime.files import claim_output, sha256, write_text
+from tli.stats import tests as significance
 
 FILES = ("protocol.json", "protocol.md", "protocol.png")
 METRICS = ("cosine", "mismatched", "gap", "p_at_1", "mrr", "sink_share")

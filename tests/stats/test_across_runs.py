@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tli.trends import compare_arms, rank_trend, seed_interval
+from tli.stats.across_runs import compare_arms, rank_trend, seed_interval
 
 RANKS = [1, 4, 16]
 

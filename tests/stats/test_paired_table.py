@@ -13,8 +13,8 @@ import scipy.stats
 
 from tli.config import EvaluateConfig
 from tli.evaluate import evaluate
-from tli.paired_table import compare_table, read_table
 from tli.runtime.errors import TliError, run_command
+from tli.stats.paired_table import compare_table, read_table
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 

@@ -12,20 +12,9 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tli.resampling import _resample_weights, bootstrap_interval, sign_flip, word_clusters
 from tli.runtime.errors import TliError
-from tli.significance import (
-    compare_groups,
-    compare_paired,
-    compare_rows,
-    correct,
-    effect_size,
-    equivalence,
-    holm,
-    paired_t,
-    welch,
-    wilcoxon,
-)
+from tli.stats.bootstrap import _resample_weights, bootstrap_interval, sign_flip, word_clusters
+from tli.stats.tests import compare_groups, compare_paired, compare_rows, correct, effect_size, equivalence, holm, paired_t, welch, wilcoxon
 
 
 def drawn(seed: int, n: int, gain: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
@@ -260,11 +249,11 @@ def test_drawn_flips_are_near_the_t_test_and_never_at_zero():
 
 
 def test_flips_that_are_all_gone_through_and_flips_that_are_drawn_agree(monkeypatch):
-    import tli.resampling
+    from tli.stats import bootstrap
 
     gains = np.random.default_rng(1).normal(0.3, 1, (3, 15))
     exact = sign_flip(gains, 0)
-    monkeypatch.setattr(tli.resampling, "_EXACT_CLUSTERS", 4)
+    monkeypatch.setattr(bootstrap, "_EXACT_CLUSTERS", 4)
     drawn_p = sign_flip(gains, 0)
     assert (drawn_p != exact).any()
     np.testing.assert_allclose(drawn_p, exact, atol=4 * math.sqrt(0.25 / 20_000))

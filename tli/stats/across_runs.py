@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tli.significance import gains_of, paired_t
+from tli.stats.tests import gains_of, paired_t
 
 
 def seed_interval(values: Sequence[float], level: float = 0.95) -> dict:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tli.resampling import ROUNDING, bootstrap_interval, finite, sign_flip, spread_of
 from tli.runtime.errors import TliError
+from tli.stats.bootstrap import ROUNDING, bootstrap_interval, finite, sign_flip, spread_of
 
 # of a record of ``compare_rows``
 P_VALUES = ("p_t", "p_wilcoxon", "p_sign_flip")

@@ -14,10 +14,10 @@ import pathlib
 
 import numpy as np
 
-from tli.resampling import spread_of
 from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
-from tli.significance import P_VALUES, compare_groups, compare_rows, correct, gains_of
+from tli.stats.bootstrap import spread_of
+from tli.stats.tests import P_VALUES, compare_groups, compare_rows, correct, gains_of
 
 # what R, pandas, SQL and people write where there is no value
 _MISSING = {"", "na", "n/a", "null", "none", "-"}

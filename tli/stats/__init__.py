@@ -1,0 +1,1 @@
+"""Numbers per pair -> intervals, tests, corrections; NumPy and SciPy only."""
