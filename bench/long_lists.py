@@ -124,7 +124,6 @@ def measure_here(options: str, steps: str) -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from tli import gradient_cache
     from tli.data import word_pairs
     from tli.data.loader import EpochBatches
     from tli.data.packing import tokenise
@@ -132,9 +131,10 @@ def measure_here(options: str, steps: str) -> None:
     from tli.model.checkpoint import open_checkpoint, sight
     from tli.model.decoder import run, truncate
     from tli.model.pooling import pooling
-    from tli.objective import Objective
-    from tli.progress import TrainingState
     from tli.runtime.device import place
+    from tli.training import grad_cache
+    from tli.training.loss import Objective
+    from tli.training.state import TrainingState
 
     config, seconds, own = TrainConfig(**json.loads(options)), {}, {}
     checkpoint, placement = open_checkpoint(config.model), place("cpu", "float32")
@@ -180,7 +180,7 @@ def measure_here(options: str, steps: str) -> None:
     taken = 0
     for number, (parts, same) in enumerate(itertools.islice(endless, 1 + int(steps))):
         optimiser.zero_grad()
-        gradient_cache.backward(parts, lambda part: pool(run(decoder, part), part), lambda vectors, same=same: objective(vectors, same))
+        grad_cache.backward(parts, lambda part: pool(run(decoder, part), part), lambda vectors, same=same: objective(vectors, same))
         optimiser.step()
         if number == 0:
             began = time.process_time()

@@ -121,7 +121,7 @@ class Tli(Subject):
         from tli.model.checkpoint import open_checkpoint, sight
         from tli.model.decoder import arm_model, run
         from tli.model.pooling import pooling, token_norm_at_hand
-        from tli.step import Stepper
+        from tli.training.step import Stepper
 
         self.config = config
         batch, rest = drawn_pairs(config, distinct)

@@ -13,10 +13,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 
-from tli.progress import STATE_FILE
 from tli.runtime.console import stop_signals
 from tli.runtime.errors import TliError, disk_errors
 from tli.runtime.files import cores
+from tli.training.state import STATE_FILE
 
 REPORT = "report.json"
 _LOOK_EVERY_S = 0.1

@@ -19,12 +19,12 @@ import sys
 
 from tli.data import word_pairs
 from tli.data.packing import DEFAULT_WIDTH, tokenise
-from tli.memory_fit import as_flags, change_to_fit, largest_part, trained_pairs
-from tli.memory_model import Part, Run, allocations, predict, total
 from tli.model import hub, starter
 from tli.model.shape import Shape
 from tli.runtime.errors import TliError, one_line, run_command
 from tli.tables import Table, show
+from tli.training.memory.estimate import Part, Run, allocations, predict, total
+from tli.training.memory.fit import as_flags, change_to_fit, largest_part, trained_pairs
 
 SIZES_GB = (2, 4, 6, 8, 12, 16, 24)
 # where nothing can be counted: nodes of a pair in batches of 64 to 512, and tokens of a pair in the list; measured on the

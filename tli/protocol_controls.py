@@ -16,8 +16,8 @@ from tli.model import lora
 from tli.model.checkpoint import Checkpoint, sight
 from tli.model.decoder import run, run_hooked, truncate, whole
 from tli.model.pooling import pooling
-from tli.objective import Objective
 from tli.runtime.device import place
+from tli.training.loss import Objective
 
 _CHECKED_STEPS = 8
 

@@ -14,39 +14,36 @@ if __name__ == "__main__":
     # first of all: --help and a wrong flag must not wait for torch
     COMMAND_LINE = parse(TrainConfig, "tli.train")
 
-import contextlib
 import dataclasses
-import functools
 import json
 import math
 import operator
 import pathlib
 import sys
-import time
 import types
 from collections.abc import Sequence
 
 import numpy as np
 
-from tli import layers, profiling, report, training_memory
+from tli import layers, report, training_memory
 from tli.data import word_pairs
-from tli.data.loader import EpochBatches, made_ahead
+from tli.data.loader import EpochBatches
 from tli.data.packing import TokenisedWords, tokenise
 from tli.data.pair_store import Pairs
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint, model_facts, open_checkpoint, sight
-from tli.model.decoder import arm_model, require_layer, run, run_hooked
+from tli.model.decoder import arm_model, require_layer
 from tli.model.pooling import Pooling, pooling, token_norm_at_hand
-from tli.progress import Progress, TrainingState
 from tli.runtime import environment
-from tli.runtime.console import layer_bar, stop_signals, training_bar
+from tli.runtime.console import layer_bar
 from tli.runtime.device import Placement, place
 from tli.runtime.errors import run_command
 from tli.runtime.files import claim_output, sha256
-from tli.step import Stepper, require_finite
 from tli.streaming import align_layers
-
-_SAVE_EVERY_S = 20.0
+from tli.training.loop import fit
+from tli.training.memory import budget
+from tli.training.memory import profile as profiling
+from tli.training.state import Progress, TrainingState
 
 
 def train(config: TrainConfig) -> dict:
@@ -86,8 +83,8 @@ def train(config: TrainConfig) -> dict:
         config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, exact, console))
     batches = EpochBatches(config, words, partners, trained, placement)
     require_layer(checkpoint, config.layer)
-    needed = training_memory.needed(config, checkpoint, words, len(trained), token_norm, placement)
-    training_memory.require_room(needed, placement)
+    needed = budget.needed(config, checkpoint, words, len(trained), token_norm, placement)
+    budget.require_room(needed, placement)
     profile = profiling.Profile(placement.device) if config.profile else None
     decoder = arm_model(config, checkpoint, words.rows, placement)
     lora.inject(decoder, adapter, None if config.arm == "full" else range(config.layer), seed=config.seed)
@@ -95,7 +92,7 @@ def train(config: TrainConfig) -> dict:
 
     # the output is normalised already
     at_loss = pool.at("output") if config.arm == "full" else pool
-    progress = _fit(config, decoder, batches, at_loss, state, console, profile)
+    progress = fit(config, decoder, batches, at_loss, state, console, profile)
     lora.save(decoder, adapter, output, base_model)
     report.clear(output)
     if progress.step < batches.total:
@@ -181,45 +178,6 @@ def _choose_layer(
     chosen = layers.choose_layer(gaps, splits["trained"][1], config.seed)
     console.print(f"layer {chosen}: that is where the trained pairs' gap is surely the largest before training")
     return chosen
-
-
-def _fit(
-    config: TrainConfig,
-    decoder,
-    batches: EpochBatches,
-    pool: Pooling,
-    state: TrainingState,
-    console,
-    profile: profiling.Profile | None = None,
-) -> Progress:
-    """Take the steps that are left; a signal to stop ends them early, after the step it comes in."""
-    aligned = functools.partial(run_hooked, layer=config.layer) if config.arm == "full-hook" else run
-    steps = Stepper(config, decoder, lambda part: pool(aligned(decoder, part), part), batches.total, batches.placement)
-    progress = state.restore(steps.adapters, steps.optimiser) if config.resume else Progress()
-    began = saved = time.monotonic() - progress.seconds
-    position = progress.step
-    decoder.train()
-    with stop_signals() as stop, training_bar(console, batches.total) as show:
-        while position < batches.total and not stop.is_set():
-            epoch, done = divmod(position, batches.per_epoch)
-            for parts, same in made_ahead(batches.epoch(epoch, skip=done), batches.placement.device):
-                final = position == batches.total - 1
-                with profile.recorded(steps.parameters, state.path.parent) if profile and final else contextlib.nullcontext():
-                    steps.take(position, parts, same)
-                position += 1
-                last = stop.is_set() or position == batches.total
-                save = last or time.monotonic() - saved > _SAVE_EVERY_S
-                for loss in steps.finished(wait=save):
-                    require_finite(progress.step, loss)
-                    progress.add(loss, time.monotonic() - began)
-                    show(progress.step, loss, words=sum(len(part.indptr) - 1 for part in parts))
-                if save:
-                    state.save(steps.adapters, steps.optimiser, progress)
-                    saved = time.monotonic()
-                if last:
-                    break
-    decoder.eval()
-    return progress
 
 
 def _splits(trained: Pairs, held_out: Pairs, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -26,7 +26,7 @@ from tli.data.loader import EpochBatches
 from tli.model import lora
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError, run_command
-from tli.step import rate
+from tli.training.step import rate
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 REPORT_FILES = {"README.md", "report.json", "report.md", "distributions.png", "layers.png"}
@@ -249,7 +249,7 @@ def start(settings: dict, save_every_s: float) -> subprocess.Popen:
     """The command in a process of its own, saving its state as often as this."""
     flags = as_flags(settings)
     code = (
-        f"import sys, tli.train as t; t._SAVE_EVERY_S = {save_every_s}; "
+        f"import tli.train as t; from tli.training import loop; loop._SAVE_EVERY_S = {save_every_s}; "
         f"from tli.config import TrainConfig; from tli.runtime.cli import parse; "
         f"from tli.runtime.errors import run_command; "
         f"run_command(lambda: t.train(parse(TrainConfig, 'tli.train', {flags!r} + ['--no-report'])))"

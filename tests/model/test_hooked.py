@@ -19,10 +19,10 @@ from tli.model import lora
 from tli.model.checkpoint import Checkpoint, open_checkpoint
 from tli.model.decoder import caught, recompute_blocks, run, run_hooked, truncate, whole
 from tli.model.pooling import pooling
-from tli.objective import Objective
 from tli.runtime import ops
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
+from tli.training.loss import Objective
 
 # six pairs: sources, then targets
 WORDS = ["kitabu", "kitanda", "mtoto", "kiti", "mtu", "maji", "book", "bed", "child", "chair", "person", "water"]

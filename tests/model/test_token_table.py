@@ -14,10 +14,10 @@ from tli.model import lora, shape, token_table
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import recompute_blocks, run, truncate
 from tli.model.pooling import pooling
-from tli.objective import Objective
 from tli.runtime import ops
 from tli.runtime.device import Placement, place
 from tli.runtime.ops import Ops
+from tli.training.loss import Objective
 
 TABLED = {"cpu": lambda: ops.on_cpu(ops.Matmul()), "fused": ops.fused}
 

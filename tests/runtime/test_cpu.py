@@ -21,13 +21,13 @@ from tli.model import lora, token_table
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import attend_in_steps, run, truncate
 from tli.model.pooling import pooling
-from tli.objective import Objective
-from tli.progress import STATE_FILE
 from tli.runtime import cpu as processor
 from tli.runtime import ops
 from tli.runtime.cpu import Ways
 from tli.runtime.device import Placement, place
 from tli.train import train
+from tli.training.loss import Objective
+from tli.training.state import STATE_FILE
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PLAIN = Ways("float32", dict.fromkeys(processor.DTYPES, "torch"), dict.fromkeys(processor.DTYPES, "sdpa"))
@@ -324,7 +324,7 @@ def stopped(make_model, word_list, tmp_path, monkeypatch):
         options = {"model": str(make_model("llama")), "pairs": str(word_list), "rank": 4, "batch": 14, "epochs": 4, "warmup": 2}
         options |= {"dtype": dtype, "no_report": True, "output": str(tmp_path / "stopped")}
         with monkeypatch.context() as patched:
-            from tli.step import Stepper
+            from tli.training.step import Stepper
 
             take = Stepper.take
 

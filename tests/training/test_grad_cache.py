@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import tli.train as train_module
-from tli import gradient_cache
 from tli.config import TrainConfig
 from tli.data.loader import EpochBatches
 from tli.data.packing import tokenise
@@ -14,8 +13,9 @@ from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import run, truncate
 from tli.model.pooling import pooling
-from tli.objective import Objective
 from tli.runtime.device import place
+from tli.training import grad_cache
+from tli.training.loss import Objective
 
 LOSSES = {"infonce": ("infonce", 0.1, 0.4), "hinge": ("hinge", 0.1, 0.4)}
 
@@ -45,7 +45,7 @@ class Step:
 
     def backward(self, loss: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
         objective = Objective(*LOSSES[loss])
-        value = gradient_cache.backward(self.parts, self.vectors, lambda vectors: objective(vectors, self.same))
+        value = grad_cache.backward(self.parts, self.vectors, lambda vectors: objective(vectors, self.same))
         return value, [parameter.grad for parameter in lora.trainable(self.decoder)]
 
 

@@ -12,8 +12,8 @@ from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import run, truncate
 from tli.model.pooling import pooling
-from tli.objective import Objective
 from tli.runtime.device import place
+from tli.training.loss import Objective
 
 CPU = place("cpu", "float32")
 SOURCES = ["kitabu", "kitanda", "mtoto", "mtu", "maji", "nyumba"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from tests.support.fake_hub import serving
-from tli import gradient_cache, memory_fit, memory_model, profiling, train
+from tli import train
 from tli.config import MemoryConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.loader import EpochBatches
@@ -28,10 +28,13 @@ from tli.model.decoder import arm_model, run_hooked
 from tli.model.decoder import run as run_model
 from tli.model.pooling import Pooling
 from tli.model.shape import Shape
-from tli.objective import Objective
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
-from tli.training_memory import needed as memory_needed
+from tli.training import grad_cache
+from tli.training.loss import Objective
+from tli.training.memory import estimate, fit
+from tli.training.memory import profile as profiling
+from tli.training.memory.budget import needed as memory_needed
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 # wide beside the batch, as real models are: what has the size of a vocabulary or of a word list must not decide
@@ -55,7 +58,7 @@ class Step:
         (self.parts, self.same), *_ = self.batches.epoch(0)
         # of these words, not of others as many
         largest = max(self.parts, key=lambda part: part.input_ids.numel())
-        part = memory_model.Part(len(largest.sinks) // 2, *largest.input_ids.shape)
+        part = estimate.Part(len(largest.sinks) // 2, *largest.input_ids.shape)
         self.needed = dataclasses.replace(needed, part=part, batch=sum(len(one.sinks) // 2 for one in self.parts))
         norm = Pooling(torch.ones(checkpoint.config.hidden_size), 1e-6, placement.ops)
         self.pool = norm.at("output") if config.arm == "full" else norm
@@ -67,7 +70,7 @@ class Step:
         aligned = (lambda part: run_hooked(self.decoder, part, config.layer)) if config.arm == "full-hook" else None
         states = aligned or (lambda part: run_model(self.decoder, part))
         self.optimiser.zero_grad()
-        gradient_cache.backward(self.parts, lambda part: self.pool(states(part), part), lambda words: objective(words, self.same))
+        grad_cache.backward(self.parts, lambda part: self.pool(states(part), part), lambda words: objective(words, self.same))
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
 
@@ -85,7 +88,7 @@ class Step:
     def predicted(self, **changes) -> int:
         """The same by the arithmetic: what comes and goes with a step."""
         needed = dataclasses.replace(self.needed, **changes)
-        of = memory_model.predict(needed)
+        of = estimate.predict(needed)
         return sum(of[name] for name in ("activations", "workspace", "gradients and optimiser")) - 12 * needed.parameters
 
 
@@ -123,7 +126,7 @@ def test_a_steps_allocations_are_predicted_for_every_family(family, make_model, 
 def test_what_the_fused_ops_allocate_is_what_is_predicted_of_a_gpu(family, weights, make_model, word_list, tmp_path):
     # the same tensors that a GPU would hold, counted on a CPU; of AdamW and clipping a GPU has other temporaries
     step = Step(make_model(family, **WIDE), word_list, impl="fused", dtype="float16", rank=4, batch=8, dropout=0.1, weights=weights)
-    constant = memory_model._kept_workspace(dataclasses.replace(step.needed, device="gpu"))
+    constant = estimate._kept_workspace(dataclasses.replace(step.needed, device="gpu"))
     measured = step.peak(tmp_path)
     assert step.predicted(device="gpu") - constant == pytest.approx(measured, rel=0.05)
 
@@ -132,7 +135,7 @@ def test_what_the_fused_ops_allocate_is_what_is_predicted_of_a_gpu(family, weigh
 @pytest.mark.parametrize("weights", ["full", "nf4"])
 def test_weights_and_rows_are_what_the_model_holds(family, weights, make_model, word_list):
     step = Step(make_model(family, **WIDE), word_list, rank=4, weights=weights)
-    predicted, rows = memory_model.predict(step.needed), step.decoder.embed_tokens.weight.nbytes
+    predicted, rows = estimate.predict(step.needed), step.decoder.embed_tokens.weight.nbytes
     held = sum(tensor.nbytes for tensor in profiling._frozen(step.decoder)) - rows
     tables = [getattr(step.decoder.layers[0].self_attn, f"{name}_proj").weight for name in "qkv"]
     assert predicted["embedding rows"] == rows + sum(table.products.nbytes for table in tables)
@@ -151,9 +154,9 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family):
     assert Shape.from_config(least, "x") == Shape.from_config(full.to_dict(), "x")
 
 
-def some_run(**changes) -> memory_model.Run:
+def some_run(**changes) -> estimate.Run:
     shape = Shape("llama", 32, 4096, 14336, 32, 8, 128, 128256, ())
-    run = memory_model.Run(shape=shape, part=memory_model.Part(64, 2, 111), batch=64, list_pairs=2019, rows=3500)
+    run = estimate.Run(shape=shape, part=estimate.Part(64, 2, 111), batch=64, list_pairs=2019, rows=3500)
     return dataclasses.replace(run, **changes)
 
 
@@ -175,13 +178,13 @@ def test_what_is_to_save_memory_does(options, device, size):
     run = some_run(**options, device=device[0], element=device[1])
 
     def need(**changes) -> int:
-        return memory_model.total(memory_model.predict(dataclasses.replace(run, **changes)))
+        return estimate.total(estimate.predict(dataclasses.replace(run, **changes)))
 
     whole = need()
     assert need(arm="early") <= whole
     assert need(rank=2 * run.rank) > whole
     # bitsandbytes and a decoded weight are what it costs
-    assert memory_model.predict(dataclasses.replace(run, weights="nf4"))["weights"] <= memory_model.predict(run)["weights"]
+    assert estimate.predict(dataclasses.replace(run, weights="nf4"))["weights"] <= estimate.predict(run)["weights"]
     assert need(checkpointing=True) <= whole * 1.001
     if run.batch > 4 * size:
         assert need(micro_batch=size) <= whole
@@ -193,20 +196,20 @@ def test_what_is_to_save_memory_does(options, device, size):
 def test_the_options_that_are_named_are_enough(options, available):
     run = some_run(**options)
     available = int(available)
-    changed = memory_fit.change_to_fit(run, available)
+    changed = fit.change_to_fit(run, available)
     if changed is None:
-        assert memory_model.total(memory_model.predict(dataclasses.replace(run, arm="early", batch=8, weights="nf4"))) > available
+        assert estimate.total(estimate.predict(dataclasses.replace(run, arm="early", batch=8, weights="nf4"))) > available
     else:
-        assert memory_model.total(memory_model.predict(dataclasses.replace(run, **changed))) <= available
-        assert changed or memory_model.total(memory_model.predict(run)) <= available
+        assert estimate.total(estimate.predict(dataclasses.replace(run, **changed))) <= available
+        assert changed or estimate.total(estimate.predict(run)) <= available
 
 
 def test_a_run_that_will_not_fit_is_refused_before_its_model_is_loaded(make_model, word_list, tmp_path, monkeypatch):
     model = make_model("llama", **WIDE)
     options = {"model": str(model), "pairs": str(word_list), "rank": 4, "batch": 54, "epochs": 1, "no_report": True, "dtype": "float32"}
     needed = Step(model, word_list, rank=4, batch=54).needed
-    beside = memory_model.total(memory_model.predict(needed)) - memory_model.process_bytes(needed)
-    part = memory_model.total(memory_model.predict(dataclasses.replace(needed, micro_batch=13))) - memory_model.process_bytes(needed)
+    beside = estimate.total(estimate.predict(needed)) - estimate.process_bytes(needed)
+    part = estimate.total(estimate.predict(dataclasses.replace(needed, micro_batch=13))) - estimate.process_bytes(needed)
     assert part < beside
     monkeypatch.setattr("tli.runtime.environment.available_bytes", lambda: (part + beside) // 2)
 

@@ -18,7 +18,7 @@ from tli.model.pooling import pooling
 from tli.runtime import ops
 from tli.runtime.device import Placement, place
 from tli.runtime.errors import TliError
-from tli.step import Stepper, _padded, _Recording
+from tli.training.step import Stepper, _padded, _Recording
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

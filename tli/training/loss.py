@@ -1,4 +1,4 @@
-"""Token states -> word states -> loss."""
+"""Word states -> loss."""
 
 import dataclasses
 

@@ -155,7 +155,7 @@ def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
     # behind the hook a graph is built, and dropped
     above = run.layer if run.arm == "full-hook" else blocks
     head, words, mlp = _head(run), 8 * run.batch * width, _mlp_workspace(run) + nodes * width * element
-    # the gradient cache holds the words' vectors twice, and their gradients (tli/gradient_cache.py)
+    # the gradient cache holds the words' vectors twice, and their gradients (tli/training/grad_cache.py)
     cached, before = 3 * words * run.in_parts, parameters * run.in_parts
     largest = max(n * k for n, k in shape.linear().values())
     factor = run.rank * max((max(shape.linear()[path]) for path in run.adapted(0)), default=0)

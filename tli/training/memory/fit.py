@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 
 from tli.data.packing import TokenisedWords
-from tli.memory_model import Part, Run, predict, total
 from tli.runtime.errors import TliError
+from tli.training.memory.estimate import Part, Run, predict, total
 
 _DRAWS = 4
 _HALVINGS = 7

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from tli import gradient_cache
 from tli.config import TrainConfig
 from tli.data.batch import Batch
 from tli.data.loader import Step, tensors_of
 from tli.model import lora
-from tli.objective import Objective
-from tli.profiling import FORWARD, LOSS, OPTIMISER
 from tli.runtime.device import Placement
 from tli.runtime.errors import TliError
+from tli.training import grad_cache
+from tli.training.loss import Objective
+from tli.training.memory.profile import FORWARD, LOSS, OPTIMISER
 
 _STEPS_BEFORE_RECORDING = 3
 # entries and pairs are filled up to multiples of these
@@ -133,7 +133,7 @@ class Stepper:
 
     def _gradients(self, parts: list[Batch], same: Tensor) -> Tensor:
         self.optimiser.zero_grad()
-        return gradient_cache.backward(parts, self._vectors, lambda vectors: self._loss(vectors, same))
+        return grad_cache.backward(parts, self._vectors, lambda vectors: self._loss(vectors, same))
 
     def _vectors(self, part: Batch) -> Tensor:
         with record_function(FORWARD):

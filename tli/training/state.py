@@ -1,4 +1,4 @@
-"""How a run shows how far it is, stops cleanly when asked to, and keeps what it needs to go on after a kill."""
+"""What an interrupted run keeps so that it can go on after a kill: adapters, moments, the losses so far."""
 
 import dataclasses
 import hashlib

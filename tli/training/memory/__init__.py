@@ -1,0 +1,1 @@
+"""What a step takes: predicted tensor by tensor, made to fit, measured."""
