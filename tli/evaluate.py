@@ -69,8 +69,8 @@ def _evaluate_table(config: EvaluateConfig, console) -> dict:
 
 def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     # torch and transformers, which a table does without
-    from tli import comparison
-    from tli.harm import harm, predict, read_windows
+    from tli.metrics import comparison, layer_pass
+    from tli.metrics.perplexity import harm, predict, read_windows
     from tli.model import starter
     from tli.model.checkpoint import model_facts, open_checkpoint
     from tli.model.pooling import pooling, token_norm_at_hand
@@ -122,7 +122,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     )
     with layer_bar(console, steps) as done:
         pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
-        found, missing = comparison.measure_layers(checkpoint, splits, layers, pool, placement, streams, prefix, pool_bos, done)
+        found, missing = layer_pass.measure_layers(checkpoint, splits, layers, pool, placement, streams, prefix, pool_bos, done)
         predictions, unread = predict(checkpoint, windows, placement, list(streams.values())[1:], done) if windows else ([], None)
     measured = [layer for layer in layers if any(layer == of for *_, of in found)]
     if (config.layers is not None and len(measured) < len(layers)) or not measured or unread:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import typing
 
+from tli.metrics.measures import DIFFERENCE
 from tli.model.shape import Layer
-from tli.records import DIFFERENCE, interval, number, p_value
+from tli.records import interval, number, p_value
 from tli.tables import Table, as_markdown, once
 
 if typing.TYPE_CHECKING:

@@ -8,9 +8,10 @@ import typing
 
 import numpy as np
 
-from tli.alignment import HISTOGRAM_EDGES, Alignment
+from tli.metrics.alignment import HISTOGRAM_EDGES, Alignment
+from tli.metrics.measures import SPLITS
 from tli.model.shape import Layer
-from tli.records import SPLITS, aligned_layer, compared_layers, find_value, interval, number, place_name
+from tli.records import aligned_layer, compared_layers, find_value, interval, number, place_name
 from tli.runtime.files import replacing
 
 if typing.TYPE_CHECKING:

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tli import comparison
-from tli.alignment import Alignment, measure, measurements
 from tli.config import ProtocolConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.pair_store import Pair
 from tli.figures import draw_protocol, save_figure
 from tli.grid import REPORT, Cell, run_cells
+from tli.metrics import layer_pass
+from tli.metrics.alignment import Alignment, measure, measurements
 from tli.model import starter
 from tli.model.checkpoint import Checkpoint, open_checkpoint
 from tli.model.pooling import pooling
@@ -260,7 +260,7 @@ def measure_anew(options: dict, folder: pathlib.Path, checkpoint: Checkpoint, sp
     pool, layer, seed = pooling(options["token_norm"], checkpoint, placement.device, placement.ops), options["layer"], options["seed"]
     streams = {"before": None, "after": read_recorded(folder).adapter}
     how = pool, placement, streams, options["prefix"], options["eval_pool_bos"]
-    found = {key: measured.alignment for key, measured in comparison.measure_layers(checkpoint, splits, [layer], *how)[0].items()}
+    found = {key: measured.alignment for key, measured in layer_pass.measure_layers(checkpoint, splits, [layer], *how)[0].items()}
     tests = []
     for split in splits:
         for metric in TESTED:

@@ -9,7 +9,8 @@ import json
 import textwrap
 import typing
 
-from tli.records import SPLITS, find_gain, find_value, number, p_value, signed_gain
+from tli.metrics.measures import SPLITS
+from tli.records import find_gain, find_value, number, p_value, signed_gain
 from tli.tables import Table, as_markdown
 from tli.tables import show as show_tables
 

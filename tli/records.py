@@ -9,9 +9,6 @@ import re
 
 from tli.model.shape import Layer
 
-SPLITS = {"trained": "trained", "held_out": "held out"}
-DIFFERENCE = "trained - held_out"
-
 
 def compared_layers(run: dict, records: list[dict]) -> list[Layer]:
     """The layers that tables and tests are about: L, and ``output`` where it was measured."""

@@ -13,10 +13,11 @@ import pathlib
 import re
 import typing
 
-from tli.alignment import RETRIEVAL, Alignment, measurements
 from tli.figures import draw_distributions, draw_layers, save_figure
+from tli.metrics.alignment import RETRIEVAL, Alignment, measurements
+from tli.metrics.measures import DIFFERENCE, SPLITS
 from tli.model.shape import Layer
-from tli.records import DIFFERENCE, SPLITS, aligned_layer, compared_layers, find_value, interval, number, p_value, place_name
+from tli.records import aligned_layer, compared_layers, find_value, interval, number, p_value, place_name
 from tli.runtime.files import write_text
 from tli.stats import tests as significance
 from tli.tables import Table, as_markdown, once

@@ -18,11 +18,11 @@ import json
 import pathlib
 import time
 
-from tli import layers
 from tli.data import word_pairs
 from tli.data.packing import tokenise
 from tli.data.pair_store import Pairs
 from tli.figures import draw_scan, save_figure
+from tli.metrics import layer_choice, layer_pass, layers
 from tli.model import starter
 from tli.model.checkpoint import model_facts, open_checkpoint, sight
 from tli.model.pooling import pooling, token_norm_at_hand
@@ -70,7 +70,7 @@ def scan(config: ScanConfig) -> dict:
     pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
     # the embeddings, each block, and the output
     with layer_bar(console, checkpoint.blocks + 2) as done:
-        scans, missing_output = layers.scan_layers(checkpoint, words, same, pool, placement, streams, done)
+        scans, missing_output = layer_pass.scan_layers(checkpoint, words, same, pool, placement, streams, done)
 
     list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
     report = {
@@ -80,10 +80,10 @@ def scan(config: ScanConfig) -> dict:
         "pairs": {"name": list_file.name, "sha256": sha256(list_file), "listed": listed, "scanned": len(pairs)},
         "missing_output": missing_output,
         "choice": {
-            "gap": layers.choose_layer(layers.of_stream(scans, "base", "word", "gap"), same, config.seed),
-            "paper": layers.choose_layer_by_cosine(layers.of_stream(scans, "base", "raw_bos", "cosine")),
+            "gap": layer_choice.choose_layer(layers.of_stream(scans, "base", "word", "gap"), same, config.seed),
+            "paper": layer_choice.choose_layer_by_cosine(layers.of_stream(scans, "base", "raw_bos", "cosine")),
         },
-        "sink_layers": {stream: layers.sink_layers(scans, stream) for stream in streams},
+        "sink_layers": {stream: layer_choice.sink_layers(scans, stream) for stream in streams},
         "versions": environment.versions(),
         "machine": environment.machine(placement),
         "measurements": layers.records(scans, same, config.seed),

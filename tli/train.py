@@ -25,11 +25,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tli import layers, report, training_memory
+from tli import report, training_memory
 from tli.data import word_pairs
 from tli.data.loader import EpochBatches
 from tli.data.packing import TokenisedWords, tokenise
 from tli.data.pair_store import Pairs
+from tli.metrics import layer_choice
+from tli.metrics.layer_pass import align_layers
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint, model_facts, open_checkpoint, sight
 from tli.model.decoder import arm_model, require_layer
@@ -39,7 +41,6 @@ from tli.runtime.console import layer_bar
 from tli.runtime.device import Placement, place
 from tli.runtime.errors import run_command
 from tli.runtime.files import claim_output, sha256
-from tli.streaming import align_layers
 from tli.training.loop import fit
 from tli.training.memory import budget
 from tli.training.memory import profile as profiling
@@ -175,7 +176,7 @@ def _choose_layer(
     with layer_bar(console, checkpoint.blocks + 2) as done:
         alignments, _ = align_layers(checkpoint, words, splits, pool, placement, {"before": None}, done=done)
     gaps = {layer: alignment.per_pair("gap") for (_, _, layer), alignment in alignments.items()}
-    chosen = layers.choose_layer(gaps, splits["trained"][1], config.seed)
+    chosen = layer_choice.choose_layer(gaps, splits["trained"][1], config.seed)
     console.print(f"layer {chosen}: that is where the trained pairs' gap is surely the largest before training")
     return chosen
 

@@ -17,10 +17,10 @@ import torch
 import tli.protocol as protocol_module
 import tli.protocol_controls as controls
 from tli import train
-from tli.alignment import measure
 from tli.config import ProtocolConfig, TrainConfig
 from tli.data import word_pairs
 from tli.grid import Cell
+from tli.metrics.alignment import measure
 from tli.model.checkpoint import open_checkpoint
 from tli.protocol import FILES, METRICS, RANDOM, SWITCHES, measure_anew, options_of, protocol
 from tli.protocol_report import sentence, verdict

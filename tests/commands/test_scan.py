@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.families import FAMILIES
 from tests.support.small_adapters import UNREADABLE, unreadable
-from tli import layers, streaming
 from tli.config import ScanConfig
 from tli.data import word_pairs
 from tli.data.batch import to_batch
 from tli.data.packing import TokenisedWords, tokenise
 from tli.figures import draw_scan
+from tli.metrics import layer_choice, layer_pass, layers
+from tli.metrics.sink import token_lengths
 from tli.model import hidden_states, lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import truncate
@@ -58,7 +59,7 @@ def spell(tokenizer, pairs: list[word_pairs.Pair]) -> TokenisedWords:
 def scanned(folder, words: TokenisedWords, same: np.ndarray, token_norm: str = "final", adapter=None, **more):
     checkpoint = open_checkpoint(str(folder))
     streams = {"base": None} if adapter is None else {"base": None, "adapter": adapter}
-    scans, reason = layers.scan_layers(checkpoint, words, same, pooling(token_norm, checkpoint, CPU.device), CPU, streams, **more)
+    scans, reason = layer_pass.scan_layers(checkpoint, words, same, pooling(token_norm, checkpoint, CPU.device), CPU, streams, **more)
     assert reason is None
     return scans
 
@@ -183,7 +184,7 @@ def test_lengths_are_of_a_words_own_tokens_whether_the_first_position_is_pooled_
     words = tokenise(tokenizer, [pair.source for pair in pairs] + [pair.target for pair in pairs], 60)
     batch, with_bos = (to_batch(words.pack(np.arange(2 * len(pairs)), pool), torch.float32, CPU.device) for pool in (False, True))
     states = torch.randn(batch.input_ids.numel(), 5, generator=torch.Generator().manual_seed(6))
-    for one, other in zip(streaming.token_lengths(states, batch), streaming.token_lengths(states, with_bos), strict=True):
+    for one, other in zip(token_lengths(states, batch), token_lengths(states, with_bos), strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -216,10 +217,10 @@ def report_of(scans: dict, same: np.ndarray) -> dict:
         "adapter": None,
         "missing_output": None,
         "choice": {
-            "gap": layers.choose_layer(layers.of_stream(scans, "base", "word", "gap"), same, 0),
-            "paper": layers.choose_layer_by_cosine(layers.of_stream(scans, "base", "raw_bos", "cosine")),
+            "gap": layer_choice.choose_layer(layers.of_stream(scans, "base", "word", "gap"), same, 0),
+            "paper": layer_choice.choose_layer_by_cosine(layers.of_stream(scans, "base", "raw_bos", "cosine")),
         },
-        "sink_layers": {"base": layers.sink_layers(scans, "base")},
+        "sink_layers": {"base": layer_choice.sink_layers(scans, "base")},
         "measurements": layers.records(scans, same, 0),
         "strata": [],
     }
@@ -258,13 +259,13 @@ def test_the_layer_is_chosen_by_what_the_gap_surely_is():
     steady, lucky = generator.normal(0.1, 0.05, 200), np.where(np.arange(200) < 4, 8.0, 0.0)
     assert lucky.mean() > steady.mean()
     gaps = {0: steady + 1, 1: lucky, 2: steady, 3: steady, 4: steady - 0.05, "output": steady + 1}
-    assert layers.choose_layer(gaps, NONE_ALIKE, seed=0) == 2
-    assert layers.choose_layer_by_cosine(gaps) == 1
+    assert layer_choice.choose_layer(gaps, NONE_ALIKE, seed=0) == 2
+    assert layer_choice.choose_layer_by_cosine(gaps) == 1
     # pairs that share a word are one piece of evidence: 150 gaps of one cluster weigh less than 200 of their own
     same = np.array([(i, j) for i in range(150) for j in range(150) if i != j])
     clustered = np.where(np.arange(200) < 150, 0.2, 0.0)
-    assert layers.choose_layer({1: clustered, 2: steady}, NONE_ALIKE, seed=0) == 1
-    assert layers.choose_layer({1: clustered, 2: steady}, same, seed=0) == 2
+    assert layer_choice.choose_layer({1: clustered, 2: steady}, NONE_ALIKE, seed=0) == 1
+    assert layer_choice.choose_layer({1: clustered, 2: steady}, same, seed=0) == 2
 
 
 def test_strata_are_what_their_names_say(tokenizer, pairs):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tli import alignment
-from tli.alignment import CLIPSCORE, HISTOGRAM_EDGES, RETRIEVAL, cosines, csls, measure, measurements
+from tli.metrics import alignment
+from tli.metrics.alignment import CLIPSCORE, HISTOGRAM_EDGES, RETRIEVAL, cosines, csls, measure, measurements
 from tli.runtime.errors import TliError
 
 NONE_ALIKE = np.zeros((0, 2), np.int64)

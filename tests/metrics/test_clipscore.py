@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tli import clipscore
-from tli.alignment import measure
-from tli.clipscore import ref_clip_scores
+from tli.metrics import clipscore
+from tli.metrics.alignment import measure
+from tli.metrics.clipscore import ref_clip_scores
 
 
 def drawn(seed: int, pairs: int, width: int = 6, references: int = 0):

@@ -8,7 +8,7 @@ import scipy.spatial
 import scipy.stats
 import torch
 
-from tli.geometry import centred, geometry, standardised
+from tli.metrics.geometry import centred, geometry, standardised
 
 
 def vectors(rows: int, width: int, seed: int) -> torch.Tensor:

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.families import FAMILIES
 from tests.support.small_adapters import save_adapter
-from tli import harm as harm_module
-from tli.harm import NextTokens, TextWindows, harm, predict, read_windows
+from tli.metrics import perplexity as harm_module
+from tli.metrics.perplexity import NextTokens, TextWindows, harm, predict, read_windows
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.runtime.device import place

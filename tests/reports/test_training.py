@@ -12,10 +12,10 @@ import torch
 import yaml
 from rich.console import Console
 
-from tli.alignment import CLIPSCORE, RETRIEVAL, measure
 from tli.config import TrainConfig
 from tli.figures import draw_distributions, draw_layers
-from tli.records import SPLITS
+from tli.metrics.alignment import CLIPSCORE, RETRIEVAL, measure
+from tli.metrics.measures import SPLITS
 from tli.report import TESTED, assemble, markdown, model_card, show, write_report
 from tli.runtime.cli import as_dict
 from tli.verdict import verdict

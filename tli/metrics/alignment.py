@@ -13,11 +13,13 @@ import typing
 
 import numpy as np
 
+from tli.metrics.retrieval import Retrieval
 from tli.runtime.errors import TliError
 from tli.stats.bootstrap import bootstrap_interval
 
 if typing.TYPE_CHECKING:
     import torch
+
 
 # of ``clipscore``: Hessel et al. 2021 (arXiv 2104.08718)
 CLIP_WEIGHT = 2.5
@@ -35,45 +37,6 @@ _LEFT_OUT = -9.0
 _CHUNK_NUMBERS = 1 << 19
 # for the AUC the range of the true cosines is cut into so many steps; what falls into one step is a tie
 _STEPS = 1 << 17
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Retrieval:
-    """One direction of retrieval: where each word's true partner stands among the candidates.
-
-    above        int64 [B]   candidates nearer than the partner
-    tied         int64 [B]   candidates exactly as near; the partner itself is not counted
-    candidates   int64 [B]   all of them, partner included
-
-    Ties are broken at random, in expectation: with all vectors equal, hits and reciprocal ranks are exactly at chance.
-    """
-
-    above: np.ndarray
-    tied: np.ndarray
-    candidates: np.ndarray
-
-    @property
-    def rank(self) -> np.ndarray:
-        """Expected rank of the partner, from 1."""
-        return self.above + 1 + self.tied / 2
-
-    def within(self, places: int) -> np.ndarray:
-        """Probability that the partner is among the first ``places``."""
-        return np.clip((places - self.above) / (self.tied + 1), 0.0, 1.0)
-
-    @property
-    def reciprocal(self) -> np.ndarray:
-        """Expected 1/rank: the mean of 1/r over the ranks that the tie leaves open."""
-        harmonic = _harmonic(self.candidates.max())
-        return (harmonic[self.above + self.tied + 1] - harmonic[self.above]) / (self.tied + 1)
-
-    def within_chance(self, places: int) -> np.ndarray:
-        return np.minimum(places / self.candidates, 1.0)
-
-    @property
-    def reciprocal_chance(self) -> np.ndarray:
-        """``H_c / c``: the mean of 1/r when each rank r = 1..c is as likely."""
-        return _harmonic(self.candidates.max())[self.candidates] / self.candidates
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -315,8 +278,3 @@ def _directions(vectors: torch.Tensor, side: str) -> torch.Tensor:
         got = f"NaN or infinity in the {side} word of pair {int(bad[0]) + 1}"
         raise TliError("alignment", "word vectors must be finite", got, "use --dtype float32, or lower --lr")
     return torch.nn.functional.normalize(vectors.double(), dim=1, eps=1e-30)
-
-
-def _harmonic(largest: int) -> np.ndarray:
-    """``H_0 .. H_largest``, H_c = 1 + 1/2 + ... + 1/c."""
-    return np.concatenate([[0.0], np.cumsum(1 / np.arange(1, largest + 1))])

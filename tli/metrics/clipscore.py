@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tli.alignment import CLIP_WEIGHT
+from tli.metrics.alignment import CLIP_WEIGHT, CLIPSCORE
 
 _CHUNK_NUMBERS = 1 << 19
+
+REF_CLIPSCORE = tuple(f"ref_{name}" for name in CLIPSCORE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,25 +11,20 @@ Everything is measured of ``word``; of the others what shows whether a mean cosi
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
-from tli.alignment import cosines, csls, measure
-from tli.data.batch import Batch, to_batch
-from tli.data.packing import DEFAULT_WIDTH, TokenisedWords
+from tli.data.batch import Batch
+from tli.data.packing import TokenisedWords
 from tli.data.pair_store import Pair
-from tli.geometry import centred, geometry, standardised
-from tli.model.checkpoint import Checkpoint
-from tli.model.hidden_states import stream_layers
-from tli.model.lora import Adapter
+from tli.metrics.alignment import cosines, csls, measure
+from tli.metrics.geometry import centred, geometry, standardised
+from tli.metrics.sink import token_lengths
 from tli.model.pooling import Pooling
 from tli.model.shape import Layer
-from tli.runtime.device import Placement
-from tli.runtime.errors import TliError
 from tli.stats.bootstrap import bootstrap_interval, word_clusters
-from tli.streaming import token_lengths
 
 VECTORS = ("word", "word_bos", "raw", "raw_bos")
 _BOTH_WAYS = tuple(f"{metric}{way}" for metric in ("p_at_1", "p_at_5", "mrr") for way in ("", "_forward", "_backward"))
@@ -41,10 +36,6 @@ _MEASURED = {
 }
 # a pair's tokens, of both words
 _TOKENS = ((2, 3), (4, 4), (5, 5))
-# from this share on a pooled word is mostly sink
-SINK_ABOVE = 0.5
-# a mismatched cosine of at least this part of the true one is as high
-AS_HIGH = 0.95
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,49 +50,6 @@ class LayerScan:
     per_pair: dict[tuple[str, str], np.ndarray]
     chance: dict[tuple[str, str], float]
     of_set: dict[tuple[str, str], float]
-
-
-def scan_layers(
-    checkpoint: Checkpoint,
-    words: TokenisedWords,
-    same: np.ndarray,
-    pooling: Pooling,
-    placement: Placement,
-    streams: Mapping[str, Adapter | None],
-    done: Callable[[], None] = lambda: None,
-    width: int = DEFAULT_WIDTH,
-) -> tuple[dict[tuple[str, Layer], LayerScan], str | None]:
-    """Measure all layers 0..N and ``output`` for each stream in one pass, with one block in memory at a time.
-
-    Args:
-        checkpoint:  an open checkpoint
-        words:       all words, sources of all pairs first, then targets
-        same:        ``same_meaning`` of the pairs
-        pooling:     token states -> word states, for ``word`` and ``word_bos``
-        placement:   as for ``truncate``
-        streams:     name -> adapter, or None for the base
-        done:        called when a layer is measured
-        width:       of the bins that words are packed in; changes nothing but the time
-
-    Returns:
-        The measurements by (stream, layer), and why the pass ended before ``output``, or None.
-
-    Raises:
-        TliError: an adapter that does not fit the model, a pair without a stranger, states that are not finite.
-    """
-    numbers = np.arange(len(words))
-    batch, with_bos = (to_batch(words.pack(numbers, pool_bos, width), placement.dtype, placement.device) for pool_bos in (False, True))
-    scans: dict[tuple[str, Layer], LayerScan] = {}
-
-    def visit(layer: Layer, states: Sequence[Tensor]) -> None:
-        for stream, nodes in zip(streams, states, strict=True):
-            scans[stream, layer] = scan_layer(nodes, batch, with_bos, pooling.at(layer), same)
-        done()
-
-    reason = stream_layers(checkpoint, batch, words.rows, placement, list(streams.values()), visit)
-    if not scans:
-        raise TliError(checkpoint.name, "at least the first block must be there", reason, "download the missing file")
-    return scans, reason
 
 
 def scan_layer(states: Tensor, batch: Batch, with_bos: Batch, pooling: Pooling, same: np.ndarray) -> LayerScan:
@@ -224,43 +172,6 @@ def stratum_records(
     return found
 
 
-def choose_layer(gaps: Mapping[Layer, np.ndarray], same: np.ndarray, seed: int) -> int:
-    """The layer to train at: that whose mean gap is surely the largest, by the lower end of its 95 % interval.
-
-    gaps   layer -> float64 [B], each pair's gap with the first position left out, of the base model on the pairs to choose by
-    same   int64 [E, 2], ``same_meaning`` of these pairs
-    seed   of the bootstrap
-
-    Only layers 1..N can be trained at; among equals the first, which costs least. The lower end rather than the mean, so that a
-    layer where a few pairs have a large gap does not win. Choose by trained pairs alone where held-out ones are to judge the result.
-    """
-    layers = sorted(layer for layer in gaps if isinstance(layer, int) and layer > 0)
-    values = np.stack([gaps[layer] for layer in layers])
-    low, _ = bootstrap_interval(values, seed, clusters=word_clusters(values.shape[1], same))
-    return layers[int(low.argmax())]
-
-
-def choose_layer_by_cosine(cosine: Mapping[Layer, np.ndarray]) -> int:
-    """The paper's rule: the layer 1..N with the highest mean cosine of true pairs, of ``raw_bos`` vectors; no control asked for."""
-    return max(sorted(layer for layer in cosine if isinstance(layer, int) and layer > 0), key=lambda layer: cosine[layer].mean())
-
-
 def of_stream(scans: Mapping[tuple[str, Layer], LayerScan], stream: str, vectors: str, metric: str) -> dict[Layer, np.ndarray]:
     """A metric's values, pair by pair, of one stream's layers."""
     return {layer: scan.per_pair[vectors, metric] for (of, layer), scan in scans.items() if of == stream}
-
-
-def sink_layers(scans: Mapping[tuple[str, Layer], LayerScan], stream: str) -> list[Layer]:
-    """Where the mean cosine with the first position pooled is the sink's: it is most of a word, lifts strangers as high as translations.
-
-    That is: over half of a pooled word's states by length; a mismatched cosine of at least .95 of the true one, and above the one
-    that the same words have without it.
-    """
-    found = []
-    for (of, layer), scan in scans.items():
-        mean = {key: values.mean() for key, values in scan.per_pair.items()}
-        as_high = mean["raw_bos", "mismatched"] >= AS_HIGH * mean["raw_bos", "cosine"]
-        lifted = mean["raw_bos", "mismatched"] > mean["raw", "mismatched"]
-        if of == stream and mean["raw_bos", "sink_share"] > SINK_ABOVE and as_high and lifted:
-            found.append(layer)
-    return found

@@ -1,117 +1,27 @@
-"""Adapters against the base: what each pair's numbers are at some layers, with and without each adapter, and what the tests say.
+"""Adapters against the base: what the tests say of each pair's numbers at some layers, with and without each adapter.
 
-One pass over the model's blocks measures the base and all adapters at once. Of a pair it keeps cosine, mismatched cosine, gap, ranks
-and CLIPScores (``alignment``, ``clipscore``). ``assess`` turns these into means with intervals and into tests: paired ones of
-each adapter against the base, Welch's and an equivalence test of trained against held-out gain; Holm's correction runs over layers.
+``assess`` turns what ``layer_pass.measure_layers`` found into means with intervals and into tests: paired ones of each adapter against
+the base, Welch's and an equivalence test of trained against held-out gain; Holm's correction runs over layers.
 """
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
 
-from tli.alignment import CLIPSCORE, RETRIEVAL, Alignment, measure
-from tli.clipscore import Scores, ref_clip_scores
 from tli.data import word_pairs
-from tli.data.batch import to_batch
-from tli.data.packing import tokenise
 from tli.data.pair_store import Pair
-from tli.model.checkpoint import Checkpoint, sight
-from tli.model.hidden_states import stream_layers
-from tli.model.lora import Adapter
-from tli.model.pooling import Pooling
+from tli.metrics.alignment import CLIPSCORE, RETRIEVAL
+from tli.metrics.clipscore import REF_CLIPSCORE
+from tli.metrics.layer_pass import Measured
+from tli.metrics.measures import DIFFERENCE
 from tli.model.shape import Layer
-from tli.records import DIFFERENCE
-from tli.runtime.device import Placement
 from tli.stats.bootstrap import bootstrap_interval, word_clusters
 from tli.stats.tests import P_VALUES, compare_groups, compare_rows, correct
-from tli.streaming import sink_share
 
-REF_CLIPSCORE = tuple(f"ref_{name}" for name in CLIPSCORE)
 TESTED = ("gap", "p_at_1", "mrr", "cosine", "mismatched", *CLIPSCORE, *REF_CLIPSCORE)
 # trained and held-out retrieval have different numbers of candidates; their gains are not comparable
 TESTED_BETWEEN = ("gap", "cosine")
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One stream's pairs in one layer; ``referenced`` is None where no pair has a further accepted gloss."""
-
-    alignment: Alignment
-    referenced: Scores | None
-
-    def per_pair(self) -> dict[str, np.ndarray]:
-        """float64 [B] by metric, of all pairs."""
-        return {metric: self.alignment.per_pair(metric) for metric in self.alignment.metrics}
-
-    def per_referenced_pair(self) -> dict[str, np.ndarray]:
-        """float64 [M] by metric, of the pairs that have references."""
-        return dict(zip(REF_CLIPSCORE, (self.referenced.score, self.referenced.mismatched, self.referenced.gap)))
-
-
-class _Enough(Exception):
-    """The last layer that was asked for is measured."""
-
-
-def measure_layers(
-    checkpoint: Checkpoint,
-    splits: dict[str, Sequence[Pair]],
-    layers: Sequence[Layer],
-    pooling: Pooling,
-    placement: Placement,
-    streams: dict[str | None, Adapter | None],
-    prefix: str,
-    pool_bos: bool = False,
-    done: Callable[[], None] = lambda: None,
-) -> tuple[dict[tuple[str, str | None, Layer], Measured], str | None]:
-    """Measure every split's pairs for each stream at these layers; blocks above the last of them are not read.
-
-    Args:
-        checkpoint:  an open checkpoint
-        splits:      pairs by the name of their list; each list is measured by itself
-        layers:      0..N and ``output``
-        pooling:     token states -> word states; at ``output``, where states are normalised already, without its norm
-        placement:   dtype, device and rounding of the weights
-        streams:     adapters by name; None is the base
-        prefix:      text before each word
-        pool_bos:    pool the sink, too
-        done:        called after each layer, measured or not
-
-    Returns:
-        What was measured, by (split, stream, layer), and why layers are missing, or None.
-    """
-    pairs = [pair for part in splits.values() for pair in part]
-    owners = np.repeat(np.arange(len(pairs)), [len(pair.synonyms) for pair in pairs])
-    texts = [pair.source for pair in pairs] + [pair.target for pair in pairs] + [gloss for pair in pairs for gloss in pair.synonyms]
-    words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), prefix)
-    batch = to_batch(words.pack(np.arange(len(texts)), pool_bos), placement.dtype, placement.device)
-    ends = list(itertools.accumulate(map(len, splits.values()), initial=0))
-    parts = {split: (slice(*ends[i : i + 2]), word_pairs.same_meaning(part)) for i, (split, part) in enumerate(splits.items())}
-    found = {}
-
-    def visit(layer: Layer, states: Sequence[Tensor]) -> None:
-        if layer in layers:
-            for stream, nodes in zip(streams, states, strict=True):
-                source, target, references = pooling.at(layer)(nodes, batch).tensor_split([len(pairs), 2 * len(pairs)])
-                share = sink_share(nodes, batch)[: 2 * len(pairs)].view(2, -1).mean(0).cpu().numpy()
-                for split, (own, same) in parts.items():
-                    of_split = (owners >= own.start) & (owners < own.stop)
-                    words_of = source[own], target[own]
-                    referenced = None
-                    if of_split.any():
-                        referenced = ref_clip_scores(*words_of, references[of_split], owners[of_split] - own.start, same)
-                    found[split, stream, layer] = Measured(measure(*words_of, same, share[own]), referenced)
-        done()
-        if layer == layers[-1]:
-            raise _Enough
-
-    try:
-        reason = stream_layers(checkpoint, batch, words.rows, placement, list(streams.values()), visit)
-    except _Enough:
-        reason = None
-    return found, reason
 
 
 def assess(

@@ -1,0 +1,1 @@
+"""Hidden states -> numbers per pair: cosine, gap, retrieval, CLIPScore, geometry, perplexity."""

@@ -1,0 +1,51 @@
+"""Which layer to align: the rule by the gap, the paper's rule by the cosine, and where a cosine is the sink's."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from tli.metrics.layers import LayerScan
+from tli.model.shape import Layer
+from tli.stats.bootstrap import bootstrap_interval, word_clusters
+
+# from this share on a pooled word is mostly sink
+SINK_ABOVE = 0.5
+# a mismatched cosine of at least this part of the true one is as high
+AS_HIGH = 0.95
+
+
+def choose_layer(gaps: Mapping[Layer, np.ndarray], same: np.ndarray, seed: int) -> int:
+    """The layer to train at: that whose mean gap is surely the largest, by the lower end of its 95 % interval.
+
+    gaps   layer -> float64 [B], each pair's gap with the first position left out, of the base model on the pairs to choose by
+    same   int64 [E, 2], ``same_meaning`` of these pairs
+    seed   of the bootstrap
+
+    Only layers 1..N can be trained at; among equals the first, which costs least. The lower end rather than the mean, so that a
+    layer where a few pairs have a large gap does not win. Choose by trained pairs alone where held-out ones are to judge the result.
+    """
+    layers = sorted(layer for layer in gaps if isinstance(layer, int) and layer > 0)
+    values = np.stack([gaps[layer] for layer in layers])
+    low, _ = bootstrap_interval(values, seed, clusters=word_clusters(values.shape[1], same))
+    return layers[int(low.argmax())]
+
+
+def choose_layer_by_cosine(cosine: Mapping[Layer, np.ndarray]) -> int:
+    """The paper's rule: the layer 1..N with the highest mean cosine of true pairs, of ``raw_bos`` vectors; no control asked for."""
+    return max(sorted(layer for layer in cosine if isinstance(layer, int) and layer > 0), key=lambda layer: cosine[layer].mean())
+
+
+def sink_layers(scans: Mapping[tuple[str, Layer], LayerScan], stream: str) -> list[Layer]:
+    """Where the mean cosine with the first position pooled is the sink's: it is most of a word, lifts strangers as high as translations.
+
+    That is: over half of a pooled word's states by length; a mismatched cosine of at least .95 of the true one, and above the one
+    that the same words have without it.
+    """
+    found = []
+    for (of, layer), scan in scans.items():
+        mean = {key: values.mean() for key, values in scan.per_pair.items()}
+        as_high = mean["raw_bos", "mismatched"] >= AS_HIGH * mean["raw_bos", "cosine"]
+        lifted = mean["raw_bos", "mismatched"] > mean["raw", "mismatched"]
+        if of == stream and mean["raw_bos", "sink_share"] > SINK_ABOVE and as_high and lifted:
+            found.append(layer)
+    return found
