@@ -23,7 +23,7 @@ from bench import record, synthetic
 from bench.large import floor, measure
 from bench.step import dtypes
 from tli.config import MODELS, TrainConfig
-from tli.figures import save_figure
+from tli.reports.figures.style import save_figure
 from tli.runtime.cli import as_dict, option, parse
 from tli.runtime.errors import TliError, run_command
 

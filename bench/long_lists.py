@@ -28,7 +28,7 @@ from rich.table import Table
 from bench import record
 from bench.memory import resident
 from tli.config import TrainConfig
-from tli.figures import save_figure
+from tli.reports.figures.style import save_figure
 from tli.runtime.cli import as_dict, option, parse
 from tli.runtime.errors import TliError, run_command
 from tli.runtime.files import replacing

@@ -21,14 +21,14 @@ import typing
 import numpy as np
 
 import tli
-from tli import evaluation
 from tli.data import word_pairs
 from tli.data.pair_store import Pairs
 from tli.model.shape import Layer
+from tli.reports import evaluation
+from tli.reports.tables import Table, show
 from tli.runtime.errors import TliError, run_command
 from tli.runtime.files import claim_output, sha256, write_text
 from tli.stats import paired_table
-from tli.tables import Table, show
 
 if typing.TYPE_CHECKING:
     from tli.model.trained_adapter import Recorded

@@ -21,8 +21,8 @@ from tli.data import word_pairs
 from tli.data.packing import DEFAULT_WIDTH, tokenise
 from tli.model import hub, starter
 from tli.model.shape import Shape
+from tli.reports.tables import Table, show
 from tli.runtime.errors import TliError, one_line, run_command
-from tli.tables import Table, show
 from tli.training.memory.estimate import Part, Run, allocations, predict, total
 from tli.training.memory.fit import as_flags, change_to_fit, largest_part, trained_pairs
 

@@ -17,7 +17,6 @@ import numpy as np
 from tli.config import ProtocolConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.pair_store import Pair
-from tli.figures import draw_protocol, save_figure
 from tli.grid import REPORT, Cell, run_cells
 from tli.metrics import layer_pass
 from tli.metrics.alignment import Alignment, measure, measurements
@@ -26,7 +25,9 @@ from tli.model.checkpoint import Checkpoint, open_checkpoint
 from tli.model.pooling import pooling
 from tli.model.trained_adapter import read_recorded
 from tli.protocol_controls import adapters_everywhere, save_random_model, sink_only, tokenise_pairs
-from tli.protocol_report import PUBLISHED, markdown, sentence, show, verdict
+from tli.reports.figures.protocol import draw_protocol
+from tli.reports.figures.style import save_figure
+from tli.reports.protocol import PUBLISHED, markdown, sentence, show, verdict
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import cells_bar

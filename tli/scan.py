@@ -21,18 +21,19 @@ import time
 from tli.data import word_pairs
 from tli.data.packing import tokenise
 from tli.data.pair_store import Pairs
-from tli.figures import draw_scan, save_figure
 from tli.metrics import layer_choice, layer_pass, layers
 from tli.model import starter
 from tli.model.checkpoint import model_facts, open_checkpoint, sight
 from tli.model.pooling import pooling, token_norm_at_hand
 from tli.model.trained_adapter import read_recorded, require_fit
+from tli.reports.figures.scan import draw_scan
+from tli.reports.figures.style import save_figure
+from tli.reports.scan import show, verdict
 from tli.runtime import environment
 from tli.runtime.console import layer_bar
 from tli.runtime.device import place
 from tli.runtime.errors import TliError, run_command
 from tli.runtime.files import claim_output, sha256, write_text
-from tli.scan_report import show, verdict
 
 FILES = ("scan.json", "scan.png")
 

@@ -22,9 +22,9 @@ import pathlib
 import numpy as np
 
 import tli
-from tli import study_report
 from tli.data import word_pairs
 from tli.grid import Cell, run_cells
+from tli.reports import study as study_report
 from tli.runtime.console import cells_bar
 from tli.runtime.errors import TliError, disk_errors, run_command
 from tli.runtime.files import replacing, sha256, write_text

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tli import report, training_memory
 from tli.data import word_pairs
 from tli.data.loader import EpochBatches
 from tli.data.packing import TokenisedWords, tokenise
@@ -36,6 +35,8 @@ from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint, model_facts, open_checkpoint, sight
 from tli.model.decoder import arm_model, require_layer
 from tli.model.pooling import Pooling, pooling, token_norm_at_hand
+from tli.reports import memory
+from tli.reports import training as training_report
 from tli.runtime import environment
 from tli.runtime.console import layer_bar
 from tli.runtime.device import Placement, place
@@ -95,7 +96,7 @@ def train(config: TrainConfig) -> dict:
     at_loss = pool.at("output") if config.arm == "full" else pool
     progress = fit(config, decoder, batches, at_loss, state, console, profile)
     lora.save(decoder, adapter, output, base_model)
-    report.clear(output)
+    training_report.clear(output)
     if progress.step < batches.total:
         console.print(
             f"stopped after step {progress.step} of {batches.total}: the adapter so far is in {output}; --resume goes on from here"
@@ -107,14 +108,14 @@ def train(config: TrainConfig) -> dict:
     facts = _facts(done_config, checkpoint, decoder, placement, trained, held_out, output, progress)
     facts["machine"]["measured_in"] = str(exact.dtype).removeprefix("torch.")
     if profile is not None:
-        facts["memory"] = training_memory.measured(needed, profile, decoder, batches.bytes(), output, console)
+        facts["memory"] = memory.measured(needed, profile, decoder, batches.bytes(), output, console)
     if not config.no_report:
         streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
         splits = _splits(trained, held_out, config.seed)
         # the embeddings, each block, and the output
         with layer_bar(console, checkpoint.blocks + 2) as done:
             alignments, facts["missing_output"] = align_layers(checkpoint, words, splits, pool, exact, streams, config.eval_pool_bos, done)
-        facts = report.write_report(output, facts, alignments, console)
+        facts = training_report.write_report(output, facts, alignments, console)
     state.discard()
     console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     return facts

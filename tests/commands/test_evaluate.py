@@ -18,16 +18,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.small_adapters import UNREADABLE, save_adapter, unreadable
-from tli import evaluation, train
+from tli import train
 from tli.config import EvaluateConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.packing import TokenisedWords
 from tli.evaluate import evaluate
 from tli.model import hidden_states, lora
+from tli.reports import evaluation
+from tli.reports.tables import show
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError, run_command
 from tli.runtime.files import sha256
-from tli.tables import show
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 FILES = {"evaluation.json", "evaluation.md"}

@@ -23,8 +23,8 @@ from tli.grid import Cell
 from tli.metrics.alignment import measure
 from tli.model.checkpoint import open_checkpoint
 from tli.protocol import FILES, METRICS, RANDOM, SWITCHES, measure_anew, options_of, protocol
-from tli.protocol_report import sentence, verdict
-from tli.records import find_value
+from tli.reports.protocol import sentence, verdict
+from tli.reports.wording import find_value
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError
 
@@ -62,7 +62,7 @@ def finished(model, word_list, tmp_path_factory) -> tuple[pathlib.Path, dict]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(protocol_module, "run_cells", run_here)
         # a cell's own figures are tested elsewhere
-        patched.setattr("tli.report.save_figure", lambda path, figure: None)
+        patched.setattr("tli.reports.training.save_figure", lambda path, figure: None)
         result = protocol(settings(model, word_list, output))
     return output, result
 

@@ -21,20 +21,20 @@ from tli.config import ScanConfig
 from tli.data import word_pairs
 from tli.data.batch import to_batch
 from tli.data.packing import TokenisedWords, tokenise
-from tli.figures import draw_scan
 from tli.metrics import layer_choice, layer_pass, layers
 from tli.metrics.sink import token_lengths
 from tli.model import hidden_states, lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import truncate
 from tli.model.pooling import Pooling, pooling
+from tli.reports.figures.scan import draw_scan
+from tli.reports.scan import show, verdict
 from tli.runtime.cli import parse
 from tli.runtime.device import place
 from tli.runtime.errors import TliError, run_command
 from tli.runtime.files import sha256
 from tli.scan import _pairs
 from tli.scan import scan as scan_command
-from tli.scan_report import show, verdict
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CPU = place("cpu", "float32")

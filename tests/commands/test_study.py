@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import tli.study as study_module
-from tli import study_report
 from tli.config import StudyConfig
 from tli.data import word_pairs
 from tli.grid import Cell, run_cells
+from tli.reports import study as study_report
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError, run_command
 from tli.study import study

@@ -13,12 +13,14 @@ import yaml
 from rich.console import Console
 
 from tli.config import TrainConfig
-from tli.figures import draw_distributions, draw_layers
 from tli.metrics.alignment import CLIPSCORE, RETRIEVAL, measure
 from tli.metrics.measures import SPLITS
-from tli.report import TESTED, assemble, markdown, model_card, show, write_report
+from tli.reports.figures.training import draw_distributions, draw_layers
+from tli.reports.model_card import model_card
+from tli.reports.run_tables import TESTED
+from tli.reports.training import assemble, markdown, show, write_report
+from tli.reports.verdict import verdict
 from tli.runtime.cli import as_dict
-from tli.verdict import verdict
 
 NONE_ALIKE = np.zeros((0, 2), np.int64)
 COUNTS = {"trained": 150, "held_out": 60}

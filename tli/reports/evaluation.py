@@ -11,8 +11,8 @@ import typing
 
 from tli.metrics.measures import DIFFERENCE
 from tli.model.shape import Layer
-from tli.records import interval, number, p_value
-from tli.tables import Table, as_markdown, once
+from tli.reports.tables import Table, as_markdown, once
+from tli.reports.wording import interval, number, p_value
 
 if typing.TYPE_CHECKING:
     import pathlib

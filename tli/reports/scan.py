@@ -9,9 +9,9 @@ import shlex
 import typing
 
 from tli.model.shape import Layer
-from tli.records import interval, number, place_name
-from tli.tables import Table
-from tli.tables import show as show_tables
+from tli.reports.tables import Table
+from tli.reports.tables import show as show_tables
+from tli.reports.wording import interval, number, place_name
 
 if typing.TYPE_CHECKING:
     import rich.console

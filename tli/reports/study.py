@@ -12,16 +12,16 @@ import typing
 
 import numpy as np
 
-from tli.figures import save_figure
 from tli.model.shape import Layer
-from tli.records import aligned_layer, find_value, interval, number, p_value, place_name
+from tli.reports.figures.study import draw_costs, draw_ranks
+from tli.reports.figures.style import save_figure
+from tli.reports.tables import Table, as_markdown, once
+from tli.reports.tables import show as show_tables
+from tli.reports.wording import aligned_layer, find_value, interval, number, p_value, place_name
 from tli.runtime import cpu
 from tli.runtime.files import write_text
 from tli.stats.across_runs import compare_arms, rank_trend, seed_interval
 from tli.stats.tests import correct
-from tli.study_figures import draw_costs, draw_ranks
-from tli.tables import Table, as_markdown, once
-from tli.tables import show as show_tables
 
 if typing.TYPE_CHECKING:
     import rich.console

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 
 from tli.model.shape import Layer
-from tli.records import place_name
+from tli.reports.wording import place_name
 
 if typing.TYPE_CHECKING:
     import matplotlib.figure

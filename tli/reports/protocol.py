@@ -10,9 +10,9 @@ import textwrap
 import typing
 
 from tli.metrics.measures import SPLITS
-from tli.records import find_gain, find_value, number, p_value, signed_gain
-from tli.tables import Table, as_markdown
-from tli.tables import show as show_tables
+from tli.reports.tables import Table, as_markdown
+from tli.reports.tables import show as show_tables
+from tli.reports.wording import find_gain, find_value, number, p_value, signed_gain
 
 if typing.TYPE_CHECKING:
     import rich.console

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tli.metrics.measures import DIFFERENCE, SPLITS
 from tli.model.shape import Layer
-from tli.records import compared_layers, find_gain, find_value, interval, number, p_value, place_name, signed_gain
+from tli.reports.wording import compared_layers, find_gain, find_value, interval, number, p_value, place_name, signed_gain
 
 # a rise of the cosine of which less than this part is gap is called a shift of all words
 _SHIFT_BELOW = 1 / 3

@@ -1,18 +1,26 @@
-"""What one step of training holds at each moment, by category; measured, beside what ``memory_model`` says.
+"""A step's memory by category, predicted and measured: as a table, a record and a figure."""
 
-Weights, embedding rows, adapters and AdamW's moments are known from their tensors. Of what a step allocates torch's profiler reports each
-block of memory with its address, when it comes and when it goes:
+import pathlib
 
-    activations  allocated in a forward pass (or the loss) and alive at its end
-    gradients    where the adapters' gradients lie when the step is over
-    workspace    the rest
+from torch import nn
 
-The step that is recorded is the run's last: a profiler takes memory, too, and what the steps before it took at most must not count that.
-"""
-
-from tli.tables import Table
+from tli.model.lora import trainable
+from tli.reports.figures.memory import draw_memory
+from tli.reports.figures.style import save_figure
+from tli.reports.tables import Table, show
+from tli.training.memory import estimate
+from tli.training.memory import profile as profiling
 from tli.training.memory.estimate import CATEGORIES
 from tli.training.memory.profile import Profile
+
+
+def measured(run: estimate.Run, profile: profiling.Profile, decoder: nn.Module, words: int, output: pathlib.Path, console) -> dict:
+    """Memory by category, predicted and measured, as shown and drawn."""
+    found, curves = profile.measured(decoder, trainable(decoder), words)
+    memory = record(estimate.predict(run), found, profile)
+    save_figure(output / profiling.FIGURE_FILE, draw_memory(curves, profile.spans()))
+    show([table(memory)], console)
+    return memory
 
 
 def record(predicted: dict[str, int], measured: dict[str, int], profile: Profile) -> dict:

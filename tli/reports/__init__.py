@@ -1,0 +1,1 @@
+"""Numbers -> tables, sentences, figures, report.json, model card."""

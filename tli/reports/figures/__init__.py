@@ -1,0 +1,1 @@
+"""Figures, readable in grey."""

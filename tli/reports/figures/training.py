@@ -1,0 +1,120 @@
+"""A training run's figures: distributions of cosines, curves over the layers before and after."""
+
+from __future__ import annotations
+
+import typing
+
+import numpy as np
+
+from tli.metrics.alignment import HISTOGRAM_EDGES, Alignment
+from tli.metrics.measures import SPLITS
+from tli.model.shape import Layer
+from tli.reports.figures.style import COLOURS, HATCHES
+from tli.reports.wording import aligned_layer, compared_layers, find_value, interval, number, place_name
+
+if typing.TYPE_CHECKING:
+    import matplotlib.figure
+
+
+def draw_distributions(report: dict, alignments: dict[tuple[str, str, Layer], Alignment]) -> matplotlib.figure.Figure:
+    """Figure 1: how the cosines of true and of mismatched pairs lie, before and after, at L and ``output``, trained and held out."""
+    from matplotlib.figure import Figure
+
+    layers = compared_layers(report, report["measurements"])
+    splits = [split for split in SPLITS if (split, "after", layers[0]) in alignments]
+    figure = Figure(figsize=(5.4 * len(splits), 0.8 + 3.2 * len(layers)), layout="constrained")
+    panels = figure.subplots(len(layers), len(splits), squeeze=False, sharex="row", sharey="row")
+    for row, layer in zip(panels, layers):
+        edges = _common_edges([alignments[split, when, layer] for split in splits for when in ("before", "after")])
+        for panel, split in zip(row, splits):
+            for when, line, width in (("before", (0, (3, 1.5)), 1.2), ("after", "-", 2.0)):
+                for kind, counts in _counts(alignments[split, when, layer], edges).items():
+                    density, colour = counts / counts.sum() / np.diff(edges), COLOURS[kind]
+                    panel.stairs(density, edges, label=f"{kind} pairs, {when}", color=colour, linestyle=line, linewidth=width)
+                    if when == "after":
+                        hatching = {"facecolor": "none", "edgecolor": colour, "hatch": HATCHES[kind], "linewidth": 0, "alpha": 0.4}
+                        panel.stairs(density, edges, fill=True, **hatching)
+            gaps = [find_value(report, split, when, layer, "gap") for when in ("before", "after")]
+            change = ", ".join(f"{gap['when']} {number(gap['value'])} {interval(gap)}" for gap in gaps)
+            panel.set_title(f"{place_name(layer)}, {SPLITS[split]}, n = {gaps[0]['n']:,} pairs\ngap {change}", fontsize=9)
+            panel.set_xlabel("cosine")
+            panel.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel("share of pairs per unit of cosine")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    figure.supxlabel("brackets: 95 % bootstrap interval of the mean gap", fontsize=8)
+    return figure
+
+
+def draw_layers(report: dict) -> matplotlib.figure.Figure:
+    """Figure 2: gap and MRR by layer, with intervals: how far above layer L what training did can still be seen."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    aligned = aligned_layer(report)
+    place = {r["layer"]: r["layer"] for r in report["measurements"] if r["layer"] != "output"}
+    if any(r["layer"] == "output" for r in report["measurements"]):
+        place["output"] = report["model"]["blocks"] + 1
+    chosen = place[aligned]
+    # a line through two layers far apart would draw what nobody measured
+    curves = len(place) > 2
+    figure = Figure(figsize=(10.8, 4.6), layout="constrained")
+    panels = dict(zip(("gap", "mrr"), figure.subplots(1, 2)))
+    aside = 0 if curves else 0.03 * max(1, max(place.values()) - min(place.values()))
+    for metric, panel in panels.items():
+        for split, marker, side in (("trained", "o", -1), ("held_out", "s", 1)):
+            for when, line, fill, later in (("before", "--", "white", 0), ("after", "-", COLOURS[split], 1)):
+                found = [r for r in report["measurements"] if (r["split"], r["when"], r["metric"]) == (split, when, metric)]
+                if not found:
+                    continue
+                curve = {place[r["layer"]]: r for r in found}
+                x = sorted(curve)
+                value, low, high, chance = ([curve[at][name] for at in x] for name in ("value", "low", "high", "chance"))
+                style = {"color": COLOURS[split], "marker": marker, "markerfacecolor": fill, "markersize": 4 if curves else 7}
+                label = f"{SPLITS[split]}, {when} (n = {found[0]['n']:,})"
+                x = [at + aside * (side + later - 0.5) for at in x]
+                panel.plot(x, value, label=label, linewidth=1.4, linestyle=line if curves else "", **style)
+                if curves:
+                    panel.fill_between(x, low, high, color=COLOURS[split], alpha=0.18, linewidth=0)
+                else:
+                    panel.vlines(x, low, high, color=COLOURS[split], linewidth=1.4, zorder=0)
+                if metric == "mrr" and when == "after":
+                    dots = {"color": COLOURS[split], "linestyle": (0, (1, 1)), "linewidth": 2.2}
+                    panel.axhline(chance[0], label=f"chance, {SPLITS[split]}", **dots)
+        panel.axvline(chosen, color="0.6", linewidth=7, alpha=0.3, zorder=0)
+        step = max(1, round(len(place) / 40) * 5)
+        names = {at: f"L = {at}" if layer == aligned != "output" else str(layer) for layer, at in place.items()}
+        ticks = [at for at in names if at in (chosen, place.get("output")) or at % step == 0 and abs(at - chosen) > 1]
+        ticks = [at for at in ticks if at == place.get("output") or place.get("output", 1 << 30) - at > 2]
+        panel.set_xticks(ticks, [names[at] for at in ticks])
+        panel.set_xlabel("hidden state (blocks passed)")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(x=0.05 if curves else 0.3)
+    panels["gap"].axhline(0, color="0.3", linewidth=0.8)
+    panels["gap"].set_ylabel("gap (cosine, true - mismatched)")
+    panels["mrr"].set_yscale("log")
+    shares = [share for share in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if share > panels["mrr"].get_ylim()[0]]
+    panels["mrr"].set_yticks(shares, [f"{share:g}" for share in shares])
+    panels["mrr"].yaxis.set_minor_formatter(NullFormatter())
+    panels["mrr"].set_ylabel("MRR (mean of both directions, log scale)")
+    figure.legend(*panels["mrr"].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    about = "bands and bars: 95 % bootstrap interval of the mean over pairs; dotted: MRR by chance; grey: the layer that was trained"
+    figure.supxlabel(about, fontsize=8)
+    return figure
+
+
+def _counts(alignment: Alignment, edges: np.ndarray) -> dict[str, np.ndarray]:
+    centres = (HISTOGRAM_EDGES[1:] + HISTOGRAM_EDGES[:-1]) / 2
+    mismatched, _ = np.histogram(centres, edges, weights=alignment.mismatched_histogram)
+    # the dot product of two unit vectors may pass 1 by its rounding
+    true, _ = np.histogram(np.clip(alignment.cosine, -1, 1), edges)
+    return {"true": true, "mismatched": mismatched}
+
+
+def _common_edges(alignments: list[Alignment]) -> np.ndarray:
+    """About 35 bins, made of whole bins of HISTOGRAM_EDGES, over the range in which any of the cosines lie."""
+    counts = sum(sum(_counts(alignment, HISTOGRAM_EDGES).values()) for alignment in alignments)
+    first, *_, last = np.flatnonzero(counts).repeat(2)
+    joined = max(1, round((last + 1 - first) / 35))
+    bins = min(-(-(last + 1 - first) // joined), (len(HISTOGRAM_EDGES) - 1) // joined)
+    start = min(first, len(HISTOGRAM_EDGES) - 1 - bins * joined)
+    return HISTOGRAM_EDGES[start : start + bins * joined + 1 : joined]

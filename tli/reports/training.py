@@ -1,0 +1,128 @@
+"""The report of a training run: tables, figures and a verdict, all from the same numbers.
+
+No mean cosine stands alone here: beside it stand the cosine of mismatched pairs, the gap, retrieval with its chance, and the sink's
+share. Each number is given before and after, on trained pairs and on pairs that training never saw, at layer L and at ``output``,
+where a user of the whole model would feel it; the loss was at one of the two. ``tli/reports/verdict.py`` says it in words,
+``tli/reports/figures/training.py`` draws it.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import typing
+
+from tli.metrics.alignment import RETRIEVAL, Alignment, measurements
+from tli.metrics.measures import DIFFERENCE, SPLITS
+from tli.model.shape import Layer
+from tli.reports.figures.style import save_figure
+from tli.reports.figures.training import draw_distributions, draw_layers
+from tli.reports.model_card import model_card
+from tli.reports.run_tables import LABELS, READING, TESTED, TESTED_BETWEEN, gain_rows, languages, rows_as_markdown, summary, value_rows
+from tli.reports.tables import Table
+from tli.reports.tables import show as show_tables
+from tli.reports.verdict import verdict
+from tli.reports.wording import aligned_layer, compared_layers, place_name
+from tli.runtime.files import write_text
+from tli.stats import tests as significance
+
+if typing.TYPE_CHECKING:
+    import rich.console
+
+
+FILES = ("report.json", "report.md", "distributions.png", "layers.png", "README.md")
+
+_WIDE_COLUMNS = 110
+
+
+def write_report(
+    folder: str | pathlib.Path, run: dict, alignments: dict[tuple[str, str, Layer], Alignment], console: rich.console.Console
+) -> dict:
+    """Write report.json, report.md, distributions.png, layers.png and README.md into ``folder``, print the tables, return the report.
+
+    run          plain JSON values: config (with what its token_norm came to), model {name, family, blocks, width, sha256},
+                 pairs {name, sha256, trained, held_out}, adapter {sha256, parameters, bytes}, training {steps, seconds,
+                 words_per_second, loss_first, loss_last, chance_loss}, versions, machine, missing_output (None or the reason),
+                 shuffled (bool). chance_loss may be None.
+    alignments   by (split, when, layer): "trained" or "held_out", "before" or "after", 0..N or "output". Layer L must be there
+                 before and after; other layers go into the curves, ``output`` into the tables, too.
+
+    Each file is complete or absent; report.json comes last. No NaN is ever written.
+    """
+    folder = pathlib.Path(folder)
+    report = assemble(run, alignments)
+    save_figure(folder / "distributions.png", draw_distributions(report, alignments))
+    save_figure(folder / "layers.png", draw_layers(report))
+    write_text(folder / "report.md", markdown(report))
+    write_text(folder / "README.md", model_card(report))
+    write_text(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    show(report, console)
+    return report
+
+
+def clear(folder: str | pathlib.Path) -> None:
+    """Delete an older report in ``folder``: it must not stand beside an adapter that it does not speak of."""
+    for name in FILES:
+        (pathlib.Path(folder) / name).unlink(missing_ok=True)
+
+
+def assemble(run: dict, alignments: dict[tuple[str, str, Layer], Alignment]) -> dict:
+    """The facts of the run, and of them all: ``measurements`` in every layer, ``tests`` at L and ``output``, ``verdict``."""
+    seed = run["config"]["seed"]
+    records = [record for key, alignment in alignments.items() for record in measurements(alignment, *key, seed)]
+    tests = []
+    for layer in compared_layers(run, records):
+        gains = {}
+        for split in [s for s in SPLITS if (s, "after", layer) in alignments]:
+            before, after = (alignments[split, when, layer] for when in ("before", "after"))
+            for metric in TESTED:
+                values = before.per_pair(metric), after.per_pair(metric)
+                gains[split, metric] = values[1] - values[0]
+                compared = significance.compare_paired(*values, seed)
+                tests.append({"test": "paired", "split": split, "layer": layer, "metric": metric, **compared})
+        for metric in TESTED_BETWEEN if ("held_out", "gap") in gains else ():
+            compared = significance.welch(gains["trained", metric], gains["held_out", metric])
+            tests.append({"test": "welch", "split": DIFFERENCE, "layer": layer, "metric": metric, **compared})
+    report = {**run, "measurements": records, "tests": tests}
+    return {**report, "verdict": verdict(report)}
+
+
+def show(report: dict, console: rich.console.Console) -> None:
+    """Print the tables and the verdict to ``console``: intervals beside the values if it is wide, below them if it is not."""
+    from rich.text import Text
+
+    wide = console.width >= _WIDE_COLUMNS
+
+    def shown(title: str, rows: list[list[str]]) -> Table:
+        labels = [row[0] if wide else row[0].replace(", ", ",\n").replace(" share", "\nshare") for row in rows]
+        head, *rest = [[label, *cells] for label, (_, *cells) in zip(labels, rows)]
+        return Table(title, head, rest)
+
+    console.print(Text(summary(report)))
+    console.print()
+    for layer in compared_layers(report, report["measurements"]):
+        name, between = place_name(layer).capitalize(), " " if wide else "\n"
+        values = shown(f"{name}: mean and 95 % interval", value_rows(report, layer, tuple(LABELS), between))
+        gains = shown(f"{name}: gain, after - before (paired t; difference: Welch's t)", gain_rows(report, layer))
+        show_tables([values, gains], console, padding=int(wide))
+    console.print(Text(report["verdict"]))
+
+
+def markdown(report: dict) -> str:
+    """report.md: the verdict, the tables with both directions of retrieval, the figures, and all that a repetition needs."""
+    parts = [
+        f"# Alignment of {languages(report)} at {place_name(aligned_layer(report))}",
+        summary(report),
+        "## Verdict",
+        report["verdict"],
+    ]
+    rows = ("gap", *RETRIEVAL, "cosine", "mismatched", "sink_share")
+    for layer in compared_layers(report, report["measurements"]):
+        parts += [f"## {place_name(layer).capitalize()}", rows_as_markdown(value_rows(report, layer, rows, " "))]
+        parts += ["Gain, after - before:", rows_as_markdown(gain_rows(report, layer))]
+    parts += [READING, "## Figures", "![Cosines of true and mismatched pairs](distributions.png)", "![Gap and MRR by layer](layers.png)"]
+    facts = {key: report[key] for key in report if key not in ("measurements", "tests", "verdict")}
+    machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["machine"].items())
+    parts += ["## To repeat it", f"The same settings give the same adapter, byte for byte, on the same machine alone: {machine}."]
+    parts += ["```json\n" + json.dumps(facts, indent=1, allow_nan=False) + "\n```"]
+    return "\n\n".join(parts) + "\n"
