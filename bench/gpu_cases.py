@@ -14,7 +14,7 @@ from tli_kernels import launch, nf4, reference, shapes
 from torch import Tensor
 
 from bench.gpu_operands import SCALE, Place, bitsandbytes, copied, edges, layers, paths, quant_state, units
-from tli import tune
+from tli.commands import tune
 from tli.runtime import ops
 
 # what each name in the record stands for

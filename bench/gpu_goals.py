@@ -9,7 +9,7 @@ from rich.table import Table
 
 from bench.gpu_cases import PEFT, RANK
 from bench.gpu_timing import AGAIN
-from tli import tune
+from tli.commands import tune
 
 
 def _of(row: dict, subject: str) -> dict:

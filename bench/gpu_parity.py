@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.gpu_cases import TEMPERATURE, WAYS, Case, Dequantise, Loss, Product
 from bench.gpu_operands import SCALE, Place, bitsandbytes, edges, paths, quant_state, units
 from bench.gpu_timing import free, reason
-from tli import tune
+from tli.commands import tune
 from tli.runtime import ops
 
 SEED = 2**40 + 12345

@@ -112,7 +112,7 @@ class Tli(Subject):
     def imports() -> None:
         import transformers.models.llama.modeling_llama  # noqa: F401
 
-        import tli.train  # noqa: F401
+        import tli.commands.train  # noqa: F401
 
     def __init__(self, config: TrainConfig, distinct: bool = False):
         from tli.data.loader import EpochBatches

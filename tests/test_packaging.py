@@ -85,6 +85,11 @@ def test_commands_do_not_import_one_another():
     assert [(name, other) for name in names for other in names if other != name and f"tli.{other}" in imports[name]] == []
 
 
+def test_tli_train_is_the_function_whatever_was_imported():
+    code = "import tli, tli.commands.train; from tli import train; print(train is tli.train is tli.commands.train.train, callable(train))"
+    assert python(code) == "True True"
+
+
 def test_the_specification_needs_no_triton():
     assert importers("triton", "kernels").count("kernels/reference.py") == 0
     absent = "import sys; sys.modules['triton'] = None; import tli_kernels.reference as r; print(r.__file__)"

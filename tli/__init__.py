@@ -3,20 +3,59 @@
 >>> from tli import TrainConfig, train
 >>> run = train(TrainConfig(rank=16, layer=2))
 
-Nothing heavy is imported here: ``--help`` must not wait for torch. ``train`` is the module ``tli.train``, which can be
-called, so that ``from tli import train`` and ``python -m tli.train`` name one thing.
+Everything is loaded when it is first asked for: ``--help`` must not wait for torch. ``tli.train`` is the function; the module of that
+name is there for ``python -m tli.train`` alone, and nothing imports it.
 """
 
+import importlib
 import importlib.machinery
 import importlib.util
 import pathlib
 import sys
+import typing
 
-from tli.config import TrainConfig
-from tli.runtime.errors import TliError
+if typing.TYPE_CHECKING:
+    from tli.commands.evaluate import evaluate
+    from tli.commands.export import export
+    from tli.commands.scan import scan
+    from tli.commands.train import train
+    from tli.config import EvaluateConfig, ExportConfig, ScanConfig, TrainConfig
+    from tli.data.word_pairs import read_pairs
+    from tli.runtime.errors import TliError
 
-__all__ = ["TliError", "TrainConfig", "train"]
+__all__ = [
+    "EvaluateConfig",
+    "ExportConfig",
+    "ScanConfig",
+    "TliError",
+    "TrainConfig",
+    "evaluate",
+    "export",
+    "read_pairs",
+    "scan",
+    "train",
+]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "EvaluateConfig": "tli.config",
+    "ExportConfig": "tli.config",
+    "ScanConfig": "tli.config",
+    "TliError": "tli.runtime.errors",
+    "TrainConfig": "tli.config",
+    "evaluate": "tli.commands.evaluate",
+    "export": "tli.commands.export",
+    "read_pairs": "tli.data.word_pairs",
+    "scan": "tli.commands.scan",
+    "train": "tli.commands.train",
+}
+
+
+def __getattr__(name: str):
+    """PEP 562: what ``__all__`` names, out of the module that it lives in."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tli' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def _find_kernels() -> None:

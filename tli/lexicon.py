@@ -5,9 +5,9 @@ from tli.runtime.errors import run_command
 
 def main() -> None:
     """The command."""
-    from tli.dictionary_check import main
+    from tli.commands.lexicon import lexicon
 
-    main()
+    lexicon()
 
 
 if __name__ == "__main__":

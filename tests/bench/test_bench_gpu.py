@@ -17,7 +17,7 @@ from bench.gpu_cases import Dequantise, Loss, Product, Subject
 from bench.gpu_operands import Place
 from bench.gpu_timing import AGAIN, Clock, Row, Skipped, Stopwatch
 from tests.support.fidelity import DEVICE
-from tli import tune
+from tli.commands import tune
 from tli.runtime import ops
 from tli.runtime.errors import TliError
 

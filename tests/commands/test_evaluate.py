@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.small_adapters import UNREADABLE, save_adapter, unreadable
 from tli import train
+from tli.commands.evaluate import evaluate
 from tli.config import EvaluateConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.packing import TokenisedWords
-from tli.evaluate import evaluate
 from tli.model import hidden_states, lora
 from tli.reports import evaluation
 from tli.reports.tables import show

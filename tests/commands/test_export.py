@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-import tli.export as export_module
 from tests.support.families import FAMILIES
+from tli.commands import export as export_module
+from tli.commands.export import export
 from tli.config import ExportConfig
-from tli.export import export
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import whole
@@ -195,7 +195,7 @@ def test_no_more_than_a_file_is_in_memory(make_model, tmp_path):
     settings = {"adapter": str(make_adapter(wide, tmp_path / "adapter")), "dtype": "float32"}
     runs = [{**settings, "output": str(tmp_path / str(shard_gb)), "shard_gb": shard_gb} for shard_gb in (0.02, 2.0)]
     code = (
-        "from tli.runtime import environment; from tli.config import ExportConfig; from tli.export import export\n"
+        "from tli.runtime import environment; from tli.config import ExportConfig; from tli.commands.export import export\n"
         f"for run in {runs!r}: export(ExportConfig(**run)); print(environment.peak_bytes())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -206,7 +206,7 @@ def test_no_more_than_a_file_is_in_memory(make_model, tmp_path):
 
 def test_a_kill_leaves_nothing_half_and_the_next_export_clears_up(llama, tmp_path):
     code = (
-        "import time, tli.export as e; from tli.config import ExportConfig; save = e._save\n"
+        "import time, tli.commands.export as e; from tli.config import ExportConfig; save = e._save\n"
         "def slow(tensors, path):\n    save(tensors, path); time.sleep(0.2)\n"
         f"e._save = slow; e.export(ExportConfig(**{llama!r}, shard_gb=3e-5))"
     )

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-import tli.protocol as protocol_module
-import tli.protocol_controls as controls
 from tli import train
+from tli.commands import protocol as protocol_module
+from tli.commands import protocol_controls as controls
+from tli.commands.grid import Cell
+from tli.commands.protocol import FILES, METRICS, RANDOM, SWITCHES, measure_anew, options_of, protocol
 from tli.config import ProtocolConfig, TrainConfig
 from tli.data import word_pairs
-from tli.grid import Cell
 from tli.metrics.alignment import measure
 from tli.model.checkpoint import open_checkpoint
-from tli.protocol import FILES, METRICS, RANDOM, SWITCHES, measure_anew, options_of, protocol
 from tli.reports.protocol import sentence, verdict
 from tli.reports.wording import find_value
 from tli.runtime.cli import parse
@@ -340,7 +340,7 @@ def test_a_complete_protocol_is_not_run_again_and_gives_the_same(finished, model
     report = output / "cells" / "random-weights" / "report.json"
     report.write_text(report.read_text().replace(str(finished[0]), str(output)))
     before = contents(output / "cells")
-    monkeypatch.setattr("tli.grid._start", None)
+    monkeypatch.setattr("tli.commands.grid._start", None)
     again = protocol(settings(model, word_list, output))
     assert contents(output / "cells") == before
     assert json.loads(json.dumps(again)) == json.loads(json.dumps(finished[1]))
@@ -411,7 +411,7 @@ def test_a_killed_protocol_goes_on_where_it_was(finished, model, word_list, tmp_
     kept = tuple(switch for switch in SWITCHES if switch.name in ("paper", "bos-measured", "shuffled"))
     config = settings(model, word_list, tmp_path / "out")
     code = (
-        "import tli.protocol as p; from tli.config import ProtocolConfig; "
+        "import tli.commands.protocol as p; from tli.config import ProtocolConfig; "
         f"p.SWITCHES = tuple(s for s in p.SWITCHES if s.name in {[switch.name for switch in kept]}); p.protocol({config!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ)

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.families import FAMILIES
 from tests.support.small_adapters import UNREADABLE, unreadable
+from tli.commands.scan import _pairs
+from tli.commands.scan import scan as scan_command
 from tli.config import ScanConfig
 from tli.data import word_pairs
 from tli.data.batch import to_batch
@@ -33,8 +35,6 @@ from tli.runtime.cli import parse
 from tli.runtime.device import place
 from tli.runtime.errors import TliError, run_command
 from tli.runtime.files import sha256
-from tli.scan import _pairs
-from tli.scan import scan as scan_command
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CPU = place("cpu", "float32")

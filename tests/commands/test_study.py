@@ -12,14 +12,14 @@ import time
 import numpy as np
 import pytest
 
-import tli.study as study_module
+from tli.commands import study as study_module
+from tli.commands.grid import Cell, run_cells
+from tli.commands.study import study
 from tli.config import StudyConfig
 from tli.data import word_pairs
-from tli.grid import Cell, run_cells
 from tli.reports import study as study_report
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError, run_command
-from tli.study import study
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 

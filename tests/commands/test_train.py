@@ -18,8 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import tli.train as train_module
-from tli import scan, train
+from tli import train
+from tli.commands import scan
+from tli.commands import train as train_module
 from tli.config import ScanConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.loader import EpochBatches
@@ -213,7 +214,7 @@ def test_the_rate_warms_up_and_decays():
 
 def test_from_tli_import_train_is_the_function_and_the_command():
     assert callable(train)
-    assert train is train_module
+    assert train is train_module.train
     assert list(inspect.signature(train).parameters) == ["config"]
 
 
@@ -249,7 +250,7 @@ def start(settings: dict, save_every_s: float) -> subprocess.Popen:
     """The command in a process of its own, saving its state as often as this."""
     flags = as_flags(settings)
     code = (
-        f"import tli.train as t; from tli.training import loop; loop._SAVE_EVERY_S = {save_every_s}; "
+        f"import tli.commands.train as t; from tli.training import loop; loop._SAVE_EVERY_S = {save_every_s}; "
         f"from tli.config import TrainConfig; from tli.runtime.cli import parse; "
         f"from tli.runtime.errors import run_command; "
         f"run_command(lambda: t.train(parse(TrainConfig, 'tli.train', {flags!r} + ['--no-report'])))"

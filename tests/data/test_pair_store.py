@@ -10,14 +10,15 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-import tli.train as train_module
-from tli import scan, train
+from tli import train
+from tli.commands import scan
+from tli.commands import train as train_module
+from tli.commands.evaluate import evaluate
 from tli.config import EvaluateConfig, ScanConfig, TrainConfig
 from tli.data import packing, word_pairs
 from tli.data.packing import tokenise
 from tli.data.pair_store import Pair, stored
 from tli.data.word_pairs import read_pairs
-from tli.evaluate import evaluate
 from tli.model import lora
 from tli.runtime.errors import TliError
 

@@ -13,6 +13,7 @@ import torch
 from tli_kernels import cpu
 
 from tests.support.fidelity import assert_faithful
+from tli.commands.train import train
 from tli.config import TrainConfig
 from tli.data.loader import EpochBatches
 from tli.data.packing import tokenise
@@ -25,7 +26,6 @@ from tli.runtime import cpu as processor
 from tli.runtime import ops
 from tli.runtime.cpu import Ways
 from tli.runtime.device import Placement, place
-from tli.train import train
 from tli.training.loss import Objective
 from tli.training.state import STATE_FILE
 

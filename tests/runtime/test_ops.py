@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from tli_kernels import launch, reference
 
 from tests.support.fidelity import DEVICE
-from tli import train, tune
+from tli import train
+from tli.commands import tune
 from tli.config import MODELS, TrainConfig
 from tli.runtime import ops
 from tli.runtime.errors import TliError

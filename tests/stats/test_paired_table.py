@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from tli.commands.evaluate import evaluate
 from tli.config import EvaluateConfig
-from tli.evaluate import evaluate
 from tli.runtime.errors import TliError, run_command
 from tli.stats.paired_table import compare_table, read_table
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-import tli.train as train_module
+from tli.commands import train as train_module
 from tli.config import TrainConfig
 from tli.data.loader import EpochBatches
 from tli.data.packing import tokenise

@@ -17,11 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.support.fake_hub import serving
 from tli import train
+from tli.commands.memory import memory
 from tli.config import MemoryConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.loader import EpochBatches
 from tli.data.packing import tokenise
-from tli.memory import memory
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import arm_model, run_hooked
@@ -217,7 +217,7 @@ def test_a_run_that_will_not_fit_is_refused_before_its_model_is_loaded(make_mode
         raise AssertionError("a weight was read")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tli.train.arm_model", load)
+        patch.setattr("tli.commands.train.arm_model", load)
         with pytest.raises(TliError, match="memory: .* must be free for this run .*; add --micro-batch [0-9]+$") as refused:
             train(TrainConfig(**options, output=str(tmp_path / "refused")))
     size = int(str(refused.value).rsplit(" ", 1)[1])

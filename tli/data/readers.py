@@ -27,7 +27,7 @@ _LOAN = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0":
 def read_rows(path: pathlib.Path, source: str, target: str) -> Iterator[Pair]:
     """The pair of every row, cleaned, in the order of the file; rows of one source word are not merged.
 
-    Arguments and columns as for ``lexicon.read_pairs``.
+    Arguments and columns as for ``word_pairs.read_pairs``.
 
     Raises:
         TliError: with the file and the line of what is wrong.

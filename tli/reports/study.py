@@ -26,7 +26,7 @@ from tli.stats.tests import correct
 if typing.TYPE_CHECKING:
     import rich.console
 
-    from tli.grid import Cell
+    from tli.commands.grid import Cell
 
 FILES = ("results.json", "report.md", "rank.png", "cost.png")
 # where an arm's loss was: layer L or the output

@@ -22,7 +22,7 @@ ROUNDING = 1e-13
 def word_clusters(pairs: int, same: np.ndarray) -> np.ndarray:
     """int64 [pairs]: the number of each pair's cluster, from 0; pairs that share a word, or are linked by pairs that do, are one.
 
-    same   int64 [E, 2] from ``lexicon.same_meaning``
+    same   int64 [E, 2] from ``word_pairs.same_meaning``
     """
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import connected_components

@@ -1,4 +1,4 @@
-"""What one step of training holds at each moment, by category; measured, beside what ``memory_model`` says.
+"""What one step of training holds at each moment, by category; measured, beside what ``estimate`` says.
 
 Weights, embedding rows, adapters and AdamW's moments are known from their tensors. Of what a step allocates torch's profiler reports each
 block of memory with its address, when it comes and when it goes:

@@ -6,7 +6,7 @@ import sys
 from tli.data.dictionary import AGREEMENT, FREEDICT, check
 
 
-def main() -> None:
+def lexicon() -> None:
     """Run ``python -m tli.lexicon check``; exit code 1 if the list agrees with the dictionary too little."""
     parser = argparse.ArgumentParser(prog="python -m tli.lexicon", description="Look after lists of word pairs.")
     verbs = parser.add_subparsers(required=True, metavar="check")

@@ -1,9 +1,10 @@
 """The paper's protocol with one switch changed at a time, and the number that each choice makes.
 
 Every row differs from the first, the paper's own protocol, in one thing. Rows that change the training are trained, each in a cell
-(``tli/grid.py``), and their numbers are those of the cell's own report. Rows that change the measurement alone measure such a cell's
-adapter anew. Two rows have no training of their own (``tli/protocol_controls.py``): adapters where no gradient comes, and words with
-nothing but a sink in common. Reads top to bottom: the rows -> the folder -> the cells -> the rows' numbers -> sentences, tables, a figure.
+(``tli/commands/grid.py``), and their numbers are those of the cell's own report. Rows that change the measurement alone measure such a
+cell's adapter anew. Two rows have no training of their own (``tli/commands/protocol_controls.py``): adapters where no gradient comes, and
+words with nothing but a sink in common. Reads top to bottom: the rows -> the folder -> the cells -> the rows' numbers -> sentences,
+tables, a figure.
 """
 
 import dataclasses
@@ -14,17 +15,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tli.commands.grid import REPORT, Cell, run_cells
+from tli.commands.protocol_controls import adapters_everywhere, save_random_model, sink_only, tokenise_pairs
 from tli.config import ProtocolConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.pair_store import Pair
-from tli.grid import REPORT, Cell, run_cells
 from tli.metrics import layer_pass
 from tli.metrics.alignment import Alignment, measure, measurements
 from tli.model import starter
 from tli.model.checkpoint import Checkpoint, open_checkpoint
 from tli.model.pooling import pooling
 from tli.model.trained_adapter import read_recorded
-from tli.protocol_controls import adapters_everywhere, save_random_model, sink_only, tokenise_pairs
 from tli.reports.figures.protocol import draw_protocol
 from tli.reports.figures.style import save_figure
 from tli.reports.protocol import PUBLISHED, markdown, sentence, show, verdict

@@ -1,0 +1,233 @@
+"""``python -m tli.evaluate``: adapters against the base model, with every control; or the statistics of a table alone.
+
+Reads top to bottom: what the adapters' folders say of their training -> the model, the lists -> one pass over the blocks ->
+intervals and tests -> harm to the language model -> tables and files. With ``--from-csv`` none of it: a table of values from
+anywhere, tested, without a model and without torch.
+"""
+
+import functools
+import json
+import pathlib
+import platform
+import typing
+
+import numpy as np
+
+import tli
+from tli.config import EvaluateConfig
+from tli.data import word_pairs
+from tli.data.pair_store import Pairs
+from tli.model.shape import Layer
+from tli.reports import evaluation
+from tli.reports.tables import Table, show
+from tli.runtime.cli import as_dict
+from tli.runtime.errors import TliError
+from tli.runtime.files import claim_output, sha256, write_text
+from tli.stats import paired_table
+
+if typing.TYPE_CHECKING:
+    from tli.model.trained_adapter import Recorded
+
+# of cosine: about half of the gain that the paper reports
+_MARGIN = 0.05
+
+
+def evaluate(config: EvaluateConfig) -> dict:
+    """Compare ``config.adapters`` with the base, or test the table ``config.from_csv``; print the tables and write them.
+
+    Returns:
+        What ``evaluation.json`` holds.
+
+    Raises:
+        TliError: for whatever a user can cause; nothing that existed before is lost.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    return _evaluate_table(config, console) if config.from_csv is not None else _evaluate_adapters(config, console)
+
+
+def _evaluate_table(config: EvaluateConfig, console) -> dict:
+    table = paired_table.read_table(config.from_csv, config.before, config.after, config.group, config.cluster)
+    results = paired_table.compare_table(table, config.seed or 0, config.margin)
+    options = {name: as_dict(config)[name] for name in ("from_csv", "before", "after", "group", "cluster", "margin", "seed")}
+    facts = {"config": options, "table": paired_table.describe(config.from_csv, table), **results, "versions": _versions()}
+    tables = evaluation.tables_of_values(facts)
+    if config.output is not None:
+        output = pathlib.Path(config.output).expanduser()
+        claim_output(output, config.overwrite)
+        _write(output, facts, tables, f"# Statistics of {facts['table']['name']}")
+    show(tables, console)
+    console.print(evaluation.last_line_of_values(facts, config.output))
+    return facts
+
+
+def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
+    # torch and transformers, which a table does without
+    from tli.metrics import comparison, layer_pass
+    from tli.metrics.perplexity import harm, predict, read_windows
+    from tli.model import starter
+    from tli.model.checkpoint import model_facts, open_checkpoint
+    from tli.model.pooling import pooling, token_norm_at_hand
+    from tli.model.trained_adapter import agreed, read_recorded, require_fit
+    from tli.runtime import environment
+    from tli.runtime.console import layer_bar
+    from tli.runtime.device import place
+
+    adapters = {recorded.name: recorded for recorded in map(read_recorded, config.adapters)}
+    if len(adapters) < len(config.adapters):
+        raise TliError("ADAPTER", "the adapters' folders must have different names", ", ".join(adapters), "rename one")
+    known = list(adapters.values())
+    # what is not given is as it was in training
+    weights, token_norm, prefix = (
+        agreed(known, name, default) if getattr(config, name) is None else getattr(config, name)
+        for name, default in (("weights", "full"), ("token_norm", "auto"), ("prefix", " "))
+    )
+    pool_bos = agreed(known, "eval_pool_bos", False) if config.sink is None else config.sink == "in"
+    seed = known[0].option("seed", 0) if config.seed is None else config.seed
+    splits, lists = _read_lists(config, known)
+    splits = {split: pairs.subset(word_pairs.sample(pairs, seed)) for split, pairs in splits.items()}
+    models = dict.fromkeys([config.model] if config.model else [recorded.model_name() for recorded in known])
+    if len(models) > 1:
+        raise TliError(
+            "ADAPTER", "the adapters must be of one model", ", ".join(models), "evaluate them one by one, or name it with --model"
+        )
+    if config.output is None and len(known) > 1:
+        raise TliError("--output", "several adapters need a folder for their evaluation", "none", "name one")
+    output = known[0].folder / "evaluation" if config.output is None else pathlib.Path(config.output).expanduser()
+
+    name = next(iter(models))
+    checkpoint = open_checkpoint(starter.locate(name))
+    placement = place(config.device, config.dtype, weights, config.impl)
+    console.print(placement.ops.description)
+    layers = _layers(config, known, checkpoint.blocks)
+    hashed = functools.cache(checkpoint.sha256)
+    for recorded in known:
+        require_fit(recorded, checkpoint, placement, hashed)
+    token_norm = token_norm_at_hand(token_norm, checkpoint)
+    windows = None if config.text is None else read_windows(config.text, checkpoint, config.window, config.text_tokens)
+    claim_output(output, config.overwrite)
+    used = {"weights": weights, "dtype": str(placement.dtype)[6:], "token_norm": token_norm, "pool_bos": pool_bos, "prefix": prefix}
+    differences = _differences(used, known)
+
+    streams = {None: None, **{name: recorded.adapter for name, recorded in adapters.items()}}
+    # embeddings, blocks and output, once for the words and once for the text, which then passes the head window by window
+    steps = (layers[-1] + 1 if layers[-1] != "output" else checkpoint.blocks + 2) + (
+        checkpoint.blocks + 2 + len(windows.lengths) if windows else 0
+    )
+    with layer_bar(console, steps) as done:
+        pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
+        found, missing = layer_pass.measure_layers(checkpoint, splits, layers, pool, placement, streams, prefix, pool_bos, done)
+        predictions, unread = predict(checkpoint, windows, placement, list(streams.values())[1:], done) if windows else ([], None)
+    measured = [layer for layer in layers if any(layer == of for *_, of in found)]
+    if (config.layers is not None and len(measured) < len(layers)) or not measured or unread:
+        raise TliError(
+            "--text" if unread else "--layers",
+            "the blocks must be there",
+            unread or missing,
+            "put the missing shard there, or ask for less",
+        )
+
+    measurements, tests = comparison.assess(found, splits, seed, _MARGIN if config.margin is None else config.margin)
+    facts = {
+        "config": as_dict(config),
+        "adapters": [recorded.facts() for recorded in known],
+        "model": model_facts(name, checkpoint, hashed(checkpoint.blocks if measured[-1] == "output" else measured[-1])),
+        "pairs": lists,
+        "settings": {**used, "seed": seed, "source": lists["source"], "target": lists["target"]},
+        "differences": differences,
+        "layers": measured,
+        "missing": missing,
+        "measurements": measurements,
+        "tests": tests,
+        "harm": harm(predictions, windows, seed) if windows else None,
+        "versions": {**_versions(), **environment.versions()},
+        "machine": environment.machine(placement),
+    }
+    tables = evaluation.tables_of_adapters(facts)
+    _write(output, facts, evaluation.tables_of_adapters(facts, full=True), "# Evaluation")
+    show(tables, console)
+    console.print(evaluation.last_line_of_adapters(facts, output))
+    return facts
+
+
+def _read_lists(config: EvaluateConfig, known: "list[Recorded]") -> tuple[dict[str, Pairs], dict]:
+    """The pairs by list, "trained" and "held_out", or "all" where nobody knows which were trained; and facts about them."""
+    from tli.model.trained_adapter import agreed
+
+    source, target, recorded_path, path_held_out, share = (
+        agreed(known, name, default)
+        for name, default in (("source", "swahili"), ("target", "english"), ("pairs", None), ("held_out_pairs", None), ("held_out", None))
+    )
+    source, target = config.source or source, config.target or target
+    path = recorded_path if config.pairs is None else config.pairs
+    pairs = word_pairs.read_pairs(path, source, target)
+    file = pathlib.Path(path or word_pairs.SHIPPED)
+    hashes = {recorded.report["pairs"]["sha256"] for recorded in known if recorded.report is not None}
+    is_recorded = hashes == {sha256(file)} and all(recorded.report is not None for recorded in known)
+    if hashes and not is_recorded and config.pairs is None:
+        remedy = "name that list with --pairs, or another to be measured as a whole"
+        raise TliError(file, "the list must be the one that the adapter was trained on", "other bytes", remedy)
+    if is_recorded and config.held_out is not None:
+        raise TliError("--held-out", "the split that the run recorded must stand", config.held_out, "leave --held-out out")
+    if not is_recorded:
+        path_held_out, share = None, config.held_out
+    if path_held_out is not None:
+        splits = {"trained": pairs, "held_out": word_pairs.read_pairs(path_held_out, source, target)}
+    elif share is not None:
+        split_seed = agreed(known, "seed", 0) if is_recorded else config.seed or 0
+        splits = dict(zip(("trained", "held_out"), word_pairs.split_pairs(pairs, share, split_seed)))
+    else:
+        splits = {"all": pairs}
+    if config.held_out_pairs is not None:
+        # with a list of its own to hold out, the rest is what was trained
+        splits = {"trained": splits.get("trained", pairs), "held_out": word_pairs.read_pairs(config.held_out_pairs, source, target)}
+    if "held_out" in splits:
+        word_pairs.check_disjoint(splits["trained"], splits["held_out"])
+    counts = {split: len(part) for split, part in splits.items()}
+    facts = {"name": file.name, "sha256": sha256(file), "source": source, "target": target, "split_is_recorded": is_recorded, **counts}
+    return splits, facts
+
+
+def _layers(config: EvaluateConfig, known: "list[Recorded]", blocks: int) -> list[Layer]:
+    """The layers to measure, in order."""
+    if config.layers is None:
+        chosen = {min(recorded.layer, blocks) for recorded in known} | {blocks // 2, "output"}
+    elif config.layers.strip() == "all":
+        chosen = {*range(blocks + 1), "output"}
+    else:
+        names = [name.strip() for name in config.layers.split(",")]
+        wrong = [name for name in names if name != "output" and not (name.isdecimal() and int(name) <= blocks)]
+        if wrong:
+            must = f"the layers must be from 0 to {blocks}, or output, a comma between them, or all"
+            raise TliError("--layers", must, repr(wrong[0]), "choose among these")
+        chosen = {name if name == "output" else int(name) for name in names}
+    return sorted(chosen, key=lambda layer: blocks + 1 if layer == "output" else layer)
+
+
+def _differences(used: dict, known: "list[Recorded]") -> list[dict]:
+    """Where the evaluation is not as the training was; of an adapter without a report nothing is known."""
+    found = []
+    for recorded in known:
+        if recorded.report is None:
+            found.append({"adapter": recorded.name, "setting": None, "here": None, "training": None})
+            continue
+        trained = {name: recorded.option(name, value) for name, value in used.items()}
+        machine = recorded.report.get("machine", {})
+        # what it was measured in; older reports measured in what they trained in
+        trained["dtype"] = machine.get("measured_in", machine.get("dtype", used["dtype"]))
+        differing = [name for name in used if used[name] != trained[name]]
+        found += [{"adapter": recorded.name, "setting": name, "here": used[name], "training": trained[name]} for name in differing]
+    return found
+
+
+def _versions() -> dict:
+    import scipy
+
+    return {"tli": tli.__version__, "python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__}
+
+
+def _write(output: pathlib.Path, facts: dict, tables: list[Table], title: str) -> None:
+    text = evaluation.markdown(title, tables, facts)
+    write_text(output / "evaluation.md", text)
+    write_text(output / "evaluation.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,106 @@
+"""``python -m tli.scan``: what every layer of a model shows about word pairs, in one pass, and where to train.
+
+Reads top to bottom: pairs -> tokens -> one pass over the blocks, one in memory at a time -> scan.json, scan.png, tables, a verdict.
+
+The main columns are of the vectors that training aligns: each token state through the token norm, their mean, BOS left out. Beside
+them stand the paper's, token states as they are with BOS pooled, so that a reader sees what the pooled sink does to a mean cosine.
+"""
+
+import functools
+import json
+import pathlib
+import time
+
+from tli.config import ScanConfig
+from tli.data import word_pairs
+from tli.data.packing import tokenise
+from tli.data.pair_store import Pairs
+from tli.metrics import layer_choice, layer_pass, layers
+from tli.model import starter
+from tli.model.checkpoint import model_facts, open_checkpoint, sight
+from tli.model.pooling import pooling, token_norm_at_hand
+from tli.model.trained_adapter import read_recorded, require_fit
+from tli.reports.figures.scan import draw_scan
+from tli.reports.figures.style import save_figure
+from tli.reports.scan import show, verdict
+from tli.runtime import environment
+from tli.runtime.cli import as_dict
+from tli.runtime.console import layer_bar
+from tli.runtime.device import place
+from tli.runtime.errors import TliError
+from tli.runtime.files import claim_output, sha256, write_text
+
+FILES = ("scan.json", "scan.png")
+
+
+def scan(config: ScanConfig) -> dict:
+    """Measure all layers of ``config.model``, and of it with ``config.adapter``, and write what was found to ``config.output``.
+
+    Returns:
+        What ``scan.json`` holds.
+
+    Raises:
+        TliError: for whatever a user can cause; nothing that existed before is lost.
+    """
+    from rich.console import Console
+
+    began = time.monotonic()
+    console = Console(stderr=True, highlight=False)
+    output = pathlib.Path(config.output).expanduser()
+    pairs, listed = _pairs(config)
+    same = word_pairs.same_meaning(pairs)
+    adapted = None if config.adapter is None else read_recorded(config.adapter)
+    streams = {"base": None} if adapted is None else {"base": None, "adapter": adapted.adapter}
+    name = config.model or (starter.NAME if adapted is None else adapted.model_name())
+    checkpoint = open_checkpoint(starter.locate(name))
+    hashed = functools.cache(checkpoint.sha256)
+    texts = [pair.source for pair in pairs] + [pair.target for pair in pairs]
+    words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), config.prefix)
+    placement = place(config.device, config.dtype, config.weights, config.impl)
+    if adapted is not None:
+        require_fit(adapted, checkpoint, placement, hashed)
+    claim_output(output, config.overwrite)
+    console.print(placement.ops.description)
+
+    token_norm = token_norm_at_hand(config.token_norm, checkpoint)
+    pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
+    # the embeddings, each block, and the output
+    with layer_bar(console, checkpoint.blocks + 2) as done:
+        scans, missing_output = layer_pass.scan_layers(checkpoint, words, same, pool, placement, streams, done)
+
+    list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
+    report = {
+        "config": {**as_dict(config), "token_norm": token_norm},
+        "model": model_facts(name, checkpoint, hashed(max(layer for _, layer in scans if layer != "output"))),
+        "adapter": None if adapted is None else adapted.facts(),
+        "pairs": {"name": list_file.name, "sha256": sha256(list_file), "listed": listed, "scanned": len(pairs)},
+        "missing_output": missing_output,
+        "choice": {
+            "gap": layer_choice.choose_layer(layers.of_stream(scans, "base", "word", "gap"), same, config.seed),
+            "paper": layer_choice.choose_layer_by_cosine(layers.of_stream(scans, "base", "raw_bos", "cosine")),
+        },
+        "sink_layers": {stream: layer_choice.sink_layers(scans, stream) for stream in streams},
+        "versions": environment.versions(),
+        "machine": environment.machine(placement),
+        "measurements": layers.records(scans, same, config.seed),
+        "strata": layers.stratum_records(scans, layers.strata(pairs, words), same, config.seed),
+    }
+    report["verdict"] = verdict(report)
+    save_figure(output / "scan.png", draw_scan(report))
+    report |= {"seconds": time.monotonic() - began, "peak_bytes": environment.peak_bytes()}
+    write_text(output / "scan.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    show(report, console)
+    console.print(f"in {output}: {', '.join(FILES)}")
+    return report
+
+
+def _pairs(config: ScanConfig) -> tuple[Pairs, int]:
+    """The pairs of the chosen split, or a random sample of them, in the order of the list, and how many the split has."""
+    pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
+    if config.split != "all":
+        pairs = dict(zip(("trained", "held_out"), word_pairs.split_pairs(pairs, config.held_out, config.seed), strict=True))[config.split]
+    if config.sample is None:
+        return pairs.subset(word_pairs.sample(pairs, config.seed)), len(pairs)
+    if not 2 <= config.sample <= len(pairs):
+        raise TliError("--sample", f"a sample must have from 2 to {len(pairs)} pairs, as many as there are", config.sample, "change it")
+    return pairs.subset(word_pairs.sample(pairs, config.seed, config.sample)), len(pairs)
