@@ -166,11 +166,24 @@ def test_the_wheel_imports_away_from_the_tree(wheel, tmp_path):
     assert done.stdout.split() == [f"{tmp_path}/site/tli/__init__.py", f"{tmp_path}/site/tli_kernels/reference.py"]
 
 
-def test_the_readme_tree_is_the_tree_on_disk():
-    block = re.search(r"^## The tree\n+```[^\n]*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert block, "README.md has no fenced block right after '## The tree'"
+def fenced(file: str, heading: str) -> str:
+    block = re.search(rf"^## {heading}\n+```[^\n]*\n(.*?)^```", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert block, f"{file} has no fenced block right after '## {heading}'"
+    return block[1]
+
+
+def test_the_readme_tree_has_a_line_for_each_room():
+    named = {line.split()[0] for line in fenced("README.md", "The tree").splitlines() if line.split()[0].endswith("/")}
+    assert named - {"tests/", "docs/"} == {"tli/", "kernels/", "bench/"} | {
+        f"{path.parent.name}/" for path in (ROOT / "tli").glob("*/__init__.py")
+    }
+    top = {word for word in fenced("README.md", "The tree").split() if word.endswith(".py")}
+    assert top == {path.name for path in (ROOT / "tli").glob("*.py")}
+
+
+def test_every_file_is_in_contributing():
     named, folder = set(), ""
-    for line in block[1].splitlines():
+    for line in fenced("CONTRIBUTING.md", "Every file").splitlines():
         indented, words = line.startswith(" "), line.split()
         if not indented and words:
             folder = words[0] if words[0].endswith("/") else ""
@@ -181,5 +194,5 @@ def test_the_readme_tree_is_the_tree_on_disk():
     on_disk -= {path.relative_to(ROOT).as_posix() for path in (ROOT / "tli").glob("*/**/__init__.py")}
     # naming a test file is allowed, not asked for; one that is named exists
     tests = {path.relative_to(ROOT).as_posix() for path in modules("tests")}
-    assert on_disk - named == set(), "on disk, not in README.md"
-    assert named - on_disk - tests == set(), "in README.md, not on disk"
+    assert on_disk - named == set(), "on disk, not in CONTRIBUTING.md"
+    assert named - on_disk - tests == set(), "in CONTRIBUTING.md, not on disk"

@@ -3,11 +3,11 @@
 from tli.runtime.errors import run_command
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """The command."""
     from tli.commands.lexicon import lexicon
 
-    lexicon()
+    lexicon(argv)
 
 
 if __name__ == "__main__":

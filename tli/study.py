@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
 
         results = protocol(config)
     else:
-        config = parse(StudyConfig, "tli.study", arguments)
+        config = parse(StudyConfig, "tli.study", arguments, many_processes=True)
         from tli.commands.study import study
 
         results = study(config)

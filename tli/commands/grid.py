@@ -80,7 +80,8 @@ def run_cells(cells: Iterable[Cell], folder: pathlib.Path, jobs: int, done: Call
         folder.mkdir(parents=True, exist_ok=True)
     waiting, running = list(cells), {}
     threads = max(1, cores() // jobs)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    # a cell is a run of one process, whatever shares the cells out
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "WORLD_SIZE": "1"}
     with stop_signals() as stop, contextlib.ExitStack() as locks:
         try:
             while waiting or running:

@@ -7,11 +7,13 @@ decides is ``None`` until ``fill_by_recipe`` fills it in, so a flag or an argume
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import sys
 import types
 import typing
 
+import tli
 from tli.runtime.errors import TliError
 
 
@@ -49,11 +51,16 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse(config_class, module: str, arguments: list[str] | None = None):
-    """Read the command line of ``python -m <module>`` into a ``config_class``; leaves with 2 on a wrong flag or value."""
+def parse(config_class, module: str, arguments: list[str] | None = None, many_processes: bool = False):
+    """Read the command line of ``python -m <module>`` into a ``config_class``; leaves with 2 on a wrong flag or value.
+
+    many_processes: the command shares its work among torchrun's processes; of any other there must be one
+    """
+    # as the console command ``tli``, ``tli.train`` is called ``tli train``
+    prog = module.replace(".", " ", 1) if pathlib.Path(sys.argv[0]).stem == "tli" else f"python -m {module}"
     parser = _Parser(
-        prog=f"python -m {module}",
-        usage=f"python -m {module} [options]",
+        prog=prog,
+        usage=f"{prog} [options]",
         description=config_class.__doc__,
         formatter_class=_help_format,
         allow_abbrev=False,
@@ -66,7 +73,7 @@ def parse(config_class, module: str, arguments: list[str] | None = None):
         if typing.get_origin(kinds[field.name]) is tuple:
             # what stands without a flag: ADAPTER for the field ``adapters``
             name = field.name.removesuffix("s").upper()
-            parser.usage = f"python -m {module} [{name} ...] [options]"
+            parser.usage = f"{prog} [{name} ...] [options]"
             groups[group].add_argument(field.name, nargs="*", metavar=name, default=argparse.SUPPRESS, help=help_text)
         elif field.default is dataclasses.MISSING:
             parser.usage = parser.usage.replace("[options]", f"{field.name.upper()} [options]")
@@ -79,11 +86,21 @@ def parse(config_class, module: str, arguments: list[str] | None = None):
             kind = _plain_type(kinds[field.name])
             metavar = None if choices else kind.__name__.upper()
             groups[group].add_argument(flag, type=kind, choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=help_text)
+    parser.add_argument("--version", action="version", version=f"tli {tli.__version__}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
     try:
+        if not many_processes:
+            _require_one_process(module)
         return config_class(**given)
     except TliError as error:
         parser.exit(2, f"error: {error}\n")
+
+
+def _require_one_process(module: str) -> None:
+    """Raise ``TliError`` under torchrun with several processes, which would all do the same in the same folder."""
+    processes = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
+    if processes != "1":
+        raise TliError(module, "one process must do this", f"torchrun's WORLD_SIZE {processes}", "run it without torchrun")
 
 
 def _help_format(prog: str) -> argparse.HelpFormatter:
