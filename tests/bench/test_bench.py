@@ -17,7 +17,7 @@ from bench.peers import SUBJECTS, Subject, distinct_pairs, drawn_pairs
 from bench.step import AGAIN, StepConfig, agree, goals, interleave, measure, prepare, summary, taking_part, train_configs
 from tli.config import TrainConfig
 from tli.data import word_pairs
-from tli.model.checkpoint import FAMILIES
+from tli.model.families import FAMILIES
 from tli.runtime.errors import TliError
 
 BATCH = 12

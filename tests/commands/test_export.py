@@ -19,13 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from tests.support.families import FAMILIES
 from tli.commands import export as export_module
 from tli.commands.export import export
 from tli.config import ExportConfig
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import whole
+from tli.model.families import FAMILIES
 from tli.runtime.cli import parse
 from tli.runtime.device import place
 from tli.runtime.errors import TliError, run_command

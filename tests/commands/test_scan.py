@@ -15,7 +15,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.support.families import FAMILIES
 from tests.support.small_adapters import UNREADABLE, unreadable
 from tli.commands.scan import _pairs
 from tli.commands.scan import scan as scan_command
@@ -28,6 +27,7 @@ from tli.metrics.sink import token_lengths
 from tli.model import hidden_states, lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import truncate
+from tli.model.families import FAMILIES
 from tli.model.pooling import Pooling, pooling
 from tli.reports.figures.scan import draw_scan
 from tli.reports.scan import show, verdict

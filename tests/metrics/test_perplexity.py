@@ -8,12 +8,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.support.families import FAMILIES
 from tests.support.small_adapters import save_adapter
 from tli.metrics import perplexity as harm_module
 from tli.metrics.perplexity import NextTokens, TextWindows, harm, predict, read_windows
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
+from tli.model.families import FAMILIES
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
 

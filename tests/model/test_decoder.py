@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.support.families import FAMILIES
 from tests.support.words import tokens_of
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import run, truncate
+from tli.model.families import FAMILIES
 from tli.model.hidden_states import stream_layers
 from tli.runtime.device import place
 from tli.runtime.errors import TliError

@@ -11,13 +11,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.model.test_decoder import relative_error, whole_states
-from tests.support.families import FAMILIES
 from tests.support.words import tokens_of
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model import lora
 from tli.model.checkpoint import Checkpoint, open_checkpoint
 from tli.model.decoder import caught, recompute_blocks, run, run_hooked, truncate, whole
+from tli.model.families import FAMILIES
 from tli.model.pooling import pooling
 from tli.runtime import ops
 from tli.runtime.device import place

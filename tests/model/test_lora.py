@@ -10,13 +10,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.support.families import FAMILIES
 from tests.support.words import tokens_of
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import run, truncate
+from tli.model.families import FAMILIES
 from tli.model.hidden_states import stream_layers
 from tli.runtime import ops
 from tli.runtime.device import place

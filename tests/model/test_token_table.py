@@ -5,7 +5,6 @@ import pytest
 import torch
 from tli_kernels.token_table import TokenTable
 
-from tests.support.families import FAMILIES
 from tli.config import TrainConfig
 from tli.data.loader import EpochBatches
 from tli.data.packing import tokenise
@@ -13,6 +12,7 @@ from tli.data.word_pairs import read_pairs
 from tli.model import lora, shape, token_table
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import recompute_blocks, run, truncate
+from tli.model.families import FAMILIES
 from tli.model.pooling import pooling
 from tli.runtime import ops
 from tli.runtime.device import Placement, place

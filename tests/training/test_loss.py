@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.families import FAMILIES
 from tests.support.words import tokens_of
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import run, truncate
+from tli.model.families import FAMILIES
 from tli.model.pooling import pooling
 from tli.runtime.device import place
 from tli.training.loss import Objective

@@ -26,6 +26,7 @@ from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import arm_model, run_hooked
 from tli.model.decoder import run as run_model
+from tli.model.families import FAMILIES
 from tli.model.pooling import Pooling
 from tli.model.shape import Shape
 from tli.runtime.device import place
@@ -39,7 +40,6 @@ from tli.training.memory.budget import needed as memory_needed
 ROOT = pathlib.Path(__file__).parent.parent.parent
 # wide beside the batch, as real models are: what has the size of a vocabulary or of a word list must not decide
 WIDE = {"hidden_size": 192, "intermediate_size": 640, "head_dim": 32, "num_attention_heads": 6, "num_key_value_heads": 2}
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
 class Step:

@@ -17,12 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tli.model import hub
+from tli.model.families import FAMILIES, family_of
 from tli.model.safetensors_io import read_alone, read_no_more
 from tli.runtime import ops
 from tli.runtime.errors import TliError, one_line
-
-# families whose truncated states were shown equal to the whole model's (tests/model/test_decoder.py)
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 # of the embedding table, enough to tell two models apart
 _HASHED_ROWS = 64
@@ -116,8 +114,7 @@ class Checkpoint:
         else:
             weight = self._small("norm.weight", (self.config.hidden_size,)).float()
         # Gemma stores its norms' weights less one
-        gemma = self.config.model_type.startswith("gemma")
-        return (weight + 1 if gemma else weight.clone()), self.config.rms_norm_eps
+        return weight + FAMILIES[self.config.model_type].norm_offset, self.config.rms_norm_eps
 
     def _small(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor of a few pages, read without those around it."""
@@ -216,7 +213,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     """Open a local folder or hub name; reads config and tensor names, no weights.
 
     Raises:
-        TliError: no such folder, no config, a family that is not in ``FAMILIES``, quantised weights other than NF4, or no safetensors.
+        TliError: no such folder, no config, a family that tli does not know, quantised weights other than NF4, or no safetensors.
     """
     folder = pathlib.Path(name).expanduser() if pathlib.Path(name).expanduser().exists() or name.startswith((".", "/", "~")) else None
     if folder is not None and not folder.is_dir():
@@ -243,13 +240,7 @@ def _read_config(name: str, folder: pathlib.Path | None):
         raise TliError(name, "config.json must describe a model that transformers knows", one_line(error), "check the file") from error
     # a model of text and images keeps its decoder's config inside
     config = config.get_text_config()
-    if config.model_type not in FAMILIES:
-        raise TliError(
-            name,
-            f"the model's family must be one that is known to truncate exactly ({', '.join(FAMILIES)})",
-            config.model_type,
-            "choose a model of these families",
-        )
+    family_of(config.model_type, name)
     stored = getattr(config, "quantization_config", None) or {}
     if stored and (stored.get("quant_method") != "bitsandbytes" or stored.get("bnb_4bit_quant_type") != "nf4"):
         got = f"quantization_config {stored.get('quant_method')}, {stored.get('bnb_4bit_quant_type') or 'no NF4'}"

@@ -8,20 +8,11 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from tli.model.families import FAMILIES, LINEAR, Family, family_of
 from tli.runtime.errors import TliError
 
 NF4_BYTES = 0.5 + 4 / 64
 
-# what a family's config.json leaves out where it is the family's usual value
-_USUAL = {
-    "llama": {"mlp_bias": False},
-    "mistral": {"num_key_value_heads": 8},
-    "qwen2": {"num_key_value_heads": 32, "attention_bias": "q_proj,k_proj,v_proj"},
-    "qwen3": {"head_dim": 128, "num_key_value_heads": 32},
-    "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "num_attention_heads": 8, "attn_logit_softcapping": 50.0},
-    "gemma3_text": {"head_dim": 256, "num_key_value_heads": 4, "num_attention_heads": 8, "vocab_size": 262208},
-}
-LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 # of tables, where the weights that they replace are smaller
 MOST_TABLE_BYTES = 64 << 20
 
@@ -30,7 +21,7 @@ Layer = int | str
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes; ``norms`` in each block, ``head_norms`` where queries and keys have one, ``eager`` attention keeps its weights."""
+    """A decoder's sizes; ``family`` is its name in ``families.FAMILIES``."""
 
     family: str
     blocks: int
@@ -52,10 +43,7 @@ class Shape:
         # a config's own names for its text part, as transformers reads them
         config = next((config[key] for key in ("text_config", "decoder", "text_encoder") if isinstance(config.get(key), dict)), config)
         family = config.get("model_type")
-        if family not in _USUAL:
-            must = f"the model's family must be one that is known to truncate exactly ({', '.join(_USUAL)})"
-            raise TliError(name, must, family, "choose a model of these families")
-        config = _USUAL[family] | {key: value for key, value in config.items() if value is not None}
+        config = family_of(family, name).config_defaults | {key: value for key, value in config.items() if value is not None}
         try:
             width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
             head_dim, keys = int(config.get("head_dim", width // heads)), int(config.get("num_key_value_heads", heads))
@@ -68,18 +56,9 @@ class Shape:
         return cls(family, sizes[0], width, sizes[1], heads, keys, head_dim, sizes[2], biases)
 
     @property
-    def gemma(self) -> bool:
-        """Whether attention and MLP have a norm behind them, too."""
-        return self.family.startswith("gemma")
-
-    @property
-    def head_norms(self) -> bool:
-        return self.family in ("qwen3", "gemma3_text")
-
-    @property
-    def eager(self) -> bool:
-        """Whether attention keeps its T × T weights: soft-capping has no other form."""
-        return self.family == "gemma2"
+    def traits(self) -> Family:
+        """What sets its family apart."""
+        return FAMILIES[self.family]
 
     @property
     def queries(self) -> int:
@@ -99,7 +78,7 @@ class Shape:
         linear = self.linear()
         numbers = sum(n * k for n, k in linear.values())
         biases = sum(n for path, (n, _) in linear.items() if path.rpartition(".")[2] in self.biases)
-        norms = (4 if self.gemma else 2) * self.width + 2 * self.head_dim * self.head_norms
+        norms = (4 if self.traits.norms_behind else 2) * self.width + 2 * self.head_dim * self.traits.head_norms
         return int(numbers * (NF4_BYTES if weights == "nf4" else element)) + element * (biases + norms)
 
 

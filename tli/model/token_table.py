@@ -11,11 +11,11 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from tli.model.families import QKV
 from tli.model.shape import table_bytes
 from tli.runtime import ops
 from tli.runtime.environment import return_freed_memory
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _AT_ONCE = 1024
 
 
@@ -29,7 +29,7 @@ def tabulate(decoder: nn.Module) -> int | None:
         The tables' bytes, or None where the weights stay.
     """
     attention, table = decoder.layers[0].self_attn, decoder.embed_tokens.weight
-    projections = [getattr(attention, name) for name in _PROJECTIONS]
+    projections = [getattr(attention, name) for name in QKV]
     outputs = sum(linear.weight.shape[0] for linear in projections)
     held = sum(linear.weight.nbytes for linear in projections)
     size = table_bytes(len(table), outputs, table.element_size(), held)

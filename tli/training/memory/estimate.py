@@ -102,8 +102,8 @@ class Run:
     def eager(self) -> bool:
         """Whether attention keeps its T × T weights: for soft-capping, and, where nobody says it, in 16 bits on a CPU."""
         if self.eager_attention is not None:
-            return self.shape.eager or self.eager_attention
-        return self.shape.eager or (self.element < 4 and not self.fused and not self.exact)
+            return self.shape.traits.soft_caps or self.eager_attention
+        return self.shape.traits.soft_caps or (self.element < 4 and not self.fused and not self.exact)
 
     @property
     def in_parts(self) -> bool:
@@ -151,7 +151,7 @@ def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
         inputs = nodes * element * width
         again, held = [own - inputs for own in held], [inputs] * blocks
     # cosines and sines of the positions, for both kinds of frequencies where there are two
-    angles = 2 * nodes * shape.head_dim * element * (2 if shape.family == "gemma3_text" else 1)
+    angles = 2 * nodes * shape.head_dim * element * shape.traits.rotary_kinds
     # behind the hook a graph is built, and dropped
     above = run.layer if run.arm == "full-hook" else blocks
     head, words, mlp = _head(run), 8 * run.batch * width, _mlp_workspace(run) + nodes * width * element
@@ -200,7 +200,7 @@ def held_by_block(run: Run, block: int) -> float:
         saved += sum(e * t * shape.linear()[path][1] for path in run.adapted(block))
     saved += 4 * t * d * flows + e * t * d * bool(adapted & {"q_proj", "k_proj", "v_proj"})
     into_queries, into_keys = flows or "q_proj" in adapted, flows or "k_proj" in adapted
-    if shape.head_norms:
+    if shape.traits.head_norms:
         saved += 4 * t * (q * into_queries + kv * into_keys)
     attends = into_queries or into_keys or "v_proj" in adapted
     # queries, keys and values for each query head, and what comes out, which is o_proj's input
@@ -209,11 +209,11 @@ def held_by_block(run: Run, block: int) -> float:
         weights = part.bins * shape.heads * part.width**2
         saved += weights * (e + 4 + e * (e < 4)) if run.eager else 4 * t * shape.heads
     flows = attends or flows or "o_proj" in adapted
-    saved += 4 * t * d * flows * (2 if shape.gemma else 1) + e * t * d * bool(adapted & {"gate_proj", "up_proj"})
+    saved += 4 * t * d * flows * (2 if shape.traits.norms_behind else 1) + e * t * d * bool(adapted & {"gate_proj", "up_proj"})
     into_gate, into_up = flows or "gate_proj" in adapted, flows or "up_proj" in adapted
     # gate, its activation, up, and their product
     saved += e * t * i * (into_gate + into_up + into_gate + ("down_proj" in adapted))
-    return saved + 4 * t * d * shape.gemma * (into_gate or into_up or "down_proj" in adapted)
+    return saved + 4 * t * d * shape.traits.norms_behind * (into_gate or into_up or "down_proj" in adapted)
 
 
 def _mlp_workspace(run: Run) -> float:
