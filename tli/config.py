@@ -57,7 +57,8 @@ class TrainConfig:
     shuffle_pairs: bool = option(False, "words", "control: train on mismatched pairs; whatever still rises is not alignment")
 
     rank: int = option(16, "adapter", "LoRA rank R")
-    alpha: float | None = option(None, "adapter", "LoRA alpha; the scale is alpha/R (default: 2R)")
+    # None only until ``__post_init__``, as is every ``output`` that is typed so
+    alpha: float = option(None, "adapter", "LoRA alpha; the scale is alpha/R (default: 2R)")
     rslora: bool = option(False, "adapter", "scale by alpha/sqrt(R) in place of alpha/R")
     targets: str = option(
         "all-linear", "adapter", "all-linear, a comma list of names, or a regular expression over module names", paper="q_proj,v_proj"
@@ -99,9 +100,7 @@ class TrainConfig:
     seed: int = option(0, "training", "fixes the split, the order, the adapters' start and the dropout")
     recipe: str = option("default", "training", "where the defaults come from; flags that are given win", choices=RECIPES)
 
-    output: str | None = option(
-        None, "output", "folder for the adapter and the report (default: runs/<recipe>[-<arm>]-layer<L>-rank<R>-seed<S>)"
-    )
+    output: str = option(None, "output", "folder for the adapter and the report (default: runs/<recipe>[-<arm>]-layer<L>-rank<R>-seed<S>)")
     overwrite: bool = option(False, "output", "allow an output folder that is not empty")
     resume: bool = option(False, "output", "go on with the interrupted run in the output folder")
     no_report: bool = option(False, "output", "skip the measurements before and after")
@@ -212,9 +211,7 @@ class ScanConfig:
     )
     recipe: str = _as_in_training("recipe", group="vectors")
 
-    output: str | None = option(
-        None, "output", "folder for scan.json and scan.png (default: runs/scan-<model>, or runs/scan-<adapter's folder>)"
-    )
+    output: str = option(None, "output", "folder for scan.json and scan.png (default: runs/scan-<model>, or runs/scan-<adapter's folder>)")
     overwrite: bool = option(False, "output", "allow an output folder that is not empty")
     json: bool = option(False, "output", "print one JSON object on standard output when done")
 
@@ -337,7 +334,7 @@ class StudyConfig:
         "running",
         "i/n: run the i-th of n parts of the grid, as one job of a batch queue; no coordinator is needed (under torchrun by itself)",
     )
-    output: str | None = option(None, "output", "folder of the study; a study that was stopped goes on there (default: runs/study-<model>)")
+    output: str = option(None, "output", "folder of the study; a study that was stopped goes on there (default: runs/study-<model>)")
     json: bool = option(False, "output", "print one JSON object on standard output when done")
 
     def __post_init__(self):
@@ -380,9 +377,7 @@ class ProtocolConfig:
     epochs: int | None = option(None, "training", "passes over the trained pairs, for a quick look (default: the paper's 5)")
 
     jobs: int = option(1, "running", "trainings at the same time, each in a process of its own with its share of the processors")
-    output: str | None = option(
-        None, "output", "folder of the protocol; one that was stopped goes on there (default: runs/protocol-<model>)"
-    )
+    output: str = option(None, "output", "folder of the protocol; one that was stopped goes on there (default: runs/protocol-<model>)")
     overwrite: bool = option(False, "output", "begin anew in an output folder that is not empty")
     json: bool = option(False, "output", "print one JSON object on standard output when done")
 

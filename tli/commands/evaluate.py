@@ -26,6 +26,7 @@ from tli.runtime.files import claim_output, sha256, write_text
 from tli.stats import paired_table
 
 if typing.TYPE_CHECKING:
+    from tli.model.lora import Adapter
     from tli.model.trained_adapter import Recorded
 
 # of cosine: about half of the gain that the paper reports
@@ -48,6 +49,8 @@ def evaluate(config: EvaluateConfig) -> dict:
 
 
 def _evaluate_table(config: EvaluateConfig, console) -> dict:
+    # what brought us here
+    assert config.from_csv is not None
     table = paired_table.read_table(config.from_csv, config.before, config.after, config.group, config.cluster)
     results = paired_table.compare_table(table, config.seed or 0, config.margin)
     options = {name: as_dict(config)[name] for name in ("from_csv", "before", "after", "group", "cluster", "margin", "seed")}
@@ -110,15 +113,17 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     used = {"weights": weights, "dtype": str(placement.dtype)[6:], "token_norm": token_norm, "pool_bos": pool_bos, "prefix": prefix}
     differences = _differences(used, known)
 
-    streams = {None: None, **{name: recorded.adapter for name, recorded in adapters.items()}}
+    streams: dict[str | None, Adapter | None] = {None: None, **{name: recorded.adapter for name, recorded in adapters.items()}}
     # embeddings, blocks and output, once for the words and once for the text, which then passes the head window by window
-    steps = (layers[-1] + 1 if layers[-1] != "output" else checkpoint.blocks + 2) + (
+    steps = (int(layers[-1]) + 1 if layers[-1] != "output" else checkpoint.blocks + 2) + (
         checkpoint.blocks + 2 + len(windows.lengths) if windows else 0
     )
     with layer_bar(console, steps) as done:
         pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
         found, missing = layer_pass.measure_layers(checkpoint, splits, layers, pool, placement, streams, prefix, pool_bos, done)
-        predictions, unread = predict(checkpoint, windows, placement, list(streams.values())[1:], done) if windows else ([], None)
+        predictions, unread = (
+            predict(checkpoint, windows, placement, [recorded.adapter for recorded in known], done) if windows else ([], None)
+        )
     measured = [layer for layer in layers if any(layer == of for *_, of in found)]
     if (config.layers is not None and len(measured) < len(layers)) or not measured or unread:
         raise TliError(
@@ -191,8 +196,9 @@ def _read_lists(config: EvaluateConfig, known: "list[Recorded]") -> tuple[dict[s
 
 def _layers(config: EvaluateConfig, known: "list[Recorded]", blocks: int) -> list[Layer]:
     """The layers to measure, in order."""
+    chosen: set[Layer]
     if config.layers is None:
-        chosen = {min(recorded.layer, blocks) for recorded in known} | {blocks // 2, "output"}
+        chosen = {*(min(recorded.layer, blocks) for recorded in known), blocks // 2, "output"}
     elif config.layers.strip() == "all":
         chosen = {*range(blocks + 1), "output"}
     else:

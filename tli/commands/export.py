@@ -14,6 +14,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,7 +69,7 @@ def export(config: ExportConfig) -> dict:
     sizes = source.sizes(dtype)
     _require_room(output, sum(sizes.values()))
     files = _files(sizes, config.shard_gb * 1e9)
-    facts = {
+    facts: dict[str, Any] = {
         "config": as_dict(config),
         "model": {
             "name": config.model or recorded.peft.get("base_model_name_or_path"),
@@ -104,7 +105,7 @@ class _Weights:
         self.paths = {file: checkpoint.path(file) for file in sorted(set(self.shard_of.values()))}
         packed = [name.removesuffix(_NF4_STATE) for name in self.shard_of if name.endswith(_NF4_STATE)]
         self.parts = {name: [key for key in self.shard_of if key == name or key.startswith(f"{name}.")] for name in packed}
-        self._open = {}
+        self._open: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def opened(self, names: list[str]) -> Iterator[None]:
@@ -158,7 +159,8 @@ def _damage(path: pathlib.Path) -> Iterator[None]:
 
 def _files(sizes: dict[str, int], limit: float) -> dict[str, list[str]]:
     """Tensors by the file that they go to, in order, none above ``limit`` bytes unless one tensor alone is."""
-    groups, room = [], 0
+    groups: list[list[str]] = []
+    room = 0.0
     for name, size in sizes.items():
         if not groups or size > room:
             groups.append([])

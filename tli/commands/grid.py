@@ -12,6 +12,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from tli.runtime.console import stop_signals
 from tli.runtime.errors import TliError, disk_errors
@@ -78,7 +79,8 @@ def run_cells(cells: Iterable[Cell], folder: pathlib.Path, jobs: int, done: Call
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    waiting, running = list(cells), {}
+    waiting = list(cells)
+    running: dict[str, tuple[Cell, subprocess.Popen, Any]] = {}
     threads = max(1, cores() // jobs)
     # a cell is a run of one process, whatever shares the cells out
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "WORLD_SIZE": "1"}

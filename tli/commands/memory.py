@@ -8,10 +8,13 @@ counted; else they are estimated, and the answer says so.
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 from tli.config import MemoryConfig
 from tli.data import word_pairs
 from tli.data.packing import DEFAULT_WIDTH, tokenise
+from tli.data.pair_store import Pair
 from tli.model import hub, starter
 from tli.model.shape import Shape
 from tli.reports.tables import Table, show
@@ -56,7 +59,8 @@ def memory(config: MemoryConfig) -> dict:
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer else None,
         **{name: getattr(config, name) for name in ("arm", "layer", "rank", "targets", "dropout", "micro_batch", "checkpointing")},
     )
-    runs, fits = [], []
+    runs: list[dict[str, Any]] = []
+    fits: list[dict[str, Any]] = []
     for device, element in _DEVICES.items():
         run = dataclasses.replace(run, device=device[:3], element=element)
         for weights in ("full", "nf4"):
@@ -125,8 +129,12 @@ class _Tokenizer:
         return {"input_ids": [one.ids for one in encoded], "offset_mapping": [one.offsets for one in encoded]}
 
 
-def _counted(config: MemoryConfig, file: pathlib.Path, path: pathlib.Path, pairs: list, trained: int, batch: int) -> tuple[Part, int]:
+def _counted(
+    config: MemoryConfig, file: pathlib.Path, path: pathlib.Path | None, pairs: Sequence[Pair], trained: int, batch: int
+) -> tuple[Part, int]:
     """The largest part of some random batches, and the tokens that occur."""
+    # where a tokenizer is at hand, so is the config
+    assert path is not None
     texts = [pair.source for pair in pairs] + [pair.target for pair in pairs]
     words = tokenise(_Tokenizer(file, path), texts, 1 << 30, config.prefix)
     return largest_part(words, trained, batch, config.micro_batch), len(words.rows)

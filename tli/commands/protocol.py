@@ -11,7 +11,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from tli.metrics import layer_pass
 from tli.metrics.alignment import Alignment, measure, measurements
 from tli.model import starter
 from tli.model.checkpoint import Checkpoint, open_checkpoint
+from tli.model.lora import Adapter
 from tli.model.pooling import pooling
 from tli.model.trained_adapter import read_recorded
 from tli.reports.figures.protocol import draw_protocol
@@ -165,7 +166,7 @@ def protocol(config: ProtocolConfig) -> dict:
         run_cells(cells, folder, config.jobs, lambda cell: done(cell.weight))
     shutil.rmtree(random_folder, ignore_errors=True)
 
-    rows = []
+    rows: list[dict] = []
     for switch in SWITCHES:
         name = next(cell.name for cell in cells if cell.options == runs[switch.name])
         report = json.loads((folder / name / REPORT).read_text(encoding="utf-8"))
@@ -193,7 +194,7 @@ def _random_folder(output: pathlib.Path) -> pathlib.Path:
     return output / "random-weights"
 
 
-def _facts(config: ProtocolConfig, checkpoint: Checkpoint, splits: dict[str, Sequence[Pair]], deepest: int) -> dict:
+def _facts(config: ProtocolConfig, checkpoint: Checkpoint, splits: Mapping[str, Sequence[Pair]], deepest: int) -> dict:
     """What must be the same for a stopped protocol to go on: plain JSON values."""
     file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
     local = None if checkpoint.folder is None else checkpoint.folder.resolve().name
@@ -231,7 +232,7 @@ def _claim(output: pathlib.Path, facts: dict, overwrite: bool) -> None:
     write_text(file, json.dumps(facts, indent=1) + "\n")
 
 
-def _numbers(switch: Switch, report: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: dict[str, Sequence[Pair]]) -> dict:
+def _numbers(switch: Switch, report: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: Mapping[str, Sequence[Pair]]) -> dict:
     """A row's measurements and tests, from the report of the cell in ``folder`` or beyond it."""
     options = report["config"]
     row = {"cell": folder.name, "layer": options["layer"], "seconds": report["training"]["seconds"]}
@@ -256,22 +257,23 @@ def of_report(report: dict) -> dict:
     }
 
 
-def measure_anew(options: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: dict[str, Sequence[Pair]]) -> dict:
+def measure_anew(options: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: Mapping[str, Sequence[Pair]]) -> dict:
     """The numbers of the adapter in ``folder``: base and adapter, measured with these options of ``tli.train``."""
     placement = place(options["device"], options["dtype"], options["weights"], options["impl"])
     pool, layer, seed = pooling(options["token_norm"], checkpoint, placement.device, placement.ops), options["layer"], options["seed"]
-    streams = {"before": None, "after": read_recorded(folder).adapter}
+    streams: dict[str | None, Adapter | None] = {"before": None, "after": read_recorded(folder).adapter}
     how = pool, placement, streams, options["prefix"], options["eval_pool_bos"]
     found = {key: measured.alignment for key, measured in layer_pass.measure_layers(checkpoint, splits, [layer], *how)[0].items()}
     tests = []
     for split in splits:
         for metric in TESTED:
-            compared = significance.compare_paired(*(found[split, when, layer].per_pair(metric) for when in streams), seed)
+            before, after = (found[split, when, layer].per_pair(metric) for when in streams)
+            compared = significance.compare_paired(before, after, seed)
             tests.append({"test": "paired", "split": split, "layer": layer, "metric": metric, **compared})
     return {"measurements": _records(found, seed), "tests": tests}
 
 
-def measure_null(words, splits: dict[str, Sequence[Pair]], width: int, seed: int) -> dict:
+def measure_null(words, splits: Mapping[str, Sequence[Pair]], width: int, seed: int) -> dict:
     """The numbers of words that have nothing but a sink in common; ``expected`` is the formula's mean over the true pairs."""
     source, target, cosine = sink_only(words, width, SINK_LENGTH, seed)
     found, expected, first = {}, {}, 0
@@ -282,5 +284,10 @@ def measure_null(words, splits: dict[str, Sequence[Pair]], width: int, seed: int
     return {"cell": None, "layer": None, "parameters": 0, "expected": expected, "measurements": _records(found, seed), "tests": []}
 
 
-def _records(alignments: dict[tuple, Alignment], seed: int) -> list[dict]:
-    return [r for key, alignment in alignments.items() for r in measurements(alignment, *key, seed) if r["metric"] in METRICS]
+def _records(alignments: Mapping[tuple, Alignment], seed: int) -> list[dict]:
+    return [
+        r
+        for (split, when, layer), alignment in alignments.items()
+        for r in measurements(alignment, split, when, layer, seed)
+        if r["metric"] in METRICS
+    ]

@@ -10,6 +10,7 @@ import functools
 import json
 import pathlib
 import time
+from typing import Any
 
 from tli.config import ScanConfig
 from tli.data import word_pairs
@@ -69,7 +70,7 @@ def scan(config: ScanConfig) -> dict:
         scans, missing_output = layer_pass.scan_layers(checkpoint, words, same, pool, placement, streams, done)
 
     list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
-    report = {
+    report: dict[str, Any] = {
         "config": {**as_dict(config), "token_norm": token_norm},
         "model": model_facts(name, checkpoint, hashed(max(layer for _, layer in scans if layer != "output"))),
         "adapter": None if adapted is None else adapted.facts(),

@@ -8,6 +8,7 @@ Reads top to bottom: the folder and its settings -> the words -> a learning rate
 import json
 import os
 import pathlib
+import typing
 
 import numpy as np
 
@@ -25,7 +26,7 @@ SETTINGS_FILE = "study.json"
 # what may differ from one call to the next: how large the grid and the search are, and how they are run
 _FREE_OPTIONS = ("ranks", "arms", "seeds", "rates", "device", "jobs", "cells", "output", "json")
 # options of a cell that it has from the study
-_SHARED = ("model", "layer", "weights", "dtype", "source", "target", "prefix")
+_SHARED: tuple[str, ...] = ("model", "layer", "weights", "dtype", "source", "target", "prefix")
 _SHARED += ("targets", "dropout", "temperature", "batch", "epochs", "warmup")
 # the split that the search is judged by is none of the seeds'
 _SEARCH_SPLIT = 1_000_003
@@ -70,7 +71,7 @@ def study(config: StudyConfig) -> dict:
     if missing:
         console.print(f"{len(cells) - len(missing)} of {len(cells)} cells are complete; the report comes with the last, of another part")
         return {"complete": len(cells) - len(missing), "cells": len(cells)}
-    results = study_report.assemble(as_dict(config), search, reports)
+    results = study_report.assemble(as_dict(config), search, [(cell, report) for cell, report in reports if report is not None])
     study_report.write(folder, results)
     study_report.show(results, console)
     console.print(f"in {folder}: {', '.join(study_report.FILES)}, and cells/ with {len(cells) + len(searches)} adapters")
@@ -177,7 +178,8 @@ def _searches(config: StudyConfig, folder: pathlib.Path, device: str, arm: str, 
 def _search(config: StudyConfig, folder: pathlib.Path, arm: str, blocks: int) -> dict:
     """The arm's learning rate: where the pairs that no cell of the grid sees are found best, at the layer of the arm's loss."""
     tried = [
-        study_report.search_record(cell.options["lr"], cell.report(folder / "cells"))
+        # the search has run: each of its cells has a report
+        study_report.search_record(cell.options["lr"], typing.cast(dict, cell.report(folder / "cells")))
         for cell in _searches(config, folder, "auto", arm, blocks)
     ]
     if not tried:

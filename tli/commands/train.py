@@ -74,6 +74,8 @@ def train(config: TrainConfig) -> dict:
     pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
     if config.layer == "auto":
         config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, exact, console))
+    # auto has been replaced by the layer that it chose
+    assert config.layer != "auto"
     batches = EpochBatches(config, words, partners, trained, placement)
     require_layer(checkpoint, config.layer)
     needed = budget.needed(config, checkpoint, words, len(trained), token_norm, placement)
@@ -197,6 +199,8 @@ def _facts(
     """What the run was: plain JSON values, for the report."""
     file = output / lora.ADAPTER_FILE
     list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
+    # auto has been replaced by the layer that it chose
+    assert config.layer != "auto"
     per_batch = len(trained) / -(-len(trained) // config.batch)
     return {
         "config": as_dict(config),

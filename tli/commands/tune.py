@@ -66,7 +66,7 @@ def measure(
                 y = fused.nf4_lora(x, weight, lora_a, lora_b, 2.0, dropout=0.1, seed=1)
                 torch.autograd.grad(y, (x, lora_a, lora_b), dy)
 
-            rounds = {way: [] for way in WAYS}
+            rounds: dict[str, list[float]] = {way: [] for way in WAYS}
             # the first round compiles
             for number, (way, limits) in itertools.product(range(1 + repeats), WAYS.items()):
                 with ops.dispatched(device, *limits):
@@ -83,14 +83,14 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
         began = time.perf_counter()
         step()
         return time.perf_counter() - began
-    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     # so that the GPU has a queue and never waits for Python
     torch.cuda._sleep(1_000_000)
-    began.record()
+    start.record()
     step()
-    ended.record()
-    ended.synchronize()
-    return began.elapsed_time(ended) / 1000
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def crossovers(seconds: dict[int, dict[str, float]]) -> tuple[int, int]:

@@ -36,11 +36,13 @@ class Batch:
 
     def clone(self) -> "Batch":
         """The same in memory of its own."""
-        *plain, node_indptr, words = (tensor.clone() for tensor in self.tensors())
-        return Batch(*plain, transposed=(node_indptr, words))
+        input_ids, position_ids, mask, indptr, indices, sinks, node_indptr, words = (tensor.clone() for tensor in self.tensors())
+        return Batch(input_ids, position_ids, mask, indptr, indices, sinks, (node_indptr, words))
 
     def padded(self, step: int) -> "Batch":
         """The same, its entries filled up to a multiple of ``step`` with some behind the last word's, which the fused ops pass by."""
+        # what pads has made it
+        assert self.transposed is not None
         missing, (node_indptr, words) = -len(self.indices) % step, self.transposed
         words = nn.functional.pad(words, (0, missing))
         return dataclasses.replace(self, indices=nn.functional.pad(self.indices, (0, missing)), transposed=(node_indptr, words))

@@ -48,7 +48,7 @@ class EpochBatches:
     def bytes(self) -> int:
         """Of a packed batch, and of the tokenised words what is not in their file."""
         parts, same = next(self.epoch(0))
-        tensors = [same, *(tensor for part in parts for tensor in part.tensors())]
+        tensors: list[torch.Tensor | np.ndarray] = [same, *(tensor for part in parts for tensor in part.tensors())]
         held = [] if self.placement.device.type == "cuda" else [self.words.indptr, self.words.starts, self.words.rows]
         return sum(tensor.nbytes for tensor in [*tensors, *held])
 

@@ -84,6 +84,8 @@ def _table_rows(path: pathlib.Path, source: str, target: str) -> Iterator[tuple[
                     must = f"the header must have the columns {source} and {target} once each, {separated_by} between them"
                     raise TliError(where, must, f"the columns {', '.join(map(repr, fields))}", "name yours with --source and --target")
             elif fields:
+                # the first row with fields was it
+                assert header is not None
                 row = dict(zip(header, fields))
                 if len(fields) > len(header) or not {same_word(source), same_word(target)} <= row.keys():
                     must = f"the row must have the header's {len(header)} columns, {separated_by} between them"
@@ -121,7 +123,10 @@ def _json_rows(path: pathlib.Path, source: str, target: str) -> Iterator[tuple[i
     # json.loads keeps no positions: walk through the text, known to be valid by now, for the line of each row
     decoder, between, line, counted, end = json.JSONDecoder(), re.compile(r"[,\s]*"), 1, 0, text.index("[") + 1
     for _ in document:
-        start = between.match(text, end).end()
+        gap = between.match(text, end)
+        # it matches nothing, too
+        assert gap is not None
+        start = gap.end()
         line, counted = line + text.count("\n", counted, start), start
         row, end = decoder.raw_decode(text, start)
         yield line, _object_row(f"{path}:{line}", row, source, target)

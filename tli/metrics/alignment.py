@@ -144,7 +144,8 @@ def measure(source: torch.Tensor, target: torch.Tensor, same: np.ndarray, sink_s
         placement = (counts.cumsum(0)[own] - counts[own] / 2) / counts.sum()
         ways, clipped = places.retrieval(words.others), (clipped / words.others).mean(0)
     share = None if sink_share is None else np.asarray(sink_share, dtype=np.float64)
-    return Alignment(*(x.cpu().numpy() for x in (cosine, mismatched, clipped, histogram.long(), placement)), *ways, share)
+    true, strangers, positive, counted, below = (x.cpu().numpy() for x in (cosine, mismatched, clipped, histogram.long(), placement))
+    return Alignment(true, strangers, positive, counted, below, *ways, share)
 
 
 def cosines(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +153,8 @@ def cosines(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tup
     import torch
 
     with torch.inference_mode():
-        return tuple(values.cpu().numpy() for values in _Words(source, target, same).cosines())
+        cosine, mismatched = (values.cpu().numpy() for values in _Words(source, target, same).cosines())
+    return cosine, mismatched
 
 
 def csls(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tuple[Retrieval, Retrieval]:
@@ -166,12 +168,12 @@ def csls(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tuple[
     with torch.inference_mode():
         words = _Words(source, target, same)
         k = min(NEIGHBOURS, len(words.source))
-        of_source, nearest = [], words.source.new_empty(0, len(words.source))
+        chunks, nearest = [], words.source.new_empty(0, len(words.source))
         for _, similarity in words.chunks(all_words=True):
-            of_source.append(similarity.topk(k, dim=1).values.mean(1))
+            chunks.append(similarity.topk(k, dim=1).values.mean(1))
             nearest = torch.cat([nearest, similarity])
             nearest = nearest.topk(min(k, len(nearest)), dim=0).values
-        of_source, of_target = torch.cat(of_source), nearest.mean(0)
+        of_source, of_target = torch.cat(chunks), nearest.mean(0)
         places = _Places(2 * (words.source * words.target).sum(1) - of_source - of_target)
         for rows, similarity in words.chunks():
             places.add(rows, 2 * similarity - of_source[rows, None] - of_target)
@@ -250,7 +252,7 @@ def _steps(cosine: torch.Tensor, lowest: torch.Tensor, step: torch.Tensor) -> to
     return ((cosine - lowest) / step).round_().clamp_(-1, _STEPS + 1).long() + 1
 
 
-def measurements(alignment: Alignment, split: str, when: str, layer: int | str, seed: int) -> list[dict]:
+def measurements(alignment: Alignment, split: str, when: str | None, layer: int | str | None, seed: int) -> list[dict]:
     """One flat record per metric, its 95 % bootstrap interval beside the value; ``chance`` is None where there is none."""
     values = np.stack([alignment.per_pair(metric) for metric in alignment.metrics])
     lows, highs = bootstrap_interval(values, seed)

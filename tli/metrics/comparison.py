@@ -5,7 +5,7 @@ the base, Welch's and an equivalence test of trained against held-out gain; Holm
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -25,7 +25,7 @@ TESTED_BETWEEN = ("gap", "cosine")
 
 
 def assess(
-    found: dict[tuple[str, str | None, Layer], Measured], splits: dict[str, Sequence[Pair]], seed: int, margin: float
+    found: dict[tuple[str, str | None, Layer], Measured], splits: Mapping[str, Sequence[Pair]], seed: int, margin: float
 ) -> tuple[list[dict], list[dict]]:
     """All means with their intervals, and all tests, of what ``measure_layers`` found.
 
@@ -47,7 +47,7 @@ def assess(
             record["chance"] = measured.alignment.chance(record["metric"]) if record["metric"] in RETRIEVAL else None
         referenced = {key: measured.per_referenced_pair() for key, measured in here.items() if measured.referenced is not None}
         if referenced:
-            numbers = next(measured.referenced.pairs for measured in here.values())
+            numbers = next(measured.referenced.pairs for measured in here.values() if measured.referenced is not None)
             more_means, more_changes = _assess(referenced, clusters[numbers], seed)
             means, changes = means + [{**record, "chance": None} for record in more_means], changes + more_changes
         measurements += [{"split": split, **record} for record in means]

@@ -80,6 +80,8 @@ class Measured:
 
     def per_referenced_pair(self) -> dict[str, np.ndarray]:
         """float64 [M] by metric, of the pairs that have references."""
+        # asked only where there are some
+        assert self.referenced is not None
         return dict(zip(REF_CLIPSCORE, (self.referenced.score, self.referenced.mismatched, self.referenced.gap)))
 
 
@@ -89,7 +91,7 @@ class _Enough(Exception):
 
 def measure_layers(
     checkpoint: Checkpoint,
-    splits: dict[str, Sequence[Pair]],
+    splits: Mapping[str, Sequence[Pair]],
     layers: Sequence[Layer],
     pooling: Pooling,
     placement: Placement,

@@ -131,7 +131,7 @@ def predict(
     Returns:
         The base's predictions, then each adapter's; or, where shards are absent, none, and why.
     """
-    outputs = []
+    outputs: list[Tensor] = []
 
     def visit(layer: int | str, states: Sequence[Tensor]) -> None:
         if layer == "output":
@@ -142,7 +142,8 @@ def predict(
     if reason is not None:
         return [], reason
     head, cap = _head(checkpoint, placement), getattr(checkpoint.config, "final_logit_softcapping", None)
-    width, parts = windows.tokens.shape[1], [[] for _ in outputs]
+    width = windows.tokens.shape[1]
+    parts: list[list[Tensor]] = [[] for _ in outputs]
     for window, length in enumerate(windows.lengths):
         following = torch.from_numpy(windows.rows[windows.tokens[window, 1:length]]).to(placement.device)
         positions = torch.arange(window * width, window * width + length - 1, device=placement.device)
@@ -150,7 +151,7 @@ def predict(
             base = probabilities = None
             for stream, states in zip(parts, outputs):
                 logs = _log_probabilities(states[at], head, cap, placement.ops.linear)
-                if base is None:
+                if base is None or probabilities is None:
                     base, probabilities = logs, logs.exp()
                 moved = (probabilities * (base - logs)).sum(1), (probabilities - logs.exp()).abs().sum(1) / 2
                 stream.append(torch.stack([-logs.gather(1, truth[:, None])[:, 0], *moved]).double().cpu())

@@ -11,6 +11,7 @@ import json
 import math
 import pathlib
 import re
+from typing import Any, Literal, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,7 +41,7 @@ class Checkpoint:
 
     name: str
     folder: pathlib.Path | None
-    config: object
+    config: Any
     shard_of: dict[str, str]
     prefix: str
 
@@ -48,6 +49,12 @@ class Checkpoint:
     def blocks(self) -> int:
         """N, the number of blocks of the whole model."""
         return self.config.num_hidden_layers
+
+    @overload
+    def path(self, file: str, optional: Literal[False] = False) -> pathlib.Path: ...
+
+    @overload
+    def path(self, file: str, optional: bool) -> pathlib.Path | None: ...
 
     def path(self, file: str, optional: bool = False) -> pathlib.Path | None:
         """The local path of one of the checkpoint's files, downloaded first where it is a hub name's; None for an optional one it lacks."""
@@ -64,7 +71,7 @@ class Checkpoint:
         """
         packed = {name: parts for name in names if (parts := self._packed_parts(name))}
         plain = {name: shape for name, shape in names.items() if name not in packed}
-        wanted = {**plain, **{part: None for parts in packed.values() for part in parts}}
+        wanted: dict[str, tuple[int, ...] | None] = {**plain, **{part: None for parts in packed.values() for part in parts}}
         tensors = {}
         for file in dict.fromkeys(self._shard(name) for name in wanted):
             with _open(self.path(file)) as shard:
@@ -257,6 +264,14 @@ def _shard_of(name: str, folder: pathlib.Path | None) -> dict[str, str]:
         return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise TliError(index, "the index must be JSON with a weight_map", one_line(error), "download it again") from error
+
+
+@overload
+def _fetch(name: str, folder: pathlib.Path | None, file: str, optional: Literal[False] = False) -> pathlib.Path: ...
+
+
+@overload
+def _fetch(name: str, folder: pathlib.Path | None, file: str, optional: bool) -> pathlib.Path | None: ...
 
 
 def _fetch(name: str, folder: pathlib.Path | None, file: str, optional: bool = False) -> pathlib.Path | None:

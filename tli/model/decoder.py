@@ -12,6 +12,7 @@ Blocks, linear layers, embedding rows and packed words are the truncated model's
 
 import contextlib
 import functools
+import typing
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,6 +30,16 @@ from tli.runtime.environment import return_freed_memory
 from tli.runtime.errors import TliError
 from tli.runtime.ops import Ops
 
+if typing.TYPE_CHECKING:
+
+    class Decoder(nn.Module):
+        """What is used of transformers' decoder, whose class is the family's own; ``nn.Module`` says of an attribute nothing."""
+
+        config: typing.Any
+        layers: typing.Any
+        embed_tokens: nn.Embedding
+        norm: typing.Any
+
 
 class FrozenLinear(nn.Linear):
     """y = x·Wᵀ + bias with frozen weights, by the implementation in ``ops``."""
@@ -45,7 +56,7 @@ def run(decoder: nn.Module, batch: Batch) -> Tensor:
     return outputs.last_hidden_state.flatten(0, 1)
 
 
-def truncate(checkpoint: Checkpoint, layer: int, rows: np.ndarray | None, placement: Placement) -> nn.Module:
+def truncate(checkpoint: Checkpoint, layer: int, rows: np.ndarray | None, placement: Placement) -> "Decoder":
     """transformers' decoder with the first ``layer`` blocks alone: its last hidden state is ``hidden_states[layer]``.
 
     Args:
@@ -76,7 +87,7 @@ def require_layer(checkpoint: Checkpoint, layer: int) -> None:
         )
 
 
-def shell(checkpoint: Checkpoint, blocks: int, rows: np.ndarray | None, placement: Placement) -> nn.Module:
+def shell(checkpoint: Checkpoint, blocks: int, rows: np.ndarray | None, placement: Placement) -> "Decoder":
     """transformers' decoder with its embedding rows read, ``blocks`` blocks without memory, and its final norm unread."""
     from transformers import AutoModel
 
@@ -91,14 +102,15 @@ def shell(checkpoint: Checkpoint, blocks: int, rows: np.ndarray | None, placemen
     for child in decoder.layers.modules():
         if type(child) is nn.Linear:
             child.__class__ = FrozenLinear
-            child.ops = placement.ops
+            # the line above has made it a FrozenLinear
+            child.ops = placement.ops  # type: ignore[assignment]
     decoder.config = config
     table = checkpoint.embedding_rows(None if rows is None else torch.from_numpy(rows))
     decoder.embed_tokens.weight = nn.Parameter(table.to(placement.device, placement.dtype), requires_grad=False)
     return decoder.requires_grad_(False).eval()
 
 
-def _config(checkpoint: Checkpoint, blocks: int):
+def _config(checkpoint: Checkpoint, blocks: int) -> typing.Any:
     config = type(checkpoint.config)(**checkpoint.config.to_dict())
     config.num_hidden_layers = blocks
     if getattr(config, "layer_types", None) is not None:
@@ -127,7 +139,7 @@ def load_block(checkpoint: Checkpoint, block: nn.Module, index: int, placement: 
     return_freed_memory()
 
 
-def attend_in_steps(decoder: nn.Module) -> None:
+def attend_in_steps(decoder: "Decoder") -> None:
     """Let attention be two products and a softmax, from now on, and hold the bins' probabilities, width × width for each head.
 
     For small bins in bf16 on a CPU torch's fused attention takes three times as long.
@@ -136,7 +148,7 @@ def attend_in_steps(decoder: nn.Module) -> None:
     decoder.config._attn_implementation = "eager"
 
 
-def load_norm(checkpoint: Checkpoint, decoder: nn.Module, placement: Placement) -> None:
+def load_norm(checkpoint: Checkpoint, decoder: "Decoder", placement: Placement) -> None:
     """Read the final norm into ``decoder``, frozen."""
     tensors = checkpoint.read({"norm.weight": tuple(decoder.norm.weight.shape)})
     decoder.norm.weight = _placed(tensors["norm.weight"], placement, linear=False)
@@ -166,7 +178,7 @@ def block_tensors(block: nn.Module, index: int) -> dict[str, tuple[str, nn.Param
     return {f"layers.{index}.{local}": (local, parameter) for local, parameter in block.named_parameters()}
 
 
-def whole(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> nn.Module:
+def whole(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> "Decoder":
     """transformers' decoder with all its blocks and its final norm: its last hidden state is ``output``.
 
     Each tensor is read once, and no more than one block is held twice while it is.
@@ -200,14 +212,14 @@ def caught(block: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def run_hooked(decoder: nn.Module, batch: Batch, layer: int) -> Tensor:
+def run_hooked(decoder: "Decoder", batch: Batch, layer: int) -> Tensor:
     """Hidden state ``layer`` of each node, [T, D] as from ``run``, out of a pass through all blocks."""
     with caught(decoder.layers[layer - 1]) as states:
         run(decoder, batch)
     return states[0].flatten(0, 1)
 
 
-def recompute_blocks(decoder: nn.Module) -> None:
+def recompute_blocks(decoder: "Decoder") -> None:
     """Keep of each block only what goes in, from now on, and compute the rest anew in the backward pass (gradient checkpointing).
 
     Gradients are those without it: dropout is a function of its step's seed, so it drops the same entries again. (transformers'
@@ -218,7 +230,7 @@ def recompute_blocks(decoder: nn.Module) -> None:
         block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
 
 
-def arm_model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> nn.Module:
+def arm_model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> "Decoder":
     """The arm's model, still without adapters: it ends at ``config.layer``, or is whole.
 
     Args:
@@ -230,6 +242,8 @@ def arm_model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | No
     Raises:
         TliError: as ``truncate`` and ``whole``.
     """
+    # auto has been replaced by the layer that it chose
+    assert config.layer != "auto"
     if config.arm == "early":
         decoder = truncate(checkpoint, config.layer, rows, placement)
     else:

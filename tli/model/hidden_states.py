@@ -5,6 +5,7 @@ turn comes, sends every stream of states through it, and drops it. Streams diffe
 base), so a comparison before and after training reads the weights once.
 """
 
+import typing
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,6 +18,9 @@ from tli.model.decoder import block_tensors, load_block, load_norm, run, shell
 from tli.model.lora import Adapter, detach
 from tli.runtime.device import Placement
 from tli.runtime.environment import return_freed_memory
+
+if typing.TYPE_CHECKING:
+    from tli.model.decoder import Decoder
 
 # a block's largest activations, the MLP's, stay small at this many nodes
 _CHUNK_NODES = 2048
@@ -119,7 +123,7 @@ def stream_layers(
     return reason
 
 
-def _available(checkpoint: Checkpoint, whole: nn.Module) -> tuple[int, str | None]:
+def _available(checkpoint: Checkpoint, whole: "Decoder") -> tuple[int, str | None]:
     """How many blocks can be read, and why not all."""
     for index, block in enumerate(whole.layers):
         absent = checkpoint.absent(list(block_tensors(block, index)))

@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import re
+import typing
 import zlib
 
 import torch
@@ -24,6 +25,9 @@ from torch import Tensor, nn
 from tli.runtime import ops
 from tli.runtime.errors import TliError
 from tli.runtime.files import replacing, write_text
+
+if typing.TYPE_CHECKING:
+    from tli.model.decoder import Decoder
 
 _KEY_PREFIX = "base_model.model.model."
 _KEY = re.compile(r"^base_model\.model\.model\.(?P<path>layers\.(?P<block>\d+)\..+)\.lora_(?P<factor>[AB])\.weight$")
@@ -81,7 +85,7 @@ class LoRALinear(nn.Module):
         return linear
 
 
-def inject(decoder: nn.Module, config: LoRAConfig, blocks: range | list[int] | None = None, seed: int = 0) -> list[str]:
+def inject(decoder: "Decoder", config: LoRAConfig, blocks: range | list[int] | None = None, seed: int = 0) -> list[str]:
     """Put adapters into ``decoder.layers`` in place and freeze everything else.
 
     Args:
@@ -112,14 +116,15 @@ def inject(decoder: nn.Module, config: LoRAConfig, blocks: range | list[int] | N
     check_rank(decoder, chosen, config.rank)
     decoder.requires_grad_(False)
     for path in chosen:
-        linear = decoder.get_submodule(path)
+        # as ``target_paths`` chose it
+        linear = typing.cast(nn.Linear, decoder.get_submodule(path))
         adapter = LoRALinear(linear, config.rank, config.scale, config.dropout)
         _start(adapter.lora_A, config.init, seed, path)
         _replace(decoder, path, adapter)
     return chosen
 
 
-def target_paths(decoder: nn.Module, blocks: range | list[int], targets: str) -> list[str]:
+def target_paths(decoder: "Decoder", blocks: range | list[int], targets: str) -> list[str]:
     """Paths of the linear layers of these blocks that ``targets`` means; raises ``TliError`` for what no layer matches."""
     return [path for index in blocks for path in _targets(decoder, index, targets)]
 
@@ -127,7 +132,7 @@ def target_paths(decoder: nn.Module, blocks: range | list[int], targets: str) ->
 def check_rank(decoder: nn.Module, paths: list[str], rank: int, where: str = "--rank") -> None:
     """Raise ``TliError`` for a rank above the smaller side of one of these linear layers' weights."""
     for path in paths:
-        largest = min(decoder.get_submodule(path).weight.shape)
+        largest = min(typing.cast(nn.Linear, decoder.get_submodule(path)).weight.shape)
         if rank > largest:
             raise TliError(where, f"the rank must be at most {largest}, the smaller side of {path}", rank, "choose a smaller rank")
 
@@ -266,7 +271,7 @@ def load(folder: str | os.PathLike) -> Adapter:
     return Adapter(scale, {path: (pair["A"], pair["B"]) for path, pair in factors.items()})
 
 
-def _targets(decoder: nn.Module, index: int, targets: str) -> list[str]:
+def _targets(decoder: "Decoder", index: int, targets: str) -> list[str]:
     """Paths of the linear layers of block ``index`` that ``targets`` means."""
     block = decoder.layers[index]
     linear = [path for path, child in block.named_modules() if isinstance(child, nn.Linear)]

@@ -47,6 +47,7 @@ def token_norm_at_hand(token_norm: str, checkpoint: Checkpoint) -> str:
 
 def pooling(token_norm: str, checkpoint: Checkpoint, device: torch.device, ops: Ops = ops.REFERENCE) -> Pooling:
     """The pooling for a ``--token-norm``: ``final`` reads the model's final norm, ``rms`` has unit weights, ``none`` is none."""
+    weight: Tensor | None
     weight, eps = None, checkpoint.config.rms_norm_eps
     if token_norm == "final":
         weight, eps = checkpoint.final_norm()

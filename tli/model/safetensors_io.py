@@ -10,7 +10,7 @@ import mmap
 import os
 import pathlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -37,9 +37,12 @@ def read_no_more(tensor: Tensor, rows: Tensor | None = None) -> None:
         page = begin // mmap.PAGESIZE * mmap.PAGESIZE
         libc.madvise(page, begin + size - page, advice)
 
+    # a system has both or neither
+    assert _WILLNEED is not None
     advise(tensor.data_ptr(), tensor.nbytes, _RANDOM)
     row_bytes = tensor.nbytes // tensor.shape[0]
-    for row in range(tensor.shape[0]) if rows is None else rows.tolist():
+    numbers: Iterable[int] = range(tensor.shape[0]) if rows is None else rows.tolist()
+    for row in numbers:
         # one by one: of a longer stretch the kernel reads only the beginning
         advise(tensor.data_ptr() + row * row_bytes, row_bytes, _WILLNEED)
 

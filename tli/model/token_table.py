@@ -7,6 +7,7 @@ them is still computed in every step. Position and neighbours come in behind: ro
 
 import contextlib
 import functools
+import typing
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,13 @@ from tli.model.shape import table_bytes
 from tli.runtime import ops
 from tli.runtime.environment import return_freed_memory
 
+if typing.TYPE_CHECKING:
+    from tli.model.decoder import Decoder
+
 _AT_ONCE = 1024
 
 
-def tabulate(decoder: nn.Module) -> int | None:
+def tabulate(decoder: "Decoder") -> int | None:
     """Put tables in the place of block 0's q, k and v weights, if its ops read them and they are small enough.
 
     Args:
@@ -56,7 +60,7 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def _inputs(decoder: nn.Module) -> Tensor:
+def _inputs(decoder: "Decoder") -> Tensor:
     """What block 0's projections read of each token: [V, K], by the model's own code for whatever comes before."""
     inputs, tokens = [], torch.arange(len(decoder.embed_tokens.weight), device=decoder.embed_tokens.weight.device)
 

@@ -250,7 +250,9 @@ def _harm(facts: dict, adapter: str, of: str) -> Table:
     )
     rows = []
     for name, record, digits in shown:
-        value, *ends = (None if record[key] is None else f"{record[key]:.{digits}f}" for key in ("value", "low", "high"))
+        # the mean is always there, its interval may be None
+        parts: list[typing.Any] = [None if record[key] is None else f"{record[key]:.{digits}f}" for key in ("value", "low", "high")]
+        value, *ends = parts
         rows.append([name, value, _UNDEFINED if None in ends else f"[{', '.join(ends)}]"])
     return Table(f"{of}language model on {text['name']}: {part} tokens in {windows}", ["", "mean", "95 % interval"], rows)
 

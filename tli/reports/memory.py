@@ -1,8 +1,7 @@
 """A step's memory by category, predicted and measured: as a table, a record and a figure."""
 
 import pathlib
-
-from torch import nn
+import typing
 
 from tli.model.lora import trainable
 from tli.reports.figures.memory import draw_memory
@@ -13,8 +12,11 @@ from tli.training.memory import profile as profiling
 from tli.training.memory.estimate import CATEGORIES
 from tli.training.memory.profile import Profile
 
+if typing.TYPE_CHECKING:
+    from tli.model.decoder import Decoder
 
-def measured(run: estimate.Run, profile: profiling.Profile, decoder: nn.Module, words: int, output: pathlib.Path, console) -> dict:
+
+def measured(run: estimate.Run, profile: profiling.Profile, decoder: "Decoder", words: int, output: pathlib.Path, console) -> dict:
     """Memory by category, predicted and measured, as shown and drawn."""
     found, curves = profile.measured(decoder, trainable(decoder), words)
     memory = record(estimate.predict(run), found, profile)

@@ -18,7 +18,7 @@ if typing.TYPE_CHECKING:
     import rich.console
 
 # arXiv 2506.15415: evaluation at hidden state 2 with BOS left out, pilot with BOS pooled
-PUBLISHED = {
+PUBLISHED: dict[str, typing.Any] = {
     "model": "Lugha-Llama-8B-wura",
     "trained": {"n": 623, "before": 0.3211, "after": 0.4113, "p": "<1.33e-240"},
     "held_out": {"n": 63, "before": 0.3143, "after": 0.4033, "p": "<7.17e-27"},

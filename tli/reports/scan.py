@@ -96,7 +96,7 @@ def _with_adapter(report: dict) -> str:
     after, before = (f"{number(r['value'], '+')} {interval(r)}" for r in (found[best, "word", "gap"] for found in (adapter, base)))
     text = f"With the adapter the gap is surest at layer {best}: {after}, where the base has {before}."
     rise = {layer: adapter[layer, "word", "mismatched"]["value"] - base[layer, "word", "mismatched"]["value"] for layer in _layers(report)}
-    most = max(rise, key=rise.get)
+    most = max(rise, key=rise.__getitem__)
     if rise[most] > _SHIFT_ABOVE:
         strangers = " to ".join(number(found[most, "word", "mismatched"]["value"]) for found in (base, adapter))
         text += f" Mismatched pairs' mean cosine rises from {strangers} at {place_name(most)}: there all words are drawn together."
@@ -194,7 +194,7 @@ def _beside_rows(report: dict) -> list[list[str]]:
     return rows
 
 
-def _surest_layer(report: dict, stream: str) -> int:
+def _surest_layer(report: dict, stream: str) -> Layer:
     """The layer where the lower end of the gap's interval is the highest: for the base the one that the gap chooses."""
     if stream == "base":
         return report["choice"]["gap"]
@@ -227,7 +227,8 @@ def _short(value: float, digits: int) -> str:
 def _ranges(found: list[Layer]) -> str:
     """``layers 1-9, 12-30 and the output``."""
     runs: list[list[int]] = []
-    for layer in (layer for layer in found if layer != "output"):
+    # a layer is a number, or the word output
+    for layer in typing.cast("list[int]", [layer for layer in found if layer != "output"]):
         if runs and layer == runs[-1][-1] + 1:
             runs[-1].append(layer)
         else:

@@ -6,8 +6,12 @@ A report's ``measurements`` are flat records of a value with its interval; its `
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from tli.model.shape import Layer
+
+# a record, or None; ``Any`` beside it, because whether there is one is known where it is asked for, and most who ask know there is
+Found = dict[str, Any] | Any
 
 
 def compared_layers(run: dict, records: list[dict]) -> list[Layer]:
@@ -20,12 +24,12 @@ def aligned_layer(run: dict) -> Layer:
     return "output" if run["config"].get("arm") == "full" else run["config"]["layer"]
 
 
-def find_value(report: dict, *key: Layer) -> dict | None:
+def find_value(report: dict, *key: Layer) -> Found:
     """The measurement with this (split, when, layer, metric), or None."""
     return next((r for r in report["measurements"] if (r["split"], r["when"], r["layer"], r["metric"]) == key), None)
 
 
-def find_gain(report: dict, *key: Layer) -> dict | None:
+def find_gain(report: dict, *key: Layer) -> Found:
     """The test with this (layer, metric, split), or None; the split ``DIFFERENCE`` is trained against held out."""
     return next((t for t in report["tests"] if (t["layer"], t["metric"], t["split"]) == key), None)
 

@@ -65,7 +65,8 @@ def parse(config_class, module: str, arguments: list[str] | None = None, many_pr
         formatter_class=_help_format,
         allow_abbrev=False,
     )
-    kinds, groups = typing.get_type_hints(config_class), {}
+    kinds = typing.get_type_hints(config_class)
+    groups: dict[str, typing.Any] = {}
     for field in dataclasses.fields(config_class):
         group = field.metadata["group"]
         groups.setdefault(group, parser.add_argument_group(group) if group not in groups else None)
@@ -76,6 +77,8 @@ def parse(config_class, module: str, arguments: list[str] | None = None, many_pr
             parser.usage = f"{prog} [{name} ...] [options]"
             groups[group].add_argument(field.name, nargs="*", metavar=name, default=argparse.SUPPRESS, help=help_text)
         elif field.default is dataclasses.MISSING:
+            # set as the parser was made
+            assert parser.usage is not None
             parser.usage = parser.usage.replace("[options]", f"{field.name.upper()} [options]")
             groups[group].add_argument(field.name, metavar=field.name.upper(), help=help_text)
         elif kinds[field.name] is bool:

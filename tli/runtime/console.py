@@ -4,13 +4,21 @@ import contextlib
 import signal
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterable, Iterator
+
+
+class ShowStep(typing.Protocol):
+    """What ``training_bar`` yields."""
+
+    def __call__(self, step: int, loss: float, words: int) -> None: ...
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[threading.Event]:
     """An event that Ctrl-C or a request to terminate sets; a second one acts as it always does."""
-    stop, former = threading.Event(), {}
+    stop = threading.Event()
+    former: dict[int, typing.Any] = {}
 
     def handle(number, frame):
         stop.set()
@@ -27,7 +35,7 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 @contextlib.contextmanager
-def training_bar(console, total: int) -> Iterator[Callable[[int, float, int], None]]:
+def training_bar(console, total: int) -> Iterator[ShowStep]:
     """A bar of steps with the loss, words per second and the time left; yields what to call after each step.
 
     It is called with the steps done, the last one's loss and its words.
@@ -86,6 +94,8 @@ def cells_bar(console, weights: Iterable[float]) -> Iterator[Callable[[float], N
                 was_there += weight
             bar.advance(task, weight)
             state = bar.tasks[task]
+            # every bar knows its total
+            assert state.total is not None
             new, left = state.completed - was_there, state.total - state.completed
             estimate = "" if new <= 0 else f"about {_duration(left * (time.monotonic() - began) / new)} left"
             bar.update(task, complete=complete, left=estimate)

@@ -10,7 +10,8 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +139,7 @@ def key() -> str:
 
     The processor's name alone would not do: virtual machines call many kinds alike, and a home folder may be on several.
     """
-    flags = getattr(torch.cpu, "get_capabilities", dict)()
+    flags: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     seen = ",".join(sorted(flag for flag, there in flags.items() if there is True))
     limits = ",".join(f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(_LIMITS))
     support = [str(int(ask())) for ask in (torch.ops.mkldnn._is_mkldnn_bf16_supported, torch.ops.mkldnn._is_mkldnn_fp16_supported)]
@@ -154,7 +155,7 @@ def instructions() -> str:
     return torch.backends.cpu.get_cpu_capability() + (off or (f", oneDNN {limit.upper()}" if limit else ""))
 
 
-def _read(kept: object) -> Ways | None:
+def _read(kept: Any) -> Ways | None:
     """A kept answer, if it is one and what it says runs and agrees here; else None."""
     try:
         found = Ways(kept["fastest"], dict(kept["matmul"]), dict(kept["attention"]))
@@ -192,7 +193,8 @@ def _product(matmul: ops.Matmul, x: Tensor, weight: Tensor, dy: Tensor) -> tuple
     """x·Wᵀ and dy·W by the op that training would take."""
     x = x.detach().requires_grad_()
     y = ops.on_cpu(matmul).linear(x, weight)
-    return y.detach(), *torch.autograd.grad(y, x, dy)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    return y.detach(), dx
 
 
 def measure() -> Ways:
@@ -218,7 +220,7 @@ def measure() -> Ways:
     return Ways("bfloat16" if faster else "float32", matmul, attention)
 
 
-def least_seconds(tasks: dict[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], float]:
+def least_seconds(tasks: Mapping[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], float]:
     """The least time of each task over interleaved rounds, so that whatever else the machine does falls on all alike.
 
     What takes many times as long as the fastest of its group, its key's first part, or long enough to be known well, is left out.
@@ -244,7 +246,7 @@ def least_seconds(tasks: dict[tuple[str, str], Callable[[], object]]) -> dict[tu
 def _first_unless(seconds: dict[tuple[str, str], float], dtype: str, times: float) -> str:
     """The first way of a dtype, unless another is so many times as fast: two that are alike must not change places with the noise."""
     own = {way: value for (of, way), value in seconds.items() if of == dtype}
-    first, fastest = next(iter(own)), min(own, key=own.get)
+    first, fastest = next(iter(own)), min(own, key=own.__getitem__)
     return fastest if own[first] >= times * own[fastest] else first
 
 

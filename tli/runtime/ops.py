@@ -12,7 +12,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tli_kernels import blocked, cpu, launch, reference, shapes
@@ -165,7 +165,9 @@ def _fused_agree(dtype: torch.dtype, device: torch.device) -> bool:
             value.backward()
             losses += [value.detach(), *(side.grad for side in sides)]
         vectors.backward(units.repeat(1, 2).to(where))
-        return [value.detach().cpu().double() for value in (y, *(leaf.grad for leaf in leaves), vectors, states.grad, *losses)]
+        # after backward every leaf has its gradient, which Tensor.grad's type cannot say
+        results: list[Any] = [y, *(leaf.grad for leaf in leaves), vectors, states.grad, *losses]
+        return [value.detach().cpu().double() for value in results]
 
     # what low precision costs the reference is measured, not guessed
     truth = found(REFERENCE, torch.device("cpu"), torch.float32)

@@ -11,7 +11,7 @@ import numpy as np
 from tli.stats.tests import gains_of, paired_t
 
 
-def seed_interval(values: Sequence[float], level: float = 0.95) -> dict:
+def seed_interval(values: np.ndarray | Sequence[float], level: float = 0.95) -> dict:
     """Mean over seeds with its Student interval, ``mean ± t(n - 1) · sd / sqrt(n)``; low and high are None for a single seed."""
     from scipy.special import stdtrit
 

@@ -5,6 +5,7 @@ Every function takes plain arrays with one number per word pair. Pairs that shar
 """
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -112,7 +113,7 @@ def spread_of(values: np.ndarray) -> np.ndarray:
     return np.where(differ, values.std(-1, ddof=1), 0.0)
 
 
-def finite(values: np.ndarray) -> np.ndarray:
+def finite(values: np.ndarray | Sequence[float]) -> np.ndarray:
     """The values as fp64, if there are two and none is NaN or infinite; else a ``TliError``."""
     values = np.asarray(values, dtype=np.float64)
     if values.shape[-1] < 2:

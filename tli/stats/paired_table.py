@@ -11,6 +11,7 @@ import io
 import itertools
 import os
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -61,8 +62,8 @@ def read_table(path: str | os.PathLike, before: str, after: str, group: str | No
     wanted = {flag: name for flag, name in asked.items() if name is not None}
     for flag, name in wanted.items():
         if header.count(name) != 1:
-            columns = ", ".join(map(repr, header)) or "none"
-            raise TliError(f"{path}:1", f"the header must have the column {name!r} once", f"the columns {columns}", f"name one with {flag}")
+            there = ", ".join(map(repr, header)) or "none"
+            raise TliError(f"{path}:1", f"the header must have the column {name!r} once", f"the columns {there}", f"name one with {flag}")
     places = {flag: header.index(name) for flag, name in wanted.items()}
     values, names, left_out = [], [], []
     for line, fields in rows:
@@ -79,7 +80,7 @@ def read_table(path: str | os.PathLike, before: str, after: str, group: str | No
         names.append([fields[places[flag]] if flag in places else "" for flag in ("--group", "--cluster")])
     columns = np.array(values, np.float64).reshape(-1, 2).T
     groups, clusters = np.array(names, object).reshape(-1, 2).T
-    return PairedTable(*columns, None if group is None else groups, None if cluster is None else clusters, left_out)
+    return PairedTable(columns[0], columns[1], None if group is None else groups, None if cluster is None else clusters, left_out)
 
 
 def compare_table(table: PairedTable, seed: int = 0, margin: float | None = None) -> dict:
@@ -127,7 +128,7 @@ def describe(path: str | os.PathLike, table: PairedTable) -> dict:
     }
 
 
-def _rows(path: pathlib.Path, text: str):
+def _rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, list[str]]]:
     """The first line and the fields of every row that is not empty; the header comes first, its names stripped."""
     top = text.partition("\n")[0]
     delimiter = max(",;\t", key=top.count)
@@ -162,7 +163,7 @@ def _number(where: str, column: str, field: str) -> float | None:
 def _require_testable(gains: dict[str, np.ndarray]) -> None:
     if any(len(values) > 1 and spread_of(values) > 0 for values in gains.values()):
         return
-    longest = max(gains.values(), key=len, default=())
+    longest = max(gains.values(), key=len, default=np.empty(0))
     if len(longest) < 2:
         got = f"{len(longest)} in each of {len(gains)} groups" if len(gains) > 1 else len(longest)
         raise TliError("--from-csv", "a test needs at least two rows with both values", got, "measure more pairs, or name another --group")

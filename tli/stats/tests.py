@@ -11,6 +11,7 @@ of a change, say None for whatever so few or so equal values cannot tell, that p
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from tli.stats.bootstrap import ROUNDING, bootstrap_interval, finite, sign_flip,
 P_VALUES = ("p_t", "p_wilcoxon", "p_sign_flip")
 
 
-def paired_t(before: np.ndarray, after: np.ndarray) -> tuple[float | None, float]:
+def paired_t(before: np.ndarray | Sequence[float], after: np.ndarray | Sequence[float]) -> tuple[float | None, float]:
     """``t = mean(d) / (sd(d) / sqrt(n))`` of d = after - before, and its two-sided p on n - 1 degrees of freedom.
 
     before, after   [n], n >= 2
@@ -98,7 +99,8 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     A None, a test that could not be made, stays None and does not count.
     """
     made = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
-    corrected, largest = [None] * len(p_values), 0.0
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
     for rank, (p, i) in enumerate(made):
         largest = max(largest, min(1.0, (len(made) - rank) * p))
         corrected[i] = largest
@@ -154,7 +156,7 @@ def compare_groups(first: np.ndarray, second: np.ndarray, margin: float | None) 
     first    [n], n >= 1
     second   [m], m >= 1
     """
-    record = {"n": len(first) + len(second), "difference": float(first.mean() - second.mean())}
+    record: dict[str, Any] = {"n": len(first) + len(second), "difference": float(first.mean() - second.mean())}
     record |= dict.fromkeys(("low", "high", "t", "df", "p"))
     if min(len(first), len(second)) >= 2:
         record = welch(first, second)
@@ -207,7 +209,7 @@ def _t_test(mean: float, error: float, freedom: float) -> tuple[float | None, fl
     return float(mean / error), float(2 * stdtr(freedom, -abs(mean / error)))
 
 
-def gains_of(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def gains_of(before: np.ndarray | Sequence[float], after: np.ndarray | Sequence[float]) -> np.ndarray:
     """after - before, where a change that is the same for all pairs up to rounding is made exactly so."""
     before, after = finite(before), finite(after)
     if before.shape != after.shape:

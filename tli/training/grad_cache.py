@@ -34,6 +34,8 @@ def backward(parts: Sequence[Batch], vectors_of: Callable[[Batch], Tensor], loss
     vectors = torch.cat([*sources, *targets]).requires_grad_()
     loss = loss_of(vectors)
     loss.backward()
+    # backward has filled it in
+    assert vectors.grad is not None
     pairs = [len(part) for part in sources]
     for part, *gradients in zip(parts, *(half.split(pairs) for half in vectors.grad.chunk(2))):
         vectors_of(part).backward(torch.cat(gradients))

@@ -26,6 +26,8 @@ def fit(
     profile: profiling.Profile | None = None,
 ) -> Progress:
     """Take the steps that are left; a signal to stop ends them early, after the step it comes in."""
+    # auto has been replaced by the layer that it chose
+    assert config.layer != "auto"
     aligned = functools.partial(run_hooked, layer=config.layer) if config.arm == "full-hook" else run
     steps = Stepper(config, decoder, lambda part: pool(aligned(decoder, part), part), batches.total, batches.placement)
     progress = state.restore(steps.adapters, steps.optimiser) if config.resume else Progress()

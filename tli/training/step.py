@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,10 +71,11 @@ class Stepper:
             adapter.seed = seed
         # 1 as soon as a loss was not finite: fused AdamW then leaves everything as it is
         self.found_inf = torch.zeros((), device=self.device)
-        in_memory = {"lr": torch.zeros((), device=self.device), "fused": True, "capturable": True} if self.on_gpu else {}
+        in_memory: dict[str, Any] = {"lr": torch.zeros((), device=self.device), "fused": True, "capturable": True} if self.on_gpu else {}
         self.optimiser = torch.optim.AdamW(self.parameters, weight_decay=config.weight_decay, **in_memory)
         if self.on_gpu:
-            self.optimiser.found_inf = self.found_inf
+            # fused AdamW reads it by getattr, as torch.amp's scaler sets it; the class does not declare it
+            self.optimiser.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.taken = 0
         self.recordings: dict[tuple, _Recording] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.record else None

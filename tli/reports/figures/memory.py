@@ -22,7 +22,13 @@ def draw_memory(curves: dict[str, np.ndarray], spans: list[tuple[str, float, flo
     below = np.zeros(len(curves["ms"]))
     for name in names:
         above = below + curves[name] / 1e6
-        look = {"facecolor": shades[name], "edgecolor": "white", "hatch": hatches[name], "linewidth": 0, "step": "post"}
+        look: dict[str, typing.Any] = {
+            "facecolor": shades[name],
+            "edgecolor": "white",
+            "hatch": hatches[name],
+            "linewidth": 0,
+            "step": "post",
+        }
         label = f"{name} (at most {max(curves[name]) / 1e6:,.1f} MB)"
         panel.fill_between(curves["ms"], below, above, label=label, **look)
         below = above

@@ -11,7 +11,7 @@ if typing.TYPE_CHECKING:
     import matplotlib.figure
 
 # dark blue and orange: apart for colour-blind readers, and dark against light in grey
-_STYLES = {
+_STYLES: dict[str, dict[str, typing.Any]] = {
     "early": {"color": "#08519c", "marker": "o", "linestyle": "-"},
     "full": {"color": "#e6861a", "marker": "s", "linestyle": (0, (5, 2))},
 }

@@ -32,7 +32,13 @@ def draw_distributions(report: dict, alignments: dict[tuple[str, str, Layer], Al
                     density, colour = counts / counts.sum() / np.diff(edges), COLOURS[kind]
                     panel.stairs(density, edges, label=f"{kind} pairs, {when}", color=colour, linestyle=line, linewidth=width)
                     if when == "after":
-                        hatching = {"facecolor": "none", "edgecolor": colour, "hatch": HATCHES[kind], "linewidth": 0, "alpha": 0.4}
+                        hatching: dict[str, typing.Any] = {
+                            "facecolor": "none",
+                            "edgecolor": colour,
+                            "hatch": HATCHES[kind],
+                            "linewidth": 0,
+                            "alpha": 0.4,
+                        }
                         panel.stairs(density, edges, fill=True, **hatching)
             gaps = [find_value(report, split, when, layer, "gap") for when in ("before", "after")]
             change = ", ".join(f"{gap['when']} {number(gap['value'])} {interval(gap)}" for gap in gaps)
@@ -51,7 +57,7 @@ def draw_layers(report: dict) -> matplotlib.figure.Figure:
     from matplotlib.ticker import NullFormatter
 
     aligned = aligned_layer(report)
-    place = {r["layer"]: r["layer"] for r in report["measurements"] if r["layer"] != "output"}
+    place: dict[Layer, int] = {r["layer"]: r["layer"] for r in report["measurements"] if r["layer"] != "output"}
     if any(r["layer"] == "output" for r in report["measurements"]):
         place["output"] = report["model"]["blocks"] + 1
     chosen = place[aligned]
@@ -69,16 +75,17 @@ def draw_layers(report: dict) -> matplotlib.figure.Figure:
                 curve = {place[r["layer"]]: r for r in found}
                 x = sorted(curve)
                 value, low, high, chance = ([curve[at][name] for at in x] for name in ("value", "low", "high", "chance"))
-                style = {"color": COLOURS[split], "marker": marker, "markerfacecolor": fill, "markersize": 4 if curves else 7}
+                style: dict[str, typing.Any] = {"color": COLOURS[split], "marker": marker, "markerfacecolor": fill}
+                style["markersize"] = 4 if curves else 7
                 label = f"{SPLITS[split]}, {when} (n = {found[0]['n']:,})"
-                x = [at + aside * (side + later - 0.5) for at in x]
-                panel.plot(x, value, label=label, linewidth=1.4, linestyle=line if curves else "", **style)
+                xs = [at + aside * (side + later - 0.5) for at in x]
+                panel.plot(xs, value, label=label, linewidth=1.4, linestyle=line if curves else "", **style)
                 if curves:
-                    panel.fill_between(x, low, high, color=COLOURS[split], alpha=0.18, linewidth=0)
+                    panel.fill_between(xs, low, high, color=COLOURS[split], alpha=0.18, linewidth=0)
                 else:
-                    panel.vlines(x, low, high, color=COLOURS[split], linewidth=1.4, zorder=0)
+                    panel.vlines(xs, low, high, color=COLOURS[split], linewidth=1.4, zorder=0)
                 if metric == "mrr" and when == "after":
-                    dots = {"color": COLOURS[split], "linestyle": (0, (1, 1)), "linewidth": 2.2}
+                    dots: dict[str, typing.Any] = {"color": COLOURS[split], "linestyle": (0, (1, 1)), "linewidth": 2.2}
                     panel.axhline(chance[0], label=f"chance, {SPLITS[split]}", **dots)
         panel.axvline(chosen, color="0.6", linewidth=7, alpha=0.3, zorder=0)
         step = max(1, round(len(place) / 40) * 5)
@@ -113,6 +120,9 @@ def _counts(alignment: Alignment, edges: np.ndarray) -> dict[str, np.ndarray]:
 def _common_edges(alignments: list[Alignment]) -> np.ndarray:
     """About 35 bins, made of whole bins of HISTOGRAM_EDGES, over the range in which any of the cosines lie."""
     counts = sum(sum(_counts(alignment, HISTOGRAM_EDGES).values()) for alignment in alignments)
+    # whole numbers, of which numpy's types say less
+    first: typing.Any
+    last: typing.Any
     first, *_, last = np.flatnonzero(counts).repeat(2)
     joined = max(1, round((last + 1 - first) / 35))
     bins = min(-(-(last + 1 - first) // joined), (len(HISTOGRAM_EDGES) - 1) // joined)

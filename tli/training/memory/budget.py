@@ -37,6 +37,7 @@ def needed(
 
 def require_room(run: estimate.Run, placement: Placement) -> None:
     """Raise ``TliError`` for a run that will not fit, before its model is loaded."""
+    available: int | None
     if placement.device.type == "cuda":
         available, held = torch.cuda.mem_get_info(placement.device)[0], estimate.CUDA_CONTEXT_BYTES
     else:

@@ -311,7 +311,7 @@ def words_bytes(run: Run) -> int:
 
 def process_bytes(run: Run) -> int:
     """Of the process before anything is loaded: imports and the tokenizer."""
-    tokenizer = TOKENIZER_BYTES_PER_ENTRY * run.shape.vocabulary
+    tokenizer: float = TOKENIZER_BYTES_PER_ENTRY * run.shape.vocabulary
     if run.tokenizer_bytes is not None:
         tokenizer = TOKENIZER_BYTES_PER_BYTE * run.tokenizer_bytes
     return int(IMPORTS_BYTES + tokenizer + BITSANDBYTES_BYTES * (run.weights == "nf4"))

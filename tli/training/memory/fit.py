@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +37,7 @@ def largest_part(words: TokenisedWords, trained: int, batch: int, micro_batch: i
     return max(found, key=lambda part: part.nodes)
 
 
-def change_to_fit(run: Run, available: int, held: int = 0, free: tuple[str, ...] = _CHANGEABLE) -> dict[str, object] | None:
+def change_to_fit(run: Run, available: int, held: int = 0, free: tuple[str, ...] = _CHANGEABLE) -> dict[str, Any] | None:
     """The options that make the run fit into ``available`` bytes: {} as it is, None if nothing does.
 
     Those that leave the gradients as they are come first, alone and together; then NF4 weights, a smaller batch, the early arm.
@@ -44,7 +46,7 @@ def change_to_fit(run: Run, available: int, held: int = 0, free: tuple[str, ...]
     free:  the options that may change
     """
     halves = [run.batch >> shift for shift in range(1, _HALVINGS)]
-    choices = {
+    choices: dict[str, Iterable[Any]] = {
         "arm": dict.fromkeys((run.arm, "early")),
         "batch": dict.fromkeys((run.batch, *(size for size in halves if size >= 8), min(run.batch, 8))),
         "weights": dict.fromkeys((run.weights, "nf4")),
@@ -61,7 +63,7 @@ def change_to_fit(run: Run, available: int, held: int = 0, free: tuple[str, ...]
     return None
 
 
-def as_flags(changed: dict[str, object]) -> str:
+def as_flags(changed: dict[str, Any]) -> str:
     """Changed options as they are typed: ``--micro-batch 32 --checkpointing``."""
     return " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changed.items())
 

@@ -14,6 +14,7 @@ import contextlib
 import json
 import pathlib
 import threading
+import typing
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -24,6 +25,9 @@ from torch.profiler import ProfilerActivity
 from tli.runtime import ops
 from tli.runtime.environment import process_memory
 from tli.runtime.files import replacing
+
+if typing.TYPE_CHECKING:
+    from tli.model.decoder import Decoder
 
 TRACE_FILE, FIGURE_FILE = "step_trace.json", "memory_step.png"
 # names of the spans of a step, as the trace shows them
@@ -61,7 +65,7 @@ class Profile:
             profiler.export_chrome_trace(str(temporary))
             self.events = json.loads(temporary.read_text(encoding="utf-8"))["traceEvents"]
 
-    def measured(self, decoder: nn.Module, parameters: Sequence[nn.Parameter], words: int) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    def measured(self, decoder: "Decoder", parameters: Sequence[nn.Parameter], words: int) -> tuple[dict[str, int], dict[str, np.ndarray]]:
         """Bytes by category at the step's largest moment, under the prediction's names; and the step's curves by category, with ``ms``."""
         curves = step_curves(self.events, self.gradients, self.device.type)
         curves_sum = np.sum([curves[name] for name in _STEP], axis=0)
