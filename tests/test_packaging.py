@@ -153,6 +153,8 @@ def test_the_wheel_holds_every_module_and_the_data(wheel):
     expected = {path.relative_to(ROOT).as_posix() for path in modules("tli")}
     expected |= {f"tli_kernels/{path.relative_to(ROOT / 'kernels').as_posix()}" for path in modules("kernels")}
     expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "tli" / "data").iterdir() if path.is_file()}
+    # without it a type checker takes the annotations of an installed tli for none
+    expected.add("tli/py.typed")
     assert any(name.endswith(".tsv") for name in expected)
     assert expected == {name for name in wheel.namelist() if ".dist-info/" not in name}
 
