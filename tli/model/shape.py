@@ -42,7 +42,7 @@ class Shape:
         """
         # a config's own names for its text part, as transformers reads them
         config = next((config[key] for key in ("text_config", "decoder", "text_encoder") if isinstance(config.get(key), dict)), config)
-        family = config.get("model_type")
+        family = str(config.get("model_type"))
         config = family_of(family, name).config_defaults | {key: value for key, value in config.items() if value is not None}
         try:
             width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
