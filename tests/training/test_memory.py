@@ -187,7 +187,8 @@ def test_what_is_to_save_memory_does(options, device, size):
     assert estimate.predict(dataclasses.replace(run, weights="nf4"))["weights"] <= estimate.predict(run)["weights"]
     assert need(checkpointing=True) <= whole * 1.001
     if run.batch > 4 * size:
-        assert need(micro_batch=size) <= whole
+        # the batch's vectors are held twice, and the gradients from the first part on
+        assert need(micro_batch=size) <= whole * 1.001
     assert need(batch=2 * run.batch) >= whole
 
 

@@ -27,6 +27,7 @@ def needed(
         weights=config.weights if placement.ops.supports_nf4 else "full",
         exact=not placement.ops.supports_token_tables,
         eager_attention=placement.attention == "eager",
+        in_float32=placement.ops.matmul is not None and placement.ops.matmul.in_float32,
         device="gpu" if placement.device.type == "cuda" else "cpu",
         element=placement.dtype.itemsize,
         token_norm=token_norm != "none",

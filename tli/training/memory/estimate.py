@@ -79,6 +79,8 @@ class Run:
     token_norm: bool = True
     exact: bool = False
     eager_attention: bool | None = None
+    # products of 16-bit numbers are made in fp32 (a CPU without 16-bit ones)
+    in_float32: bool = False
     tokenizer_bytes: int | None = None
 
     @property
@@ -191,7 +193,7 @@ def held_by_block(run: Run, block: int) -> float:
     adapted = {path.rpartition(".")[2] for path in run.adapted(block)}
     # whether a gradient reaches what goes in
     flows = any(run.adapted(below) for below in range(block))
-    low = 4 if run.fused else e
+    low = 4 if run.fused or run.in_float32 else e
     saved = sum(low * t * run.rank * _low_rank_parts(run, shape.linear()[path][1]) for path in run.adapted(block))
     if run.dropout and not run.fused:
         # what dropout keeps, a byte each; the reference ops have the dropped copy beside it
@@ -228,6 +230,14 @@ def _mlp_workspace(run: Run) -> float:
         return max(inside, e * t * i + _product_parts(run, i, run.shape.width))
     if run.exact:
         return inside
+    if run.in_float32:
+        # dy, the input and what is kept of it, in fp32; then the weight and dx (of a decoded part its product beside dx), or dx and the
+        # low-rank term's
+        wide = 4 * t * (run.shape.width + i * (1 + bool(run.dropout and adapted)))
+        weight = 4 * run.shape.width * i + 4 * t * i
+        if run.weights == "nf4":
+            weight = (4 + e) * min(_DECODED, run.shape.width * i) + 8 * t * i
+        return max(inside, wide + max(weight, 8 * t * i * adapted)) + factors
     if run.weights == "nf4":
         # dx is summed in fp32
         kept = e * t * i * bool(run.dropout and adapted)
