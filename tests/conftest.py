@@ -17,6 +17,15 @@ from tli.data import word_pairs
 interpreter.mend_bfloat16()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs the starter; skip without a GPU what needs one."""
+    for item in items:
+        if "starter" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.network)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(scope="session")
 def starter() -> pathlib.Path:
     """The starter model's folder, in the user's cache: fetched once per machine, not once per run."""

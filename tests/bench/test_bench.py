@@ -20,6 +20,8 @@ from tli.data import word_pairs
 from tli.model.families import FAMILIES
 from tli.runtime.errors import TliError
 
+pytestmark = pytest.mark.slow
+
 BATCH = 12
 PEFT = ["tli", "peft-truncated", "peft-hook"]
 OWN = ("tli", "float32")

@@ -21,6 +21,8 @@ from tli.commands import tune
 from tli.runtime import ops
 from tli.runtime.errors import TliError
 
+pytestmark = pytest.mark.slow
+
 PLACE = Place(DEVICE, torch.float32, cold_bytes=20_000, rehearsal=True)
 SIZES = gpu_parity.Sizes(elements=1 << 10, eager=4, block=3)
 CEILING = {"copy_bytes_per_s": 1000.0, "product_flops_per_s": 100.0}

@@ -2,8 +2,12 @@
 
 import json
 
+import pytest
+
 from bench import long_lists
 from tli.data.word_pairs import read_pairs
+
+pytestmark = pytest.mark.slow
 
 
 def test_own_memory_grows_by_less_than_a_hundred_bytes_a_pair(make_model, tmp_path):

@@ -9,6 +9,8 @@ import pytest
 import tli
 from tli.__main__ import COMMANDS
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(tli.__file__).parent.parent
 
 

@@ -28,6 +28,8 @@ from tli.reports.wording import find_value
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 BY_NAME = {switch.name: switch for switch in SWITCHES}
 

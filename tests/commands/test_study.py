@@ -21,6 +21,8 @@ from tli.reports import study as study_report
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError, run_command
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 

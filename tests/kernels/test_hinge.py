@@ -14,6 +14,8 @@ pytest.importorskip("triton")
 from tli_kernels import launch, reference
 from tli_kernels.hinge import hinge
 
+pytestmark = pytest.mark.slow
+
 NO_SAME = torch.zeros(0, 2, dtype=torch.int64)
 
 

@@ -17,6 +17,8 @@ from tli_kernels import infonce as kernels
 from tli_kernels import launch, reference
 from tli_kernels.infonce import infonce
 
+pytestmark = pytest.mark.slow
+
 
 def units(rows: int, width: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)

@@ -193,7 +193,8 @@ def test_addresses_go_past_two_to_the_31(nested, monkeypatch):
     assert all(np.array_equal(got, addresses) for got, addresses in zip(seen, want))
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="takes 6 GB, which a GPU has")
+# takes 6 GB, which a GPU has
+@pytest.mark.gpu
 @levels
 def test_a_weight_of_more_than_two_to_the_31_elements(nested):
     n, k = 2**19 + 4, 4096

@@ -11,6 +11,8 @@ from tli_kernels.nf4_weight import NF4Weight
 
 from tests.support.fidelity import DEVICE, assert_faithful, poisoned
 
+pytestmark = pytest.mark.slow
+
 ALWAYS, CAPABILITY = launch.ALWAYS, launch.capability(DEVICE)
 WAYS = {"decode": (ALWAYS, ALWAYS), "dequantise": (0, ALWAYS), "cublas": (0, 0), "resident": (0, ALWAYS), "resident-cublas": (0, 0)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

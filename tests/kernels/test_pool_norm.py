@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tests.support.fidelity import DEVICE, assert_faithful
 
+pytestmark = pytest.mark.slow
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPS = 1e-6
 # node 0 is in more words and word 3 has more nodes than a program reads at a time; also a word of one node, an empty one, one that

@@ -18,7 +18,7 @@ from tli_kernels import launch
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 # nothing cached, and a machine with other work to do
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 BROKEN = """
 import triton

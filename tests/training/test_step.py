@@ -20,7 +20,7 @@ from tli.runtime.device import Placement, place
 from tli.runtime.errors import TliError
 from tli.training.step import Stepper, _padded, _Recording
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.slow
 
 
 class Replayed(Stepper):
@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(make_model, word_list):
     assert all(torch.equal(one, other) for one, other in zip(before, steps.parameters, strict=True))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("weights", ["full", "nf4"])
 def test_graphs_on_a_gpu_take_the_steps_as_written(make_model, word_list, weights):
     model, placement = str(make_model("llama", hidden_size=64, intermediate_size=128)), place("cuda", "float32", weights, "fused")
@@ -175,7 +175,7 @@ def test_graphs_on_a_gpu_take_the_steps_as_written(make_model, word_list, weight
     assert steps.recordings
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_on_a_gpu_a_loss_that_is_not_finite_changes_nothing_from_then_on(make_model, word_list):
     steps, batches = make(Stepper, str(make_model("llama")), str(word_list), place("cuda", "float32", impl="fused"))
     parts, same = next(iter(batches.epoch(0)))
