@@ -15,12 +15,14 @@ import sys
 import typing
 
 if typing.TYPE_CHECKING:
+    from tli.commands.embed import embed
     from tli.commands.evaluate import evaluate
     from tli.commands.export import export
     from tli.commands.scan import scan
     from tli.commands.train import train
     from tli.config import EvaluateConfig, ExportConfig, ScanConfig, TrainConfig
     from tli.data.word_pairs import read_pairs
+    from tli.model.trained_adapter import load_adapter
     from tli.runtime.errors import TliError
 
 __all__ = [
@@ -29,8 +31,10 @@ __all__ = [
     "ScanConfig",
     "TliError",
     "TrainConfig",
+    "embed",
     "evaluate",
     "export",
+    "load_adapter",
     "read_pairs",
     "scan",
     "train",
@@ -43,8 +47,10 @@ _HOMES = {
     "ScanConfig": "tli.config",
     "TliError": "tli.runtime.errors",
     "TrainConfig": "tli.config",
+    "embed": "tli.commands.embed",
     "evaluate": "tli.commands.evaluate",
     "export": "tli.commands.export",
+    "load_adapter": "tli.model.trained_adapter",
     "read_pairs": "tli.data.word_pairs",
     "scan": "tli.commands.scan",
     "train": "tli.commands.train",

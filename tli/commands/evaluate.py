@@ -27,7 +27,7 @@ from tli.stats import paired_table
 
 if typing.TYPE_CHECKING:
     from tli.model.lora import Adapter
-    from tli.model.trained_adapter import Recorded
+    from tli.model.trained_adapter import TrainedAdapter
 
 # of cosine: about half of the gain that the paper reports
 _MARGIN = 0.05
@@ -72,12 +72,12 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     from tli.model import starter
     from tli.model.checkpoint import model_facts, open_checkpoint
     from tli.model.pooling import pooling, token_norm_at_hand
-    from tli.model.trained_adapter import agreed, read_recorded, require_fit
+    from tli.model.trained_adapter import agreed, load_adapter, require_fit
     from tli.runtime import environment
     from tli.runtime.console import layer_bar
     from tli.runtime.device import place
 
-    adapters = {recorded.name: recorded for recorded in map(read_recorded, config.adapters)}
+    adapters = {recorded.name: recorded for recorded in map(load_adapter, config.adapters)}
     if len(adapters) < len(config.adapters):
         raise TliError("ADAPTER", "the adapters' folders must have different names", ", ".join(adapters), "rename one")
     known = list(adapters.values())
@@ -156,7 +156,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     return facts
 
 
-def _read_lists(config: EvaluateConfig, known: "list[Recorded]") -> tuple[dict[str, Pairs], dict]:
+def _read_lists(config: EvaluateConfig, known: "list[TrainedAdapter]") -> tuple[dict[str, Pairs], dict]:
     """The pairs by list, "trained" and "held_out", or "all" where nobody knows which were trained; and facts about them."""
     from tli.model.trained_adapter import agreed
 
@@ -194,7 +194,7 @@ def _read_lists(config: EvaluateConfig, known: "list[Recorded]") -> tuple[dict[s
     return splits, facts
 
 
-def _layers(config: EvaluateConfig, known: "list[Recorded]", blocks: int) -> list[Layer]:
+def _layers(config: EvaluateConfig, known: "list[TrainedAdapter]", blocks: int) -> list[Layer]:
     """The layers to measure, in order."""
     chosen: set[Layer]
     if config.layers is None:
@@ -211,7 +211,7 @@ def _layers(config: EvaluateConfig, known: "list[Recorded]", blocks: int) -> lis
     return sorted(chosen, key=lambda layer: blocks + 1 if layer == "output" else layer)
 
 
-def _differences(used: dict, known: "list[Recorded]") -> list[dict]:
+def _differences(used: dict, known: "list[TrainedAdapter]") -> list[dict]:
     """Where the evaluation is not as the training was; of an adapter without a report nothing is known."""
     found = []
     for recorded in known:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tli.config import ExportConfig
 from tli.model.checkpoint import Checkpoint, open_checkpoint
 from tli.model.lora import Adapter
-from tli.model.trained_adapter import read_recorded, require_fit
+from tli.model.trained_adapter import load_adapter, require_fit
 from tli.runtime import environment, ops
 from tli.runtime.cli import as_dict
 from tli.runtime.device import place
@@ -59,7 +59,7 @@ def export(config: ExportConfig) -> dict:
     console = Console(stderr=True, highlight=False)
     output = pathlib.Path(config.output).expanduser().resolve()
     _require_new(output)
-    recorded = read_recorded(config.adapter)
+    recorded = load_adapter(config.adapter)
     checkpoint = open_checkpoint(config.model or recorded.model())
     source = _Weights(checkpoint)
     hashed = functools.cache(checkpoint.sha256)

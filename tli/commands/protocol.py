@@ -26,7 +26,7 @@ from tli.model import starter
 from tli.model.checkpoint import Checkpoint, open_checkpoint
 from tli.model.lora import Adapter
 from tli.model.pooling import pooling
-from tli.model.trained_adapter import read_recorded
+from tli.model.trained_adapter import load_adapter
 from tli.reports.figures.protocol import draw_protocol
 from tli.reports.figures.style import save_figure
 from tli.reports.protocol import PUBLISHED, markdown, sentence, show, verdict
@@ -261,7 +261,7 @@ def measure_anew(options: dict, folder: pathlib.Path, checkpoint: Checkpoint, sp
     """The numbers of the adapter in ``folder``: base and adapter, measured with these options of ``tli.train``."""
     placement = place(options["device"], options["dtype"], options["weights"], options["impl"])
     pool, layer, seed = pooling(options["token_norm"], checkpoint, placement.device, placement.ops), options["layer"], options["seed"]
-    streams: dict[str | None, Adapter | None] = {"before": None, "after": read_recorded(folder).adapter}
+    streams: dict[str | None, Adapter | None] = {"before": None, "after": load_adapter(folder).adapter}
     how = pool, placement, streams, options["prefix"], options["eval_pool_bos"]
     found = {key: measured.alignment for key, measured in layer_pass.measure_layers(checkpoint, splits, [layer], *how)[0].items()}
     tests = []

@@ -20,7 +20,7 @@ from tli.metrics import layer_choice, layer_pass, layers
 from tli.model import starter
 from tli.model.checkpoint import model_facts, open_checkpoint, sight
 from tli.model.pooling import pooling, token_norm_at_hand
-from tli.model.trained_adapter import read_recorded, require_fit
+from tli.model.trained_adapter import load_adapter, require_fit
 from tli.reports.figures.scan import draw_scan
 from tli.reports.figures.style import save_figure
 from tli.reports.scan import show, verdict
@@ -50,7 +50,7 @@ def scan(config: ScanConfig) -> dict:
     output = pathlib.Path(config.output).expanduser()
     pairs, listed = _pairs(config)
     same = word_pairs.same_meaning(pairs)
-    adapted = None if config.adapter is None else read_recorded(config.adapter)
+    adapted = None if config.adapter is None else load_adapter(config.adapter)
     streams = {"base": None} if adapted is None else {"base": None, "adapter": adapted.adapter}
     name = config.model or (starter.NAME if adapted is None else adapted.model_name())
     checkpoint = open_checkpoint(starter.locate(name))

@@ -24,7 +24,7 @@ from tli.runtime.files import sha256
 
 
 @dataclasses.dataclass(frozen=True)
-class Recorded:
+class TrainedAdapter:
     """An adapter off the disk with what is known of it.
 
     folder   where it lies
@@ -83,7 +83,7 @@ class Recorded:
         }
 
 
-def read_recorded(folder: str | os.PathLike) -> Recorded:
+def load_adapter(folder: str | os.PathLike) -> TrainedAdapter:
     """Read an adapter and what its folder says of it.
 
     Raises:
@@ -104,10 +104,10 @@ def read_recorded(folder: str | os.PathLike) -> Recorded:
             raise TliError(file, "the file must be a report of tli.train", repr(error), "train again, or take the file away") from error
         if told != sha256(folder / lora.ADAPTER_FILE):
             raise TliError(file, "the report must speak of the adapter beside it", "another adapter's hash", "take the report away")
-    return Recorded(folder, adapter, peft, report)
+    return TrainedAdapter(folder, adapter, peft, report)
 
 
-def require_fit(recorded: Recorded, checkpoint: Checkpoint, placement: Placement, hashed: Callable[[int], str]) -> None:
+def require_fit(recorded: TrainedAdapter, checkpoint: Checkpoint, placement: Placement, hashed: Callable[[int], str]) -> None:
     """Raise ``TliError`` unless the adapter was made for this model: recorded hash and family, every key, every shape.
 
     hashed   ``checkpoint.sha256``, cached where several adapters ask
@@ -141,7 +141,7 @@ def require_fit(recorded: Recorded, checkpoint: Checkpoint, placement: Placement
         raise TliError(where, must, f"no factors for {missing[0]}", "save the adapter again")
 
 
-def agreed(adapters: list[Recorded], name: str, default):
+def agreed(adapters: list[TrainedAdapter], name: str, default):
     """The option that all adapters' runs had; several adapters are compared only where they agree."""
     values = {json.dumps(recorded.option(name, default)): recorded.option(name, default) for recorded in adapters}
     if len(values) > 1:

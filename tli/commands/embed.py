@@ -1,0 +1,77 @@
+"""Embeddings of words: the vectors that training aligns, from the base model or from one with its adapter."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tli.data.batch import to_batch
+from tli.data.packing import tokenise
+from tli.model import starter
+from tli.model.checkpoint import open_checkpoint, sight
+from tli.model.decoder import run, truncate, whole
+from tli.model.pooling import pooling, token_norm_at_hand
+from tli.model.shape import Layer
+from tli.model.trained_adapter import load_adapter, require_fit
+from tli.runtime.device import place
+from tli.runtime.errors import TliError
+
+_WORDS_AT_ONCE = 1024
+
+
+@torch.no_grad()
+def embed(
+    words: Sequence[str],
+    adapter: str | os.PathLike | None = None,
+    layer: Layer | None = None,
+    model: str | None = None,
+    device: str = "auto",
+) -> Tensor:
+    """u_b = normalise(mean over the word's own tokens of norm(h_t)): a word embedding at a hidden layer.
+
+    Words are read as the adapter's training read them (its prefix, token norm and rounding, out of the report beside it), else by the
+    defaults of training. Only the blocks below the layer are read and computed.
+
+    Args:
+        words:    B words, one at least
+        adapter:  folder of a PEFT adapter; None for the base model
+        layer:    hidden state L, or "output" for the last one behind the final norm (default: where the adapter was trained, else 2)
+        model:    local folder or hub name (default: the adapter's own, else the starter)
+        device:   cpu, cuda, cuda:N; auto: a GPU if there is one
+
+    Returns:
+        fp32 [B, D] unit rows on the CPU, in the order of the words; their dot products are cosines.
+
+    Raises:
+        TliError: no words, a word that the tokenizer makes nothing of, an adapter that does not fit the model, a layer out of range.
+
+    Example:
+        >>> import tli
+        >>> source, target = tli.embed(["maji"]), tli.embed(["water", "fire"])
+        >>> (source @ target.T).shape
+        torch.Size([1, 2])
+    """
+    if isinstance(words, str) or not len(words):
+        raise TliError("embed", "the words must be a list of one word or more", repr(words), "give a list")
+    trained = None if adapter is None else load_adapter(adapter)
+    option = (lambda name, default: default) if trained is None else trained.option
+    if layer is None:
+        layer = 2 if trained is None else "output" if option("arm", "early") == "full" else trained.layer
+    checkpoint = open_checkpoint(starter.locate(model or (starter.NAME if trained is None else trained.model_name())))
+    placement = place(device, "auto", option("weights", "full"), "auto")
+    if trained is not None:
+        require_fit(trained, checkpoint, placement, checkpoint.sha256)
+    tokens = tokenise(checkpoint.tokenizer(), words, sight(checkpoint), option("prefix", " "))
+    at_output = layer == "output"
+    decoder = whole(checkpoint, tokens.rows, placement) if at_output else truncate(checkpoint, int(layer), tokens.rows, placement)
+    if trained is not None:
+        trained.adapter.attach(decoder)
+    token_norm = token_norm_at_hand(option("token_norm", "auto"), checkpoint)
+    pool = pooling(token_norm, checkpoint, placement.device, placement.ops).at(layer)
+    vectors = []
+    for chunk in np.array_split(np.arange(len(words)), -(-len(words) // _WORDS_AT_ONCE)):
+        batch = to_batch(tokens.pack(chunk, option("eval_pool_bos", False)), placement.dtype, placement.device)
+        vectors.append(pool(run(decoder, batch), batch).cpu())
+    return torch.cat(vectors)
