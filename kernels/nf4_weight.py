@@ -164,22 +164,6 @@ class NF4Weight:
         return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
 
 
-def code_book() -> Tensor:
-    """code = quantiles of N(0, 1), evenly spaced in probability from 0.9677083 to 1/2 on each side, over the largest.
-
-    Seven values below zero, zero itself and eight above. Computed with is the table that a weight brings; this is its definition.
-
-    Returns:
-        fp32 [16], rising from -1 to 1. Source: QLoRA (arXiv 2305.14314), section 3 and appendix E.
-    """
-    from scipy.stats import norm
-
-    # in single precision throughout, like whoever made the table: in fp64 ten of the values come out one to six units off
-    above, below = (norm.ppf(torch.linspace(0.9677083, 0.5, steps).numpy()) for steps in (9, 8))
-    values = torch.tensor([*-below[:-1], 0.0, *above[-2::-1]], dtype=torch.float32)
-    return values / values.max()
-
-
 def _require_packable(shape: torch.Size, dtype: torch.dtype) -> None:
     two, allowed = len(shape) == 2, ", ".join(_DTYPES)
     require(two, "nf4 weight", "a linear layer's weight must have two dimensions", lambda: list(shape), "pass [out, in]")

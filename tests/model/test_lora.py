@@ -18,7 +18,6 @@ from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import run, truncate
 from tli.model.families import FAMILIES
 from tli.model.hidden_states import stream_layers
-from tli.runtime import ops
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
 
@@ -145,23 +144,6 @@ def test_gradients_reach_b_at_the_first_step_and_a_at_the_second(make_model, tok
     shake(decoder)
     run(decoder, batch).pow(2).sum().backward()
     lora.check_gradients(decoder, 1)
-
-
-def test_merging_keeps_the_states_and_is_refused_in_4_bit(make_model, tokenizer):
-    decoder, _, batch = truncated(make_model("llama"), tokenizer)
-    lora.inject(decoder, lora.LoRAConfig(rank=2, alpha=4))
-    shake(decoder)
-    adapted = run(decoder, batch)
-    first = next(iter(lora.adapters(decoder).values()))
-    plain = first.weight
-    del first.weight
-    first.weight = ops.NF4Weight.quantise(torch.randn(plain.shape[0], 64))
-    with pytest.raises(TliError, match="the base weight must be 16 or 32 bit, got NF4; dequantise"):
-        lora.merge(decoder)
-    first.weight = plain
-    lora.merge(decoder)
-    assert not lora.adapters(decoder)
-    torch.testing.assert_close(run(decoder, batch), adapted, rtol=1e-4, atol=1e-4)
 
 
 def peft_states(model, words, layer: int | str) -> torch.Tensor:

@@ -74,16 +74,6 @@ class LoRALinear(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return self.ops.nf4_lora(x, self.weight, self.lora_A, self.lora_B, self.scale, self.bias, dropout, self.seed)
 
-    def merged(self) -> nn.Linear:
-        """An ``nn.Linear`` with the weight W + s·B·A, summed in fp32 and rounded once."""
-        if isinstance(self.weight, ops.NF4Weight):
-            raise TliError("merge", "the base weight must be 16 or 32 bit", "NF4", "dequantise the base first")
-        linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
-        merged = self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
-        linear.weight = nn.Parameter(merged.detach().to(self.weight.dtype), requires_grad=False)
-        linear.bias = self.bias
-        return linear
-
 
 def inject(decoder: "Decoder", config: LoRAConfig, blocks: range | list[int] | None = None, seed: int = 0) -> list[str]:
     """Put adapters into ``decoder.layers`` in place and freeze everything else.
@@ -101,7 +91,7 @@ def inject(decoder: "Decoder", config: LoRAConfig, blocks: range | list[int] | N
         TliError: adapters are there already, an unknown target, a rank below 1 or above a matrix's smaller side.
     """
     if adapters(decoder):
-        raise TliError("inject", "the model must carry no adapters yet", f"{len(adapters(decoder))}", "merge or remove them first")
+        raise TliError("inject", "the model must carry no adapters yet", f"{len(adapters(decoder))}", "inject into a model without any")
     if config.rank < 1:
         raise TliError("--rank", "the rank must be at least 1", config.rank, "choose a positive rank")
     if config.alpha <= 0 or not 0.0 <= config.dropout < 1.0:
@@ -145,12 +135,6 @@ def adapters(module: nn.Module) -> dict[str, LoRALinear]:
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     """The adapters' parameters, A before B, in the module's order."""
     return [parameter for adapter in adapters(module).values() for parameter in (adapter.lora_A, adapter.lora_B)]
-
-
-def merge(decoder: nn.Module) -> None:
-    """Replace every adapter by one linear layer with the weight W + s·B·A, in place."""
-    for path, adapter in adapters(decoder).items():
-        _replace(decoder, path, adapter.merged())
 
 
 def check_gradients(decoder: nn.Module, step: int) -> None:

@@ -70,7 +70,6 @@ class Run:
     rank: int = 16
     targets: str = "all-linear"
     dropout: float = 0.2
-    loss: str = "infonce"
     weights: str = "full"
     checkpointing: bool = False
     micro_batch: int | None = None
