@@ -125,7 +125,7 @@ def measure_here(options: str, steps: str) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     from tli.data import word_pairs
-    from tli.data.loader import EpochBatches
+    from tli.data.loader import BatchLoader
     from tli.data.packing import tokenise
     from tli.model import lora
     from tli.model.checkpoint import open_checkpoint, sight
@@ -167,7 +167,7 @@ def measure_here(options: str, steps: str) -> None:
     with stage("tokenise"):
         texts = itertools.chain(*((getattr(pair, side) for pair in part) for side in ("source", "target") for part in (trained, held_out)))
         words = tokenise(tokenizer, texts, sight(checkpoint), config.prefix)
-    batches = EpochBatches(config, words, np.arange(len(trained)), trained, placement)
+    batches = BatchLoader(config, words, np.arange(len(trained)), trained, placement)
     with stage("pack"):
         for _ in batches.epoch(0):
             pass

@@ -49,7 +49,7 @@ def drawn_pairs(config: TrainConfig, distinct: bool = False) -> tuple[list[word_
 def distinct_pairs(pairs: list[word_pairs.Pair], order: np.ndarray) -> np.ndarray:
     """Of the numbers in ``order`` those whose pair means the same as no earlier one of them."""
     alike: dict[int, set[int]] = {}
-    for i, j in word_pairs.same_meaning(pairs).tolist():
+    for i, j in word_pairs.false_negative_pairs(pairs).tolist():
         alike.setdefault(i, set()).add(j)
     taken: set[int] = set()
     for number in order.tolist():
@@ -115,13 +115,13 @@ class Tli(Subject):
         import tli.commands.train  # noqa: F401
 
     def __init__(self, config: TrainConfig, distinct: bool = False):
-        from tli.data.loader import EpochBatches
+        from tli.data.loader import BatchLoader
         from tli.data.packing import tokenise
         from tli.model import lora
         from tli.model.checkpoint import open_checkpoint, sight
-        from tli.model.decoder import arm_model, run
-        from tli.model.pooling import pooling, token_norm_at_hand
-        from tli.training.step import Stepper
+        from tli.model.decoder import build_decoder, run
+        from tli.model.pooling import pooling, resolve_token_norm
+        from tli.training.step import TrainStep
 
         self.config = config
         batch, rest = drawn_pairs(config, distinct)
@@ -129,13 +129,13 @@ class Tli(Subject):
         texts = [pair.source for pair in batch + rest] + [pair.target for pair in batch + rest]
         words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), config.prefix)
         placement = place(config.device, config.dtype, config.weights, config.impl)
-        self.decoder = arm_model(config, checkpoint, words.rows, placement)
+        self.decoder = build_decoder(config, checkpoint, words.rows, placement)
         lora.inject(self.decoder, lora.LoRAConfig(rank=config.rank, alpha=config.alpha, targets=config.targets), seed=config.seed)
-        self.pool = pooling(token_norm_at_hand(config.token_norm, checkpoint), checkpoint, placement.device, placement.ops)
+        self.pool = pooling(resolve_token_norm(config.token_norm, checkpoint), checkpoint, placement.device, placement.ops)
         # the pairs that are trained are the batch, so an epoch is one batch, packed anew each time
-        self.batches = EpochBatches(config, words, np.arange(len(batch)), batch, placement)
+        self.batches = BatchLoader(config, words, np.arange(len(batch)), batch, placement)
         vectors = lambda part: self.pool(run(self.decoder, part), part)  # noqa: E731
-        self.stepper = Stepper(config, self.decoder, vectors, self.batches.total, placement)
+        self.stepper = TrainStep(config, self.decoder, vectors, self.batches.total, placement)
         self.parameters = self.stepper.parameters
         self.decoder.train()
         self.taken = 0
@@ -181,7 +181,7 @@ class _Peer(Subject):
         # neither BOS nor a token of the prefix alone is pooled
         self.own = [torch.tensor([False, *(end > len(config.prefix) for _, end in spans)]) for spans in encoded["offset_mapping"]]
         self.same = torch.zeros(len(batch), len(batch), dtype=torch.bool)
-        self.same[tuple(word_pairs.same_meaning(batch).T)] = True
+        self.same[tuple(word_pairs.false_negative_pairs(batch).T)] = True
         self.same = self.same.to(self.device)
         self._build(folder)
         self.model.train()

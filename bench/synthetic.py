@@ -23,7 +23,7 @@ import numpy as np
 from tli.config import MODELS
 from tli.runtime.cli import argument, option, parse
 from tli.runtime.errors import TliError, disk_errors, run_command
-from tli.runtime.files import cache_folder, claim_output, replacing, sha256, write_text
+from tli.runtime.files import cache_folder, prepare_output_dir, replacing, sha256, write_text
 
 TOKENIZER = "llama-models==0.3.0"
 TOKENIZER_SHA256 = "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f"
@@ -85,7 +85,7 @@ def write(config: SyntheticConfig) -> pathlib.Path:
     total = plain["num_hidden_layers"]
     if not 0 <= config.blocks <= total:
         raise TliError("--blocks", f"the number must be from 0 to {total}, the model's blocks", config.blocks, "choose one in this range")
-    claim_output(folder, config.overwrite)
+    prepare_output_dir(folder, config.overwrite)
     shapes = tensor_shapes(plain)
     shards = _shards(shapes)
     wanted = ("model.embed_tokens.", *(f"model.layers.{index}." for index in range(config.blocks)))

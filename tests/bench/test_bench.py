@@ -107,11 +107,11 @@ def test_distinct_pairs_leave_no_two_of_a_meaning_and_none_out_without_need():
     pairs = word_pairs.read_pairs(None, "swahili", "english")
     assert len(batch) == 1000
     assert len(rest) == len(pairs) - 1000
-    assert len(word_pairs.same_meaning(batch)) == 0
-    assert len(word_pairs.same_meaning(drawn_pairs(config)[0])) > 0
+    assert len(word_pairs.false_negative_pairs(batch)) == 0
+    assert len(word_pairs.false_negative_pairs(drawn_pairs(config)[0])) > 0
     order = torch.randperm(len(pairs)).numpy()
     taken = set(distinct_pairs(pairs, order).tolist())
-    alike = {tuple(edge) for edge in word_pairs.same_meaning(pairs).tolist()}
+    alike = {tuple(edge) for edge in word_pairs.false_negative_pairs(pairs).tolist()}
     # each one left out means the same as one that was taken
     assert all(any((number, other) in alike for other in taken) for number in range(len(pairs)) if number not in taken)
 
@@ -227,7 +227,7 @@ def test_the_scripts_take_the_same_steps_and_leave_adapters(make_model, tmp_path
     trained = word_pairs.read_pairs(str(lists[0]), "source", "target")
     # whole batches, without two of a meaning
     assert len(trained) == 16
-    assert len(word_pairs.same_meaning(trained)) == 0
+    assert len(word_pairs.false_negative_pairs(trained)) == 0
     said = {}
     for name in ("peft-truncated", "peft-hook"):
         config = command.CommandConfig(epochs=2, batch=8, rank=4, dropout=0.0)

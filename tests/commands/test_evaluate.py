@@ -93,7 +93,7 @@ def test_scores_are_those_of_pefts_whole_model(trained, facts, word_list, make_m
     """CLIPScore and RefCLIPScore, with their mismatched values, from transformers' hidden states, one word at a time."""
     pairs = word_pairs.split_pairs(word_pairs.read_pairs(str(word_list), "swahili", "english"), 0.2, 3)[1]
     folder = make_model("llama", **SIZES)
-    same = {tuple(edge) for edge in word_pairs.same_meaning(pairs).tolist()}
+    same = {tuple(edge) for edge in word_pairs.false_negative_pairs(pairs).tolist()}
     for when in ("before", "after"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         if when == "after":

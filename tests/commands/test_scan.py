@@ -119,14 +119,14 @@ def assert_scan_is(scans: dict, stream: str, truth: dict[tuple, np.ndarray], tol
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_scan_is_the_whole_models_states_word_by_word(make_model, tokenizer, pairs, family):
-    folder, words, same = make_model(family, blocks=3), spell(tokenizer, pairs), word_pairs.same_meaning(pairs)
+    folder, words, same = make_model(family, blocks=3), spell(tokenizer, pairs), word_pairs.false_negative_pairs(pairs)
     assert len(same) > 0
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert_scan_is(scanned(folder, words, same), "base", expected(model, words, same, final_norm=True), 5e-5)
 
 
 def test_a_scan_with_an_adapter_is_pefts_model_and_leaves_the_base_alone(make_model, tokenizer, pairs, tmp_path):
-    folder, words, same = make_model("llama"), spell(tokenizer, pairs), word_pairs.same_meaning(pairs)
+    folder, words, same = make_model("llama"), spell(tokenizer, pairs), word_pairs.false_negative_pairs(pairs)
     decoder = truncate(open_checkpoint(str(folder)), 2, words.rows, CPU)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0), seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -144,13 +144,13 @@ def test_a_scan_with_an_adapter_is_pefts_model_and_leaves_the_base_alone(make_mo
 
 def test_bins_chunks_padding_side_and_the_order_of_pairs_change_nothing(make_model, tokenizer, pairs, monkeypatch):
     folder = make_model("qwen3")
-    whole = scanned(folder, spell(tokenizer, pairs), word_pairs.same_meaning(pairs))
+    whole = scanned(folder, spell(tokenizer, pairs), word_pairs.false_negative_pairs(pairs))
     order = np.random.default_rng(3).permutation(len(pairs))
     moved = [pairs[i] for i in order]
     monkeypatch.setattr(hidden_states, "_CHUNK_NODES", 30)
     left = copy.deepcopy(tokenizer)
     left.padding_side, left.pad_token = "left", "</s>"
-    parts = scanned(folder, spell(left, moved), word_pairs.same_meaning(moved), width=13)
+    parts = scanned(folder, spell(left, moved), word_pairs.false_negative_pairs(moved), width=13)
     for key, scan in whole.items():
         for name, values in scan.per_pair.items():
             # a cosine may fall on the other side of the next one's rounding, no further
@@ -158,7 +158,9 @@ def test_bins_chunks_padding_side_and_the_order_of_pairs_change_nothing(make_mod
             np.testing.assert_allclose(values[order], parts[key].per_pair[name], atol=tolerance, err_msg=str((key, name)))
         for name, value in scan.of_set.items():
             assert parts[key].of_set[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (key, name)
-    one, other = (layers.records(found, word_pairs.same_meaning(listed), seed=0) for found, listed in ((whole, pairs), (parts, moved)))
+    one, other = (
+        layers.records(found, word_pairs.false_negative_pairs(listed), seed=0) for found, listed in ((whole, pairs), (parts, moved))
+    )
     for record, again in zip(one, other, strict=True):
         ends = [[r[end] for end in ("value", "low", "high") if r[end] is not None] for r in (record, again)]
         np.testing.assert_allclose(*ends, atol=2e-3, rtol=1e-4, err_msg=str(record))
@@ -289,7 +291,7 @@ def test_strata_are_what_their_names_say(tokenizer, pairs):
 
 
 def test_a_stratums_values_are_the_means_of_its_pairs(make_model, tokenizer, pairs):
-    words, same = spell(tokenizer, pairs), word_pairs.same_meaning(pairs)
+    words, same = spell(tokenizer, pairs), word_pairs.false_negative_pairs(pairs)
     scans = scanned(make_model("llama"), words, same)
     group = np.arange(len(pairs)) % 3 == 0
     found = layers.stratum_records(scans, {"every third": group, "one": np.arange(len(pairs)) == 4}, same, seed=0)

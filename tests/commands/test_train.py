@@ -23,7 +23,7 @@ from tli.commands import scan
 from tli.commands import train as train_module
 from tli.config import ScanConfig, TrainConfig
 from tli.data import word_pairs
-from tli.data.loader import EpochBatches
+from tli.data.loader import BatchLoader
 from tli.model import lora
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError, run_command
@@ -173,9 +173,9 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
     own, placement = np.arange(len(pairs)), place("cpu", "auto")
     # pairs 7, 20 and 4 come to share a gloss with 0, 0 and 3
     shared = [dataclasses.replace(pair, synonyms=(pairs[{7: 0, 20: 0, 4: 3}.get(i, i)].target,)) for i, pair in enumerate(pairs)]
-    edges = {tuple(edge) for edge in word_pairs.same_meaning(shared).tolist()}
+    edges = {tuple(edge) for edge in word_pairs.false_negative_pairs(shared).tolist()}
     assert edges == {(0, 7), (7, 0), (0, 20), (20, 0), (7, 20), (20, 7), (3, 4), (4, 3)}
-    batches, sizes, found = EpochBatches(config, words, own, shared, placement), [], 0
+    batches, sizes, found = BatchLoader(config, words, own, shared, placement), [], 0
     orders = np.array_split(np.random.default_rng([config.seed, 0, 0]).permutation(len(pairs)), 5)
     for ((batch,), same), numbers in zip(batches.epoch(0), orders, strict=True):
         sizes.append((len(batch.indptr) - 1) // 2)
@@ -191,13 +191,13 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
     # mismatched pairs: a source's glosses are those that it is taught with
     partners = train_module._partners(len(pairs), dataclasses.replace(config, shuffle_pairs=True))
     taught = [dataclasses.replace(shared[own], source=pair.source) for pair, own in zip(pairs, partners, strict=True)]
-    wide = EpochBatches(dataclasses.replace(config, batch=30), words, partners, shared, placement)
-    edges, found_wrong = {tuple(edge) for edge in word_pairs.same_meaning(taught).tolist()}, 0
+    wide = BatchLoader(dataclasses.replace(config, batch=30), words, partners, shared, placement)
+    edges, found_wrong = {tuple(edge) for edge in word_pairs.false_negative_pairs(taught).tolist()}, 0
     for (_, same), numbers in zip(wide.epoch(0), np.array_split(np.concatenate(orders), 2), strict=True):
         assert {(numbers[i], numbers[j]) for i, j in same.tolist()} == {(i, j) for i, j in edges if {i, j} <= {*numbers}}
         found_wrong += len(same)
     assert found_wrong
-    (_, same), *_ = EpochBatches(dataclasses.replace(config, batch=60), words, own, shared, placement).epoch(0)
+    (_, same), *_ = BatchLoader(dataclasses.replace(config, batch=60), words, own, shared, placement).epoch(0)
     assert len(same) == 8 > found
 
 

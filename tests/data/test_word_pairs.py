@@ -19,7 +19,7 @@ import pytest
 from tli.data import dictionary as dictionary_check
 from tli.data.dictionary import FREEDICT, check
 from tli.data.pair_store import Pair
-from tli.data.word_pairs import SHIPPED, check_disjoint, read_pairs, same_meaning, split_pairs
+from tli.data.word_pairs import SHIPPED, check_disjoint, false_negative_pairs, read_pairs, split_pairs
 from tli.runtime.errors import TliError
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
@@ -402,20 +402,20 @@ def test_same_meaning_is_what_comparing_all_pairs_finds(pairs):
         glosses = [{gloss.casefold() for gloss in (pair.target, *pair.synonyms)} for pair in (a, b)]
         return a.source.casefold() == b.source.casefold() or glosses[0] & glosses[1]
 
-    edges = same_meaning(pairs)
+    edges = false_negative_pairs(pairs)
     assert edges.dtype == "int64"
     assert edges.shape[1] == 2
     assert edges.tolist() == [[i, j] for i, j in itertools.product(range(len(pairs)), repeat=2) if i != j and share(pairs[i], pairs[j])]
 
 
 def test_a_word_of_one_language_is_no_gloss_of_the_other():
-    assert len(same_meaning([Pair("nguzo", "pole"), Pair("pole", "sorry")])) == 0
+    assert len(false_negative_pairs([Pair("nguzo", "pole"), Pair("pole", "sorry")])) == 0
 
 
 def test_a_hundred_thousand_pairs_take_seconds():
     pairs = [Pair(f"word {i}", f"gloss {i // 2}", (f"gloss {i % 90_000}",)) for i in range(100_000)]
     start = time.perf_counter()
-    edges = same_meaning(pairs)
+    edges = false_negative_pairs(pairs)
     split_pairs([Pair(f"word {i}", f"gloss {i // 2}") for i in range(100_000)], 0.5, 0)
     assert time.perf_counter() - start < 15
     assert {(0, 1), (1, 0), (0, 90_000)} <= set(map(tuple, edges[:10].tolist()))

@@ -16,7 +16,7 @@ from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model import lora
 from tli.model.checkpoint import Checkpoint, open_checkpoint
-from tli.model.decoder import caught, recompute_blocks, run, run_hooked, truncate, whole
+from tli.model.decoder import caught, enable_gradient_checkpointing, run, run_hooked, truncate, whole
 from tli.model.families import FAMILIES
 from tli.model.pooling import pooling
 from tli.runtime import ops
@@ -170,7 +170,7 @@ def test_recomputing_keeps_every_gradient_and_less_memory(make_model, arm, famil
     for checkpointing in (False, True):
         decoder = setting.decoder(arm, 2, dropout=0.3)
         if checkpointing:
-            recompute_blocks(decoder)
+            enable_gradient_checkpointing(decoder)
         count = collections.Counter()
         decoder.layers[1].mlp.register_forward_pre_hook(lambda *_, count=count: count.update(["mlp"]))
         bytes_kept = 0
@@ -227,7 +227,7 @@ def test_the_whole_model_computes_from_packed_weights_where_the_fused_ops_do(mak
         packed = [isinstance(adapter.weight, ops.NF4Weight) for adapter in lora.adapters(decoder).values()]
         assert packed == [impl == "fused"] * 14
         if len(steps) == 2:
-            recompute_blocks(decoder)
+            enable_gradient_checkpointing(decoder)
         steps.append(setting.step(decoder, token_norm="none"))
     assert_equal_steps(steps[1], steps[0], tolerance=1e-4)
     assert_equal_steps(steps[2], steps[1], tolerance=1e-6)

@@ -6,12 +6,12 @@ import torch
 from tli_kernels.token_table import TokenTable
 
 from tli.config import TrainConfig
-from tli.data.loader import EpochBatches
+from tli.data.loader import BatchLoader
 from tli.data.packing import tokenise
 from tli.data.word_pairs import read_pairs
 from tli.model import lora, shape, token_table
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import recompute_blocks, run, truncate
+from tli.model.decoder import enable_gradient_checkpointing, run, truncate
 from tli.model.families import FAMILIES
 from tli.model.pooling import pooling
 from tli.runtime import ops
@@ -34,14 +34,14 @@ def gradients(
     if tabled:
         assert token_table.tabulate(decoder) == len(words.rows) * sum(tables(decoder)[name].shape[0] for name in "qkv") * 4
     if more.get("checkpointing"):
-        recompute_blocks(decoder)
+        enable_gradient_checkpointing(decoder)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0, targets=targets, dropout=0.3), seed=1)
     generator = torch.Generator().manual_seed(0)
     for seed, adapter in enumerate(lora.adapters(decoder).values()):
         adapter.lora_B.data.normal_(std=0.1, generator=generator)
         adapter.seed = seed
     pool, objective = pooling("final", checkpoint, placement.device, chosen), Objective(loss, 0.1, 0.4, chosen)
-    (part,), same = next(iter(EpochBatches(config, words, np.arange(len(pairs)), pairs, placement).epoch(0)))
+    (part,), same = next(iter(BatchLoader(config, words, np.arange(len(pairs)), pairs, placement).epoch(0)))
     value = objective(pool(run(decoder.train(), part), part), same)
     value.backward()
     return value, {path: (adapter.lora_A.grad, adapter.lora_B.grad) for path, adapter in lora.adapters(decoder).items()}

@@ -15,12 +15,12 @@ from tli_kernels import cpu
 from tests.support.fidelity import assert_faithful
 from tli.commands.train import train
 from tli.config import TrainConfig
-from tli.data.loader import EpochBatches
+from tli.data.loader import BatchLoader
 from tli.data.packing import tokenise
 from tli.data.word_pairs import read_pairs
 from tli.model import lora, token_table
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import attend_in_steps, run, truncate
+from tli.model.decoder import run, truncate, use_eager_attention
 from tli.model.pooling import pooling
 from tli.runtime import cpu as processor
 from tli.runtime import ops
@@ -258,10 +258,10 @@ def test_no_more_threads_than_the_quota(files, expected, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda number: threads.__setitem__(0, number))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert processor.limit_threads() == expected
+    assert processor.set_cpu_threads() == expected
     threads[0] = 7
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert processor.limit_threads() == 7
+    assert processor.set_cpu_threads() == 7
 
 
 @pytest.mark.parametrize("matmul", ["onednn", "torch", "torch in float32"])
@@ -280,12 +280,12 @@ def test_loss_and_gradients_in_bfloat16_are_as_true_as_transformers_own(make_mod
         decoder = truncate(checkpoint, 2, words.rows, Placement(torch.bfloat16, torch.device("cpu"), ops=chosen)).to(dtype)
         if fast:
             token_table.tabulate(decoder)
-            attend_in_steps(decoder)
+            use_eager_attention(decoder)
         lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0))
         generator = torch.Generator().manual_seed(0)
         for adapter in lora.adapters(decoder).values():
             adapter.lora_B.data.normal_(std=0.05, generator=generator)
-        batches = EpochBatches(config, words, np.arange(len(pairs)), pairs, Placement(dtype, torch.device("cpu")))
+        batches = BatchLoader(config, words, np.arange(len(pairs)), pairs, Placement(dtype, torch.device("cpu")))
         (part,), same = next(iter(batches.epoch(0)))
         pool = pooling("final", checkpoint, torch.device("cpu"))
         loss = Objective("infonce", 0.1, 0.4)(pool(run(decoder.train(), part), part), same)
@@ -324,16 +324,16 @@ def stopped(make_model, word_list, tmp_path, monkeypatch):
         options = {"model": str(make_model("llama")), "pairs": str(word_list), "rank": 4, "batch": 14, "epochs": 4, "warmup": 2}
         options |= {"dtype": dtype, "no_report": True, "output": str(tmp_path / "stopped")}
         with monkeypatch.context() as patched:
-            from tli.training.step import Stepper
+            from tli.training.step import TrainStep
 
-            take = Stepper.take
+            take = TrainStep.take
 
             def stopping(self, position, *batch):
                 take(self, position, *batch)
                 if position == 6:
                     os.kill(os.getpid(), 2)
 
-            patched.setattr(Stepper, "take", stopping)
+            patched.setattr(TrainStep, "take", stopping)
             with pytest.raises(KeyboardInterrupt):
                 train(TrainConfig(**options))
         assert (tmp_path / "stopped" / STATE_FILE).is_file()

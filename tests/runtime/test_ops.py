@@ -190,7 +190,7 @@ def test_every_way_is_measured_and_the_dispatch_left_as_it_was():
 def test_what_was_tuned_is_used_by_later_runs_on_the_same_card(monkeypatch, tmp_path):
     monkeypatch.setenv("TLI_CACHE", str(tmp_path))
     try:
-        ops.keep_tuned(DEVICE, 128, 2048)
+        ops.save_tuned(DEVICE, 128, 2048)
         assert json.loads((tmp_path / "tune.json").read_text()).popitem()[1] == {"decode_rows": 128, "fused_rows": 2048}
         launch.use(launch.capability(DEVICE), None)
         line = resolved("fused", device=DEVICE).description

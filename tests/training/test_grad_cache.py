@@ -6,7 +6,7 @@ import torch
 
 from tli.commands import train as train_module
 from tli.config import TrainConfig
-from tli.data.loader import EpochBatches
+from tli.data.loader import BatchLoader
 from tli.data.packing import tokenise
 from tli.data.word_pairs import read_pairs
 from tli.model import lora
@@ -36,7 +36,7 @@ class Step:
             adapter.lora_B.data.normal_(std=0.1, generator=generator)
             adapter.seed = 7
         self.decoder.train()
-        batches = EpochBatches(config, words, np.arange(len(pairs)), pairs, placement)
+        batches = BatchLoader(config, words, np.arange(len(pairs)), pairs, placement)
         self.parts, self.same = next(batches.epoch(0))
         self.pool = pooling("final", checkpoint, placement.device)
 

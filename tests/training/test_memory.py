@@ -20,11 +20,11 @@ from tli import train
 from tli.commands.memory import memory
 from tli.config import MemoryConfig, TrainConfig
 from tli.data import word_pairs
-from tli.data.loader import EpochBatches
+from tli.data.loader import BatchLoader
 from tli.data.packing import tokenise
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import arm_model, run_hooked
+from tli.model.decoder import build_decoder, run_hooked
 from tli.model.decoder import run as run_model
 from tli.model.families import FAMILIES
 from tli.model.pooling import Pooling
@@ -51,10 +51,10 @@ class Step:
         texts = [pair.source for pair in self.pairs] + [pair.target for pair in self.pairs]
         words, placement = tokenise(checkpoint.tokenizer(), texts, 64, " "), place("cpu", dtype, config.weights, impl)
         needed = memory_needed(config, checkpoint, words, len(self.pairs), "rms", placement)
-        self.decoder = arm_model(config, checkpoint, words.rows, placement).train()
+        self.decoder = build_decoder(config, checkpoint, words.rows, placement).train()
         adapter = lora.LoRAConfig(rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout)
         lora.inject(self.decoder, adapter, None if config.arm == "full" else range(config.layer))
-        self.batches = EpochBatches(config, words, np.arange(len(self.pairs)), self.pairs, placement)
+        self.batches = BatchLoader(config, words, np.arange(len(self.pairs)), self.pairs, placement)
         (self.parts, self.same), *_ = self.batches.epoch(0)
         # of these words, not of others as many
         largest = max(self.parts, key=lambda part: part.input_ids.numel())
@@ -218,7 +218,7 @@ def test_a_run_that_will_not_fit_is_refused_before_its_model_is_loaded(make_mode
         raise AssertionError("a weight was read")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tli.commands.train.arm_model", load)
+        patch.setattr("tli.commands.train.build_decoder", load)
         with pytest.raises(TliError, match="memory: .* must be free for this run .*; add --micro-batch [0-9]+$") as refused:
             train(TrainConfig(**options, output=str(tmp_path / "refused")))
     size = int(str(refused.value).rsplit(" ", 1)[1])

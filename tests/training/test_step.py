@@ -8,7 +8,7 @@ import torch
 from tli_kernels import launch
 
 from tli.config import TrainConfig
-from tli.data.loader import EpochBatches, made_ahead, tensors_of
+from tli.data.loader import BatchLoader, prefetch, tensors_of
 from tli.data.packing import tokenise
 from tli.data.word_pairs import read_pairs
 from tli.model import lora
@@ -18,12 +18,12 @@ from tli.model.pooling import pooling
 from tli.runtime import ops
 from tli.runtime.device import Placement, place
 from tli.runtime.errors import TliError
-from tli.training.step import Stepper, _padded, _Recording
+from tli.training.step import CapturedStep, TrainStep, _padded
 
 pytestmark = pytest.mark.slow
 
 
-class Replayed(Stepper):
+class Replayed(TrainStep):
     """Records without a GPU: what stands for a graph takes the step from the memory that a graph would read."""
 
     def __init__(self, *arguments, **options):
@@ -31,7 +31,7 @@ class Replayed(Stepper):
         self.record = True
 
     def _recorded(self, parts, same):
-        recording = _Recording(self, [part.clone() for part in parts], same.clone(), torch.zeros(()))
+        recording = CapturedStep(self, [part.clone() for part in parts], same.clone(), torch.zeros(()))
         recording.graph = type("Graph", (), {"replay": lambda _: self._again(recording)})()
         return recording
 
@@ -49,15 +49,15 @@ def make(stepper, model: str, word_list: str, placement: Placement, **options):
     decoder = truncate(checkpoint, 2, words.rows, placement)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0, targets=config.targets, dropout=config.dropout))
     pool = pooling("final", checkpoint, placement.device, placement.ops)
-    batches = EpochBatches(config, words, np.arange(len(pairs)), pairs, placement)
+    batches = BatchLoader(config, words, np.arange(len(pairs)), pairs, placement)
     return stepper(config, decoder.train(), lambda part: pool(run(decoder, part), part), batches.total, placement), batches
 
 
-def taken(steps: Stepper, batches: EpochBatches) -> list[float]:
+def taken(steps: TrainStep, batches: BatchLoader) -> list[float]:
     """The losses of two epochs' steps."""
     losses = []
     for epoch in range(2):
-        for parts, same in made_ahead(batches.epoch(epoch), batches.placement.device):
+        for parts, same in prefetch(batches.epoch(epoch), batches.placement.device):
             steps.take(epoch * batches.per_epoch + len(losses) % batches.per_epoch, parts, same)
             losses += steps.finished(wait=True)
     return losses
@@ -72,7 +72,7 @@ def interpreted():
 @pytest.mark.skipif(not launch.interpreted(), reason="on a GPU the real thing is tested")
 @pytest.mark.parametrize("options", [{"dropout": 0.2}, {"micro_batch": 4, "loss": "hinge", "targets": "q_proj,v_proj"}], ids=str)
 def test_replays_are_the_steps_as_written(make_model, word_list, interpreted, options):
-    pairs = [make(kind, str(make_model("llama")), str(word_list), interpreted, **options) for kind in (Stepper, Replayed)]
+    pairs = [make(kind, str(make_model("llama")), str(word_list), interpreted, **options) for kind in (TrainStep, Replayed)]
     plain, replayed = (taken(*pair) for pair in pairs)
     assert pairs[1][0].recordings
     np.testing.assert_allclose(replayed, plain, rtol=1e-5)
@@ -104,7 +104,7 @@ def test_a_replay_drops_other_entries_each_time_and_every_shape_has_its_recordin
 def test_a_padded_batch_has_the_loss_and_gradients_of_the_batch(make_model, word_list, interpreted):
     found = {}
     for name, step in (("plain", 1), ("padded", 16)):
-        steps, batches = make(Stepper, str(make_model("qwen3")), str(word_list), interpreted)
+        steps, batches = make(TrainStep, str(make_model("qwen3")), str(word_list), interpreted)
         batches.placement = dataclasses.make_dataclass("Wide", ["dtype", "device", "width_step"])(torch.float32, torch.device("cpu"), step)
         parts, same = next(iter(batches.epoch(0)))
         # a pair that is no negative, twice over, is what filling up makes of one
@@ -128,7 +128,7 @@ def test_nothing_in_a_gpus_step_waits_for_the_gpu(make_model, word_list, family,
     model = str(make_model(family, hidden_size=64, intermediate_size=128))
     placement = Placement(torch.bfloat16, torch.device("meta"), options.get("weights", "full"))
     cpu = Placement(torch.bfloat16, torch.device("cpu"), placement.weights, ops.fused())
-    steps, batches = make(Stepper, model, str(word_list), cpu, **options)
+    steps, batches = make(TrainStep, model, str(word_list), cpu, **options)
     parts, same = next(iter(batches.epoch(0)))
     parts = [dataclasses.replace(part.clone(), **moved(part)) for part in parts]
     steps.decoder.to("meta")
@@ -155,7 +155,7 @@ def moved(part) -> dict:
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(make_model, word_list):
-    steps, batches = make(Stepper, str(make_model("llama")), str(word_list), place("cpu", "float32"))
+    steps, batches = make(TrainStep, str(make_model("llama")), str(word_list), place("cpu", "float32"))
     parts, same = next(iter(batches.epoch(0)))
     steps.take(0, parts, same)
     before = [parameter.detach().clone() for parameter in steps.parameters]
@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(make_model, word_list):
 @pytest.mark.parametrize("weights", ["full", "nf4"])
 def test_graphs_on_a_gpu_take_the_steps_as_written(make_model, word_list, weights):
     model, placement = str(make_model("llama", hidden_size=64, intermediate_size=128)), place("cuda", "float32", weights, "fused")
-    (as_written, same_batches), (steps, batches) = (make(Stepper, model, str(word_list), placement, dropout=0.2) for _ in range(2))
+    (as_written, same_batches), (steps, batches) = (make(TrainStep, model, str(word_list), placement, dropout=0.2) for _ in range(2))
     as_written.record = False
     np.testing.assert_allclose(taken(steps, batches), taken(as_written, same_batches), rtol=1e-4)
     assert steps.recordings
@@ -177,7 +177,7 @@ def test_graphs_on_a_gpu_take_the_steps_as_written(make_model, word_list, weight
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_loss_that_is_not_finite_changes_nothing_from_then_on(make_model, word_list):
-    steps, batches = make(Stepper, str(make_model("llama")), str(word_list), place("cuda", "float32", impl="fused"))
+    steps, batches = make(TrainStep, str(make_model("llama")), str(word_list), place("cuda", "float32", impl="fused"))
     parts, same = next(iter(batches.epoch(0)))
     for position in range(5):
         steps.take(position, parts, same)

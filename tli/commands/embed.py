@@ -12,9 +12,9 @@ from tli.data.packing import tokenise
 from tli.model import starter
 from tli.model.checkpoint import open_checkpoint, sight
 from tli.model.decoder import run, truncate, whole
-from tli.model.pooling import pooling, token_norm_at_hand
+from tli.model.pooling import pooling, resolve_token_norm
 from tli.model.shape import Layer
-from tli.model.trained_adapter import load_adapter, require_fit
+from tli.model.trained_adapter import check_compatible, load_adapter
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
 
@@ -62,13 +62,13 @@ def embed(
     checkpoint = open_checkpoint(starter.locate(model or (starter.NAME if trained is None else trained.model_name())))
     placement = place(device, "auto", option("weights", "full"), "auto")
     if trained is not None:
-        require_fit(trained, checkpoint, placement, checkpoint.sha256)
+        check_compatible(trained, checkpoint, placement, checkpoint.sha256)
     tokens = tokenise(checkpoint.tokenizer(), words, sight(checkpoint), option("prefix", " "))
     at_output = layer == "output"
     decoder = whole(checkpoint, tokens.rows, placement) if at_output else truncate(checkpoint, int(layer), tokens.rows, placement)
     if trained is not None:
         trained.adapter.attach(decoder)
-    token_norm = token_norm_at_hand(option("token_norm", "auto"), checkpoint)
+    token_norm = resolve_token_norm(option("token_norm", "auto"), checkpoint)
     pool = pooling(token_norm, checkpoint, placement.device, placement.ops).at(layer)
     vectors = []
     for chunk in np.array_split(np.arange(len(words)), -(-len(words) // _WORDS_AT_ONCE)):

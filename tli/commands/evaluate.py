@@ -22,7 +22,7 @@ from tli.reports import evaluation
 from tli.reports.tables import Table, show
 from tli.runtime.cli import as_dict
 from tli.runtime.errors import TliError
-from tli.runtime.files import claim_output, sha256, write_text
+from tli.runtime.files import prepare_output_dir, sha256, write_text
 from tli.stats import paired_table
 
 if typing.TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _evaluate_table(config: EvaluateConfig, console) -> dict:
     tables = evaluation.tables_of_values(facts)
     if config.output is not None:
         output = pathlib.Path(config.output).expanduser()
-        claim_output(output, config.overwrite)
+        prepare_output_dir(output, config.overwrite)
         _write(output, facts, tables, f"# Statistics of {facts['table']['name']}")
     show(tables, console)
     console.print(evaluation.last_line_of_values(facts, config.output))
@@ -71,8 +71,8 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     from tli.metrics.perplexity import harm, predict, read_windows
     from tli.model import starter
     from tli.model.checkpoint import model_facts, open_checkpoint
-    from tli.model.pooling import pooling, token_norm_at_hand
-    from tli.model.trained_adapter import agreed, load_adapter, require_fit
+    from tli.model.pooling import pooling, resolve_token_norm
+    from tli.model.trained_adapter import agreed, check_compatible, load_adapter
     from tli.runtime import environment
     from tli.runtime.console import layer_bar
     from tli.runtime.device import place
@@ -106,10 +106,10 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     layers = _layers(config, known, checkpoint.blocks)
     hashed = functools.cache(checkpoint.sha256)
     for recorded in known:
-        require_fit(recorded, checkpoint, placement, hashed)
-    token_norm = token_norm_at_hand(token_norm, checkpoint)
+        check_compatible(recorded, checkpoint, placement, hashed)
+    token_norm = resolve_token_norm(token_norm, checkpoint)
     windows = None if config.text is None else read_windows(config.text, checkpoint, config.window, config.text_tokens)
-    claim_output(output, config.overwrite)
+    prepare_output_dir(output, config.overwrite)
     used = {"weights": weights, "dtype": str(placement.dtype)[6:], "token_norm": token_norm, "pool_bos": pool_bos, "prefix": prefix}
     differences = _differences(used, known)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from tli.config import ExportConfig
 from tli.model.checkpoint import Checkpoint, open_checkpoint
 from tli.model.lora import Adapter
-from tli.model.trained_adapter import load_adapter, require_fit
+from tli.model.trained_adapter import check_compatible, load_adapter
 from tli.runtime import environment, ops
 from tli.runtime.cli import as_dict
 from tli.runtime.device import place
@@ -63,7 +63,7 @@ def export(config: ExportConfig) -> dict:
     checkpoint = open_checkpoint(config.model or recorded.model())
     source = _Weights(checkpoint)
     hashed = functools.cache(checkpoint.sha256)
-    require_fit(recorded, checkpoint, place("cpu", "float32"), hashed)
+    check_compatible(recorded, checkpoint, place("cpu", "float32"), hashed)
 
     dtype = getattr(torch, config.dtype)
     sizes = source.sizes(dtype)

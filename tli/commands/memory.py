@@ -81,7 +81,7 @@ def memory(config: MemoryConfig) -> dict:
 def _config_file(model: str | None) -> tuple[pathlib.Path | None, pathlib.Path | None]:
     """The model's local folder, or None for a hub name, and its config.json; both None for a starter that is not there yet."""
     if model is None:
-        folder = starter.folder_at_hand()
+        folder = starter.cached_folder()
         return folder, folder and folder / "config.json"
     folder = pathlib.Path(model).expanduser()
     if folder.is_dir() or model.startswith((".", "/", "~")):

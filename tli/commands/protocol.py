@@ -35,7 +35,7 @@ from tli.runtime.cli import as_dict
 from tli.runtime.console import cells_bar
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
-from tli.runtime.files import claim_output, sha256, write_text
+from tli.runtime.files import prepare_output_dir, sha256, write_text
 from tli.stats import tests as significance
 
 FILES = ("protocol.json", "protocol.md", "protocol.png")
@@ -223,7 +223,7 @@ def _claim(output: pathlib.Path, facts: dict, overwrite: bool) -> None:
             must = f"a protocol must go on as it was begun, with {part} {key} {value}"
             raise TliError(output, must, facts[part][key], "name another folder with --output, or begin anew with --overwrite")
         return
-    claim_output(output, overwrite)
+    prepare_output_dir(output, overwrite)
     # nothing of another protocol's may be taken for this one's
     for name in (*FILES, _SETTINGS):
         (output / name).unlink(missing_ok=True)
@@ -279,7 +279,7 @@ def measure_null(words, splits: Mapping[str, Sequence[Pair]], width: int, seed: 
     found, expected, first = {}, {}, 0
     for split, pairs in splits.items():
         part = np.arange(first, first + len(pairs))
-        found[split, "before", None] = measure(source[part], target[part], word_pairs.same_meaning(pairs))
+        found[split, "before", None] = measure(source[part], target[part], word_pairs.false_negative_pairs(pairs))
         expected[split], first = float(cosine[part].mean()), first + len(pairs)
     return {"cell": None, "layer": None, "parameters": 0, "expected": expected, "measurements": _records(found, seed), "tests": []}
 

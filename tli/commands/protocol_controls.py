@@ -107,7 +107,7 @@ def adapters_everywhere(options: dict, checkpoint: Checkpoint, pairs: Sequence[P
         for step, taken in enumerate(numbers):
             packed = words.pack(np.concatenate([taken, taken + len(pairs)]), options["pool_bos"])
             batch = to_batch(packed, placement.dtype, placement.device)
-            same = torch.from_numpy(word_pairs.same_meaning([pairs[i] for i in taken])).to(placement.device)
+            same = torch.from_numpy(word_pairs.false_negative_pairs([pairs[i] for i in taken])).to(placement.device)
             for index, module in enumerate(adapters.values()):
                 module.seed = step << 16 | index
             states = run(decoder, batch) if where == "below" else run_hooked(decoder, batch, layer)

@@ -19,8 +19,8 @@ from tli.data.pair_store import Pairs
 from tli.metrics import layer_choice, layer_pass, layers
 from tli.model import starter
 from tli.model.checkpoint import model_facts, open_checkpoint, sight
-from tli.model.pooling import pooling, token_norm_at_hand
-from tli.model.trained_adapter import load_adapter, require_fit
+from tli.model.pooling import pooling, resolve_token_norm
+from tli.model.trained_adapter import check_compatible, load_adapter
 from tli.reports.figures.scan import draw_scan
 from tli.reports.figures.style import save_figure
 from tli.reports.scan import show, verdict
@@ -29,7 +29,7 @@ from tli.runtime.cli import as_dict
 from tli.runtime.console import layer_bar
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
-from tli.runtime.files import claim_output, sha256, write_text
+from tli.runtime.files import prepare_output_dir, sha256, write_text
 
 FILES = ("scan.json", "scan.png")
 
@@ -49,7 +49,7 @@ def scan(config: ScanConfig) -> dict:
     console = Console(stderr=True, highlight=False)
     output = pathlib.Path(config.output).expanduser()
     pairs, listed = _pairs(config)
-    same = word_pairs.same_meaning(pairs)
+    same = word_pairs.false_negative_pairs(pairs)
     adapted = None if config.adapter is None else load_adapter(config.adapter)
     streams = {"base": None} if adapted is None else {"base": None, "adapter": adapted.adapter}
     name = config.model or (starter.NAME if adapted is None else adapted.model_name())
@@ -59,11 +59,11 @@ def scan(config: ScanConfig) -> dict:
     words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), config.prefix)
     placement = place(config.device, config.dtype, config.weights, config.impl)
     if adapted is not None:
-        require_fit(adapted, checkpoint, placement, hashed)
-    claim_output(output, config.overwrite)
+        check_compatible(adapted, checkpoint, placement, hashed)
+    prepare_output_dir(output, config.overwrite)
     console.print(placement.ops.description)
 
-    token_norm = token_norm_at_hand(config.token_norm, checkpoint)
+    token_norm = resolve_token_norm(config.token_norm, checkpoint)
     pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
     # the embeddings, each block, and the output
     with layer_bar(console, checkpoint.blocks + 2) as done:

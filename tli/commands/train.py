@@ -17,22 +17,22 @@ import numpy as np
 
 from tli.config import TrainConfig
 from tli.data import word_pairs
-from tli.data.loader import EpochBatches
+from tli.data.loader import BatchLoader
 from tli.data.packing import TokenisedWords, tokenise
 from tli.data.pair_store import Pairs
 from tli.metrics import layer_choice
 from tli.metrics.layer_pass import align_layers
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint, model_facts, open_checkpoint, sight
-from tli.model.decoder import arm_model, require_layer
-from tli.model.pooling import Pooling, pooling, token_norm_at_hand
+from tli.model.decoder import build_decoder, require_layer
+from tli.model.pooling import Pooling, pooling, resolve_token_norm
 from tli.reports import memory
 from tli.reports import training as training_report
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import layer_bar
 from tli.runtime.device import Placement, place
-from tli.runtime.files import claim_output, sha256
+from tli.runtime.files import prepare_output_dir, sha256
 from tli.training.loop import fit
 from tli.training.memory import budget
 from tli.training.memory import profile as profiling
@@ -57,7 +57,7 @@ def train(config: TrainConfig) -> dict:
     partners = _partners(len(trained), config)
     state = TrainingState(output, config, trained)
     if not (config.resume and state.exists()):
-        claim_output(output, config.overwrite)
+        prepare_output_dir(output, config.overwrite)
 
     checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
     words = _tokenise(config, checkpoint, [trained, held_out])
@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> dict:
     adapter = lora.LoRAConfig(
         rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout, rslora=config.rslora, init=config.init
     )
-    token_norm = token_norm_at_hand(config.token_norm, checkpoint)
+    token_norm = resolve_token_norm(config.token_norm, checkpoint)
     if token_norm != config.token_norm and token_norm == "rms":
         console.print("token states are normalised by plain RMS: the model's final norm lies in a shard that is not needed otherwise")
     pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
@@ -76,12 +76,12 @@ def train(config: TrainConfig) -> dict:
         config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, exact, console))
     # auto has been replaced by the layer that it chose
     assert config.layer != "auto"
-    batches = EpochBatches(config, words, partners, trained, placement)
+    batches = BatchLoader(config, words, partners, trained, placement)
     require_layer(checkpoint, config.layer)
     needed = budget.needed(config, checkpoint, words, len(trained), token_norm, placement)
     budget.require_room(needed, placement)
     profile = profiling.Profile(placement.device) if config.profile else None
-    decoder = arm_model(config, checkpoint, words.rows, placement)
+    decoder = build_decoder(config, checkpoint, words.rows, placement)
     lora.inject(decoder, adapter, None if config.arm == "full" else range(config.layer), seed=config.seed)
     base_model = config.model or starter.NAME
 
@@ -183,7 +183,7 @@ def _splits(trained: Pairs, held_out: Pairs, seed: int) -> dict[str, tuple[np.nd
 def _measured(pairs: Pairs, first: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers, from ``first`` on, of the pairs that are measured: all, or a sample; and those among them that mean the same."""
     numbers = word_pairs.sample(pairs, seed)
-    return first + numbers, word_pairs.same_meaning(pairs.subset(numbers))
+    return first + numbers, word_pairs.false_negative_pairs(pairs.subset(numbers))
 
 
 def _facts(

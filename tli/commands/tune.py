@@ -45,7 +45,7 @@ def tune(config: TuneConfig) -> dict:
     seconds = measure(ops.projections(config.like), ROWS, dtype, config.rank, device)
     decode_rows, fused_rows = crossovers(seconds)
     if not config.dry_run:
-        ops.keep_tuned(device, decode_rows, fused_rows)
+        ops.save_tuned(device, decode_rows, fused_rows)
     _show(console, config, seconds, decode_rows, fused_rows)
     return {"config": dataclasses.asdict(config), "seconds": seconds, "decode_rows": decode_rows, "fused_rows": fused_rows}
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from tli.data.pair_store import Pair, same_word
+from tli.data.pair_store import Pair, normalise_word
 from tli.data.readers import letters, read_rows, without_notes
 from tli.data.word_pairs import SHIPPED, merged, read_pairs
 from tli.runtime.errors import TliError
@@ -25,7 +25,9 @@ def check(pairs: str | None, source: str, target: str, dictionary: str | os.Path
             FREEDICT, "the FreeDict dictionary must be installed", "no such file", "apt install dict-freedict-swh-eng, or give --dictionary"
         )
     rows = list(read_rows(SHIPPED if pairs is None else pathlib.Path(pairs), source, target))
-    repeated = [[w for w, n in Counter(same_word(getattr(pair, side)) for pair in rows).items() if n > 1] for side in ("source", "target")]
+    repeated = [
+        [w for w, n in Counter(normalise_word(getattr(pair, side)) for pair in rows).items() if n > 1] for side in ("source", "target")
+    ]
     spaced = [word for pair in rows for word in (pair.source, pair.target) if " " in word]
     print(f"{pairs or SHIPPED.name}: {len(rows):,} rows")
     for count, what in (
@@ -65,7 +67,7 @@ def _agree(ours: Iterable[str], theirs: Iterable[str]) -> bool:
 
 
 def _plain_glosses(glosses: Iterable[str]) -> set[str]:
-    parts = (part for gloss in glosses for part in re.split(r"[,;/]|\b\d+\.", without_notes(same_word(gloss))))
+    parts = (part for gloss in glosses for part in re.split(r"[,;/]|\b\d+\.", without_notes(normalise_word(gloss))))
     return {re.sub(r"^((to|an?|the|be) )+", "", " ".join(part.split())) for part in parts} - {""}
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from tli.config import TrainConfig
 from tli.data.batch import Batch, to_batch
 from tli.data.packing import TokenisedWords
-from tli.data.pair_store import Pair, WordKeys, stored
-from tli.data.word_pairs import meaning_edges
+from tli.data.pair_store import Pair, WordHashes, stored
+from tli.data.word_pairs import false_negative_edges
 from tli.runtime.device import Placement
 from tli.runtime.errors import TliError
 
@@ -19,7 +19,7 @@ from tli.runtime.errors import TliError
 Step = tuple[list[Batch], Tensor]
 
 
-class EpochBatches:
+class BatchLoader:
     """Each epoch's batches: random pairs in parts of nearly equal size.
 
     Words are numbered sources first (trained, then held out), then targets in the same order. ``partners`` says whose target each of
@@ -56,7 +56,7 @@ class EpochBatches:
         parts = [self._part(part) for part in np.array_split(pairs, -(-len(pairs) // (self.config.micro_batch or len(pairs))))]
         sources, targets = self.pairs.keys(pairs), self.pairs.keys(self.partners[pairs])
         # row by row, as the fused losses walk them
-        same = meaning_edges(WordKeys(sources.sources, targets.indptr, targets.glosses))
+        same = false_negative_edges(WordHashes(sources.sources, targets.indptr, targets.glosses))
         return parts, torch.from_numpy(same).to(self.placement.device)
 
     def _part(self, pairs: np.ndarray) -> Batch:
@@ -65,8 +65,8 @@ class EpochBatches:
         return to_batch(packed, self.placement.dtype, self.placement.device)
 
 
-def made_ahead(steps: Iterable[Step], device: torch.device) -> Iterator[Step]:
-    """The same batches, each made while the step before it runs: by another thread, on another of the GPU's streams.
+def prefetch(steps: Iterable[Step], device: torch.device) -> Iterator[Step]:
+    """Prefetch: pack the next batch on another thread and CUDA stream while the current step runs.
 
     On a CPU, where both would want the same processors, they are made when they are asked for.
     """

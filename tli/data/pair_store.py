@@ -40,7 +40,7 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class WordKeys:
+class WordHashes:
     """The words of B pairs as numbers: equal keys, equal words.
 
     sources  uint64 [B]      key of each source word
@@ -52,12 +52,12 @@ class WordKeys:
     indptr: np.ndarray
     glosses: np.ndarray
 
-    def take(self, numbers: np.ndarray) -> "WordKeys":
+    def take(self, numbers: np.ndarray) -> "WordHashes":
         """The keys of the pairs with these numbers, in this order."""
         counts = self.indptr[numbers + 1] - self.indptr[numbers]
         indptr = np.concatenate([[0], np.cumsum(counts)])
         places = np.arange(indptr[-1]) + np.repeat(self.indptr[numbers] - indptr[:-1], counts)
-        return WordKeys(self.sources[numbers], indptr, self.glosses[places])
+        return WordHashes(self.sources[numbers], indptr, self.glosses[places])
 
     def gloss_owners(self) -> np.ndarray:
         """int64 [E]: number of the pair that each gloss is of."""
@@ -67,7 +67,7 @@ class WordKeys:
 class Pairs(Sequence[Pair]):
     """Pairs that are read from disk one by one, as often as they are asked for. ``subset`` is a view, and so is a slice."""
 
-    def __init__(self, text: mmap.mmap | bytes, bounds: np.ndarray, keys: WordKeys, numbers: np.ndarray | None = None):
+    def __init__(self, text: mmap.mmap | bytes, bounds: np.ndarray, keys: WordHashes, numbers: np.ndarray | None = None):
         """Record i is ``text`` from ``bounds[i]`` on; ``bounds`` and ``keys`` are of all records, ``numbers`` of those that count."""
         self._text, self._bounds, self._keys, self._numbers = text, bounds, keys, numbers
 
@@ -98,7 +98,7 @@ class Pairs(Sequence[Pair]):
         """The pairs with these numbers, int64, in this order."""
         return Pairs(self._text, self._bounds, self._keys, self._among_all(numbers))
 
-    def keys(self, numbers: np.ndarray | None = None) -> WordKeys:
+    def keys(self, numbers: np.ndarray | None = None) -> WordHashes:
         """The keys of the pairs with these numbers, in this order; None: of all."""
         numbers = self._numbers if numbers is None else self._among_all(numbers)
         return self._keys if numbers is None else self._keys.take(numbers)
@@ -129,7 +129,7 @@ class PairWriter:
         self._file.flush()
         # a file without a byte cannot be mapped
         text = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self._sources else b""
-        return Pairs(text, np.array(self._bounds), WordKeys(*map(np.array, (self._sources, self._indptr, self._glosses))))
+        return Pairs(text, np.array(self._bounds), WordHashes(*map(np.array, (self._sources, self._indptr, self._glosses))))
 
 
 @contextlib.contextmanager
@@ -149,14 +149,14 @@ def stored(pairs: Iterable[Pair]) -> Pairs:
         return writer.pairs()
 
 
-def same_word(word: str) -> str:
+def normalise_word(word: str) -> str:
     """The form that all spellings of a word have in common: folded case, in NFC."""
     return unicodedata.normalize("NFC", word.casefold())
 
 
 def _hash(word: str) -> int:
     # 64 bits: among a million words two different ones have the same key with probability 10^12 / 2^65, 3e-8
-    return int.from_bytes(hashlib.blake2b(same_word(word).encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(normalise_word(word).encode(), digest_size=8).digest(), "little")
 
 
 def _decoded(record: bytes) -> Pair:

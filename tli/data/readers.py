@@ -15,7 +15,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 
-from tli.data.pair_store import Pair, same_word
+from tli.data.pair_store import Pair, normalise_word
 from tli.runtime.errors import TliError
 
 # characters that mark no letter: soft hyphen, zero-width space, word joiner, byte order mark
@@ -32,7 +32,7 @@ def read_rows(path: pathlib.Path, source: str, target: str) -> Iterator[Pair]:
     Raises:
         TliError: with the file and the line of what is wrong.
     """
-    if same_word(source) == same_word(target):
+    if normalise_word(source) == normalise_word(target):
         raise TliError("--target", "source and target must be two columns", repr(target), "name another with --source or --target")
     suffix = path.suffix.lower()
     if suffix not in _READERS and os.path.exists(path) and not os.path.isdir(path):
@@ -78,8 +78,8 @@ def _table_rows(path: pathlib.Path, source: str, target: str) -> Iterator[tuple[
         for fields in reader:
             where = f"{path}:{line}"
             if fields and header is None:
-                header = [same_word(name.strip()) for name in fields]
-                missing = [name for name in (source, target) if header.count(same_word(name)) != 1]
+                header = [normalise_word(name.strip()) for name in fields]
+                missing = [name for name in (source, target) if header.count(normalise_word(name)) != 1]
                 if missing:
                     must = f"the header must have the columns {source} and {target} once each, {separated_by} between them"
                     raise TliError(where, must, f"the columns {', '.join(map(repr, fields))}", "name yours with --source and --target")
@@ -87,7 +87,7 @@ def _table_rows(path: pathlib.Path, source: str, target: str) -> Iterator[tuple[
                 # the first row with fields was it
                 assert header is not None
                 row = dict(zip(header, fields))
-                if len(fields) > len(header) or not {same_word(source), same_word(target)} <= row.keys():
+                if len(fields) > len(header) or not {normalise_word(source), normalise_word(target)} <= row.keys():
                     must = f"the row must have the header's {len(header)} columns, {separated_by} between them"
                     raise TliError(where, must, f"{len(fields)}: {', '.join(map(repr, fields))}", "mend the row")
                 yield line, row
@@ -99,8 +99,8 @@ def _table_rows(path: pathlib.Path, source: str, target: str) -> Iterator[tuple[
 def _object_row(where: str, row: object, source: str, target: str) -> dict:
     if not isinstance(row, dict):
         raise TliError(where, "every row must be an object", json.dumps(row)[:80], f'write {{"{source}": ..., "{target}": ...}}')
-    folded = {same_word(name): value for name, value in row.items()}
-    if not {same_word(source), same_word(target)} <= folded.keys():
+    folded = {normalise_word(name): value for name, value in row.items()}
+    if not {normalise_word(source), normalise_word(target)} <= folded.keys():
         got = f"the keys {', '.join(map(repr, row)) or '(none)'}"
         raise TliError(where, f"every row must have the keys {source} and {target}", got, "name yours with --source and --target")
     return folded
@@ -166,7 +166,7 @@ def _dictd_rows(path: pathlib.Path, source: str, target: str) -> Iterator[tuple[
             raise TliError(where, "the entry must be UTF-8", f"byte 0x{error.object[error.start]:02x}", "convert the dictionary") from error
         word, word_class, glosses = _dictd_entry(headword, entry)
         if glosses:
-            yield line, {same_word(source): word, same_word(target): glosses[0], "synonyms": glosses[1:], "class": word_class}
+            yield line, {normalise_word(source): word, normalise_word(target): glosses[0], "synonyms": glosses[1:], "class": word_class}
 
 
 def _dictd_data(path: pathlib.Path) -> bytes:
@@ -217,8 +217,8 @@ def _pair(where: str, row: dict, source: str, target: str) -> Pair:
     if loan not in _LOAN:
         raise TliError(where, "loan must be yes or no", repr(row["loan"]), "write one of these or leave it empty")
     word_class = "" if row.get("class") is None else _clean(where, "class", row["class"])
-    glosses = [_word(where, target, row[same_word(target)]), *(_word(where, "synonyms", gloss) for gloss in synonyms)]
-    return Pair(_word(where, source, row[same_word(source)]), glosses[0], further(glosses), word_class, _LOAN[loan])
+    glosses = [_word(where, target, row[normalise_word(target)]), *(_word(where, "synonyms", gloss) for gloss in synonyms)]
+    return Pair(_word(where, source, row[normalise_word(source)]), glosses[0], further(glosses), word_class, _LOAN[loan])
 
 
 def _word(where: str, name: str, value: object) -> str:
@@ -241,10 +241,10 @@ def further(glosses: Iterable[str]) -> tuple[str, ...]:
     """The glosses after the first that say something new; of spellings that differ in case the first one stays."""
     distinct: dict[str, str] = {}
     for gloss in glosses:
-        distinct.setdefault(same_word(gloss), gloss)
+        distinct.setdefault(normalise_word(gloss), gloss)
     return tuple(distinct.values())[1:]
 
 
 def letters(word: str) -> str:
     """What is left of a word when all that is no letter or digit is taken out, in folded case."""
-    return "".join(letter for letter in same_word(word) if letter.isalnum())
+    return "".join(letter for letter in normalise_word(word) if letter.isalnum())

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tli.data.pair_store import Pair, Pairs, WordKeys, pair_writer, same_word, stored
+from tli.data.pair_store import Pair, Pairs, WordHashes, normalise_word, pair_writer, stored
 from tli.data.readers import further, read_rows
 from tli.runtime.errors import TliError
 
@@ -24,7 +24,7 @@ def read_pairs(path: str | os.PathLike | None, source: str, target: str) -> Pair
     """The cleaned pairs of a list, one per source word, in the order of the file.
 
     Exact duplicates collapse; the further targets of a source word become synonyms of its first. A target may serve several
-    source words: such pairs share a meaning (``same_meaning``).
+    source words: such pairs share a meaning (``false_negative_pairs``).
 
     Args:
         path:   ``.tsv``, ``.csv``, ``.json``, ``.jsonl``, or the ``.index`` of a dictd dictionary; None: the shipped list.
@@ -112,17 +112,20 @@ def check_disjoint(trained: Sequence[Pair], held_out: Sequence[Pair]) -> None:
         owners = np.concatenate([np.flatnonzero(known.sources == key), known.gloss_owners()[known.glosses == key]])
         if len(owners):
             other = trained[owners.max()]
-            got = f"{same_word(word)!r} in {other.source} = {other.target} (trained) and in {pair.source} = {pair.target} (held out)"
+            got = f"{normalise_word(word)!r} in {other.source} = {other.target} (trained) and in {pair.source} = {pair.target} (held out)"
             raise TliError("--held-out-pairs", "no word may stand on both sides", got, "remove it from one of the two lists")
 
 
-def same_meaning(pairs: Sequence[Pair]) -> np.ndarray:
-    """``meaning_edges`` of pairs. Their number grows with the square of how many share a gloss: for lists of bounded length."""
-    return meaning_edges(stored(pairs).keys())
+def false_negative_pairs(pairs: Sequence[Pair]) -> np.ndarray:
+    """False negatives among pairs: ``false_negative_edges`` of them.
+
+    Their number grows with the square of how many share a gloss: for lists of bounded length.
+    """
+    return false_negative_edges(stored(pairs).keys())
 
 
-def meaning_edges(keys: WordKeys) -> np.ndarray:
-    """All (i, j), i != j, where pairs i and j share a source word or an accepted gloss.
+def false_negative_edges(keys: WordHashes) -> np.ndarray:
+    """False negatives: all (i, j), i != j, where pairs i and j share a source word or an accepted gloss.
 
     Returns:
         int64 [E, 2], sorted, each pair of pairs in both orders. A retrieved j is as right as i, and never a negative of i.
@@ -145,7 +148,7 @@ def meaning_edges(keys: WordKeys) -> np.ndarray:
     return edges[np.lexsort((edges[:, 1], edges[:, 0]))]
 
 
-def _connected(keys: WordKeys) -> np.ndarray:
+def _connected(keys: WordHashes) -> np.ndarray:
     """int [B]: number of the group, from 0 in the order of their first pairs, of each; a chain of shared words joins pairs into one."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components

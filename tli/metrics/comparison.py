@@ -39,7 +39,7 @@ def assess(
     measurements, tests, gains = [], [], {}
     for split, pairs in splits.items():
         here = {(stream, layer): measured for (of, stream, layer), measured in found.items() if of == split}
-        clusters = word_clusters(len(pairs), word_pairs.same_meaning(pairs))
+        clusters = word_clusters(len(pairs), word_pairs.false_negative_pairs(pairs))
         everything = {key: measured.per_pair() for key, measured in here.items()}
         means, changes = _assess(everything, clusters, seed)
         for record in means:

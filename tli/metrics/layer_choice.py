@@ -18,7 +18,7 @@ def choose_layer(gaps: Mapping[Layer, np.ndarray], same: np.ndarray, seed: int) 
     """The layer to train at: that whose mean gap is surely the largest, by the lower end of its 95 % interval.
 
     gaps   layer -> float64 [B], each pair's gap with the first position left out, of the base model on the pairs to choose by
-    same   int64 [E, 2], ``same_meaning`` of these pairs
+    same   int64 [E, 2], ``false_negative_pairs`` of these pairs
     seed   of the bootstrap
 
     Only layers 1..N can be trained at; among equals the first, which costs least. The lower end rather than the mean, so that a

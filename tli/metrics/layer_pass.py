@@ -39,7 +39,7 @@ def align_layers(
     Args:
         checkpoint:  an open checkpoint
         words:       all words, sources of all pairs first, then targets
-        splits:      name -> (int64 pair numbers, their ``same_meaning``); words of no other pair are looked at
+        splits:      name -> (int64 pair numbers, their ``false_negative_pairs``); words of no other pair are looked at
         pooling:     token states -> word states; at ``output``, where states are normalised already, without its norm
         placement:   as for ``truncate``
         streams:     name -> adapter, or None for the base
@@ -122,7 +122,7 @@ def measure_layers(
     words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), prefix)
     batch = to_batch(words.pack(np.arange(len(texts)), pool_bos), placement.dtype, placement.device)
     ends = list(itertools.accumulate(map(len, splits.values()), initial=0))
-    parts = {split: (slice(*ends[i : i + 2]), word_pairs.same_meaning(part)) for i, (split, part) in enumerate(splits.items())}
+    parts = {split: (slice(*ends[i : i + 2]), word_pairs.false_negative_pairs(part)) for i, (split, part) in enumerate(splits.items())}
     found = {}
 
     def visit(layer: Layer, states: Sequence[Tensor]) -> None:
@@ -163,7 +163,7 @@ def scan_layers(
     Args:
         checkpoint:  an open checkpoint
         words:       all words, sources of all pairs first, then targets
-        same:        ``same_meaning`` of the pairs
+        same:        ``false_negative_pairs`` of the pairs
         pooling:     token states -> word states, for ``word`` and ``word_bos``
         placement:   as for ``truncate``
         streams:     name -> adapter, or None for the base

@@ -59,7 +59,7 @@ def scan_layer(states: Tensor, batch: Batch, with_bos: Batch, pooling: Pooling, 
     batch      whose words leave the first position out
     with_bos   the same words with the first position pooled
     pooling    for ``word`` and ``word_bos``
-    same       int64 [E, 2], ``same_meaning`` of the pairs
+    same       int64 [E, 2], ``false_negative_pairs`` of the pairs
     """
     per_pair: dict[tuple[str, str], np.ndarray] = {}
     chance: dict[tuple[str, str], float] = {}

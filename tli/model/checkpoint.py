@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tli.model import hub
 from tli.model.families import FAMILIES, family_of
-from tli.model.safetensors_io import read_alone, read_no_more
+from tli.model.safetensors_io import advise_random_access, read_tensor
 from tli.runtime import ops
 from tli.runtime.errors import TliError, one_line
 
@@ -106,7 +106,7 @@ class Checkpoint:
             table = self._tensor(shard, file, name, shape)
             if rows is None:
                 return table.clone()
-            read_no_more(table, rows)
+            advise_random_access(table, rows)
             return table[rows]
 
     def final_norm(self) -> tuple[Tensor, float]:
@@ -126,7 +126,7 @@ class Checkpoint:
     def _small(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor of a few pages, read without those around it."""
         with contextlib.suppress(OSError, ValueError):
-            tensor = read_alone(self.path(self._shard(name)), self.prefix + name)
+            tensor = read_tensor(self.path(self._shard(name)), self.prefix + name)
             if tuple(tensor.shape) == shape:
                 return tensor
         # the usual way says what is wrong
@@ -155,7 +155,7 @@ class Checkpoint:
                 tensor = shard.get_tensor(name)
                 if embedding:
                     tensor = tensor[:_HASHED_ROWS]
-                    read_no_more(tensor)
+                    advise_random_access(tensor)
                 digest.update(f"{name.removeprefix(self.prefix)} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
                 del tensor

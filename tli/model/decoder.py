@@ -139,10 +139,10 @@ def load_block(checkpoint: Checkpoint, block: nn.Module, index: int, placement: 
     return_freed_memory()
 
 
-def attend_in_steps(decoder: "Decoder") -> None:
-    """Let attention be two products and a softmax, from now on, and hold the bins' probabilities, width × width for each head.
+def use_eager_attention(decoder: "Decoder") -> None:
+    """Use eager attention (QKᵀ, softmax, PV) instead of SDPA, from now on; it holds the bins' probabilities, width × width for each head.
 
-    For small bins in bf16 on a CPU torch's fused attention takes three times as long.
+    For small bins in bf16 on a CPU SDPA takes three times as long.
     """
     # the blocks read it at each call
     decoder.config._attn_implementation = "eager"
@@ -219,8 +219,8 @@ def run_hooked(decoder: "Decoder", batch: Batch, layer: int) -> Tensor:
     return states[0].flatten(0, 1)
 
 
-def recompute_blocks(decoder: "Decoder") -> None:
-    """Keep of each block only what goes in, from now on, and compute the rest anew in the backward pass (gradient checkpointing).
+def enable_gradient_checkpointing(decoder: "Decoder") -> None:
+    """Gradient checkpointing: keep of each block only its input, from now on, and recompute the rest in the backward pass.
 
     Gradients are those without it: dropout is a function of its step's seed, so it drops the same entries again. (transformers'
     own switch changes its name and its place among the hooks from version to version, and its reentrant form loses the gradients
@@ -230,7 +230,7 @@ def recompute_blocks(decoder: "Decoder") -> None:
         block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
 
 
-def arm_model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> "Decoder":
+def build_decoder(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> "Decoder":
     """The arm's model, still without adapters: it ends at ``config.layer``, or is whole.
 
     Args:
@@ -251,7 +251,7 @@ def arm_model(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | No
         decoder = whole(checkpoint, rows, placement)
     tabulate(decoder)
     if placement.attention == "eager":
-        attend_in_steps(decoder)
+        use_eager_attention(decoder)
     if config.checkpointing:
-        recompute_blocks(decoder)
+        enable_gradient_checkpointing(decoder)
     return decoder

@@ -23,8 +23,8 @@ _LOOK_S = 3.0
 
 
 @functools.cache
-def look_for_hub() -> None:
-    """Go offline at once where the hub cannot be reached: huggingface_hub would try each file for half a minute first."""
+def go_offline_if_unreachable() -> None:
+    """Set ``HF_HUB_OFFLINE`` where the hub does not answer at once: huggingface_hub would try each file for half a minute first."""
     from huggingface_hub import constants
 
     hub = urllib.parse.urlsplit(constants.ENDPOINT)
@@ -55,7 +55,7 @@ def download(name: str, file: str, optional: bool = False) -> pathlib.Path | Non
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    look_for_hub()
+    go_offline_if_unreachable()
     try:
         return pathlib.Path(hf_hub_download(name, file))
     except EntryNotFoundError as error:
@@ -87,13 +87,13 @@ def fetch_tensor(repository: str, revision: str, file: str, name: str) -> Tensor
     """
     from safetensors.torch import load, save
 
-    from tli.model.safetensors_io import one_tensor
+    from tli.model.safetensors_io import parse_tensor
 
     kept = cache_folder() / "tensors" / repository.replace("/", "--") / revision / f"{name}.safetensors"
     if kept.is_file():
         return load(kept.read_bytes())[name]
     try:
-        tensor = one_tensor(functools.partial(_fetch_range, repository, revision, file), name)
+        tensor = parse_tensor(functools.partial(_fetch_range, repository, revision, file), name)
     except ValueError as error:
         must = f"the file must hold {name} as floating-point numbers"
         raise TliError(f"{repository}/{file}", must, error, "choose another model") from error

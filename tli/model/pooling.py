@@ -38,7 +38,7 @@ class Pooling:
         return dataclasses.replace(self, norm_weight=None)
 
 
-def token_norm_at_hand(token_norm: str, checkpoint: Checkpoint) -> str:
+def resolve_token_norm(token_norm: str, checkpoint: Checkpoint) -> str:
     """What ``auto`` means for this checkpoint: ``final``, or ``rms`` in a folder without the shard that holds the final norm."""
     if token_norm != "auto":
         return token_norm

@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file: have what is wanted read, and nothing around it.
+"""Read single rows or tensors of a memory-mapped safetensors file without the kernel's read-ahead (``madvise``).
 
 Where a page of a mapped file is missing, the kernel reads ahead, some megabytes on some machines, since most who want a page want the
 next ones, too. For a few rows spread over an embedding table that comes to most of the table; for one small tensor it is all in vain.
@@ -20,7 +20,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _RANDOM, _WILLNEED = (getattr(mmap, name, None) for name in ("MADV_RANDOM", "MADV_WILLNEED"))
 
 
-def read_no_more(tensor: Tensor, rows: Tensor | None = None) -> None:
+def advise_random_access(tensor: Tensor, rows: Tensor | None = None) -> None:
     """Announce that of a mapped tensor these rows will be read, or all of it, and nothing else; no more than advice.
 
     Args:
@@ -47,7 +47,7 @@ def read_no_more(tensor: Tensor, rows: Tensor | None = None) -> None:
         advise(tensor.data_ptr() + row * row_bytes, row_bytes, _WILLNEED)
 
 
-def one_tensor(fetch: Callable[[int, int], bytes], name: str) -> Tensor:
+def parse_tensor(fetch: Callable[[int, int], bytes], name: str) -> Tensor:
     """The tensor ``name`` of a safetensors file of which ``fetch(start, end)`` gives the bytes start .. end - 1, three times.
 
     Raises:
@@ -61,8 +61,8 @@ def one_tensor(fetch: Callable[[int, int], bytes], name: str) -> Tensor:
     return torch.frombuffer(bytearray(fetch(start, end)), dtype=_DTYPES[entry["dtype"]]).view(entry["shape"])
 
 
-def read_alone(path: pathlib.Path, name: str) -> Tensor:
-    """One small tensor of a file on disk, without a page around it; raises as ``one_tensor``."""
+def read_tensor(path: pathlib.Path, name: str) -> Tensor:
+    """One small tensor of a file on disk, without a page around it; raises as ``parse_tensor``."""
     with path.open("rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
@@ -71,4 +71,4 @@ def read_alone(path: pathlib.Path, name: str) -> Tensor:
             file.seek(start)
             return file.read(end - start)
 
-        return one_tensor(fetch, name)
+        return parse_tensor(fetch, name)

@@ -95,7 +95,7 @@ def starter_folder(progress: bool = True) -> pathlib.Path:
     return folder
 
 
-def folder_at_hand() -> pathlib.Path | None:
+def cached_folder() -> pathlib.Path | None:
     """The starter's folder if it is there already; fetches nothing."""
     folder = _folder()
     return folder if _is_whole(folder) else None

@@ -1,4 +1,4 @@
-"""The part of a step that never changes, computed once: block 0's q, k and v products, looked up by token.
+"""Precompute block 0's q, k and v projections per vocabulary entry: they depend on the token id alone.
 
 In front of the first adapter everything depends on the token alone: its embedding, the first norm, and what the frozen weights of
 q, k and v make of it. So these weights give way to their products with each distinct token of the words; what an adapter adds to

@@ -107,7 +107,7 @@ def load_adapter(folder: str | os.PathLike) -> TrainedAdapter:
     return TrainedAdapter(folder, adapter, peft, report)
 
 
-def require_fit(recorded: TrainedAdapter, checkpoint: Checkpoint, placement: Placement, hashed: Callable[[int], str]) -> None:
+def check_compatible(recorded: TrainedAdapter, checkpoint: Checkpoint, placement: Placement, hashed: Callable[[int], str]) -> None:
     """Raise ``TliError`` unless the adapter was made for this model: recorded hash and family, every key, every shape.
 
     hashed   ``checkpoint.sha256``, cached where several adapters ask

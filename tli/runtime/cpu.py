@@ -46,7 +46,7 @@ def name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def limit_threads() -> int:
+def set_cpu_threads() -> int:
     """Let torch have no more threads than the container's quota of processors; returns how many it has.
 
     Without a quota torch takes the processor's cores, which is right. Twenty threads on two processors wait for one another. What
@@ -69,10 +69,10 @@ def _quota() -> float | None:
     return None
 
 
-def keep_few_programs() -> None:
-    """Have oneDNN keep the programs of a few steps' products, not of 1,024: it makes one for each number of nodes that a batch can have.
+def limit_onednn_cache() -> None:
+    """Cap oneDNN's primitive cache at 256 (default 1,024): each distinct number of nodes compiles a new primitive, and they pile up.
 
-    Else they grow with a run's steps. With half as many as these a step takes 8 % longer. To be called before the first product.
+    With half as many a step takes 8 % longer. To be called before the first product.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 

@@ -61,8 +61,8 @@ def place(device: str, dtype: str, weights: str = "full", impl: str = "reference
     except (RuntimeError, AssertionError) as error:
         raise TliError("--device", "the device must be on this machine", device, "use --device cpu") from error
     if chosen.type == "cpu":
-        cpu.limit_threads()
-        cpu.keep_few_programs()
+        cpu.set_cpu_threads()
+        cpu.limit_onednn_cache()
     if dtype in ("auto", "fastest"):
         on_cpu = cpu.ways().fastest if dtype == "fastest" and chosen.type == "cpu" else "float32"
         dtype = on_cpu if chosen.type == "cpu" else "bfloat16"

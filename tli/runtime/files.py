@@ -67,7 +67,7 @@ def sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def claim_output(folder: pathlib.Path, overwrite: bool) -> None:
+def prepare_output_dir(folder: pathlib.Path, overwrite: bool) -> None:
     """Make ``folder`` for a run's output; one that holds something already is refused unless ``overwrite`` is set.
 
     Nothing in it is deleted: a run with ``overwrite`` replaces file by file as its own results come to be.

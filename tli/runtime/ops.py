@@ -207,7 +207,7 @@ def tuned() -> dict[str, dict]:
         return {}
 
 
-def keep_tuned(device: torch.device, decode_rows: int, fused_rows: int) -> None:
+def save_tuned(device: torch.device, decode_rows: int, fused_rows: int) -> None:
     """Store what was measured on this GPU, and use it from now on."""
     dispatch = launch.Dispatch(decode_rows, fused_rows)
     write_text(dispatch_file(), json.dumps({**tuned(), _gpu(device): dataclasses.asdict(dispatch)}, indent=1) + "\n")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tli.stats.tests import gains_of, paired_t
+from tli.stats.tests import paired_differences, paired_t
 
 
 def seed_interval(values: np.ndarray | Sequence[float], level: float = 0.95) -> dict:
@@ -55,6 +55,6 @@ def compare_arms(first: Sequence[float], second: Sequence[float]) -> dict:
     """
     if len(first) < 2:
         return {"difference": float(first[0] - second[0]), "low": None, "high": None, "n": 1, "t": None, "p": None}
-    interval = seed_interval(gains_of(second, first))
+    interval = seed_interval(paired_differences(second, first))
     t, p = paired_t(second, first)
     return {"difference": interval.pop("value"), **interval, "t": t, "p": None if t is None else p}

@@ -23,7 +23,7 @@ ROUNDING = 1e-13
 def word_clusters(pairs: int, same: np.ndarray) -> np.ndarray:
     """int64 [pairs]: the number of each pair's cluster, from 0; pairs that share a word, or are linked by pairs that do, are one.
 
-    same   int64 [E, 2] from ``word_pairs.same_meaning``
+    same   int64 [E, 2] from ``word_pairs.false_negative_pairs``
     """
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import connected_components
@@ -50,7 +50,7 @@ def bootstrap_interval(
 
     values = finite(values)
     mean, n = values.mean(-1, keepdims=True), values.shape[-1]
-    spread = spread_of(values)[..., None] * np.sqrt((n - 1) / n)
+    spread = sample_std(values)[..., None] * np.sqrt((n - 1) / n)
     standard = np.divide(values - mean, spread, out=np.zeros_like(values), where=spread > 0)
     # standardised values lose nothing in fp32; resampled means within 1e-6 of the mean are equal to it up to rounding
     if clusters is None:
@@ -107,7 +107,7 @@ def sign_flip(gains: np.ndarray, seed: int, clusters: np.ndarray | None = None) 
     return p.reshape(gains.shape[:-1])
 
 
-def spread_of(values: np.ndarray) -> np.ndarray:
+def sample_std(values: np.ndarray) -> np.ndarray:
     """Standard deviation (n - 1) along the last axis; exactly zero where the values differ by no more than their rounding."""
     differ = np.ptp(values, axis=-1) > ROUNDING * np.abs(values).max(-1)
     return np.where(differ, values.std(-1, ddof=1), 0.0)

@@ -17,8 +17,8 @@ import numpy as np
 
 from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
-from tli.stats.bootstrap import spread_of
-from tli.stats.tests import P_VALUES, compare_groups, compare_rows, correct, gains_of
+from tli.stats.bootstrap import sample_std
+from tli.stats.tests import P_VALUES, compare_groups, compare_rows, correct, paired_differences
 
 # what R, pandas, SQL and people write where there is no value
 _MISSING = {"", "na", "n/a", "null", "none", "-"}
@@ -104,7 +104,7 @@ def compare_table(table: PairedTable, seed: int = 0, margin: float | None = None
         change = compare_rows(before[None], after[None], seed, clusters)[0]
         means = {"mean_before": float(before.mean()), "mean_after": float(after.mean())}
         groups.append({"group": None if table.group is None else name, **means, **change})
-        gains[name] = gains_of(before, after) if len(before) > 1 else after - before
+        gains[name] = paired_differences(before, after) if len(before) > 1 else after - before
     _require_testable(gains)
     correct(groups, P_VALUES)
     between = []
@@ -161,7 +161,7 @@ def _number(where: str, column: str, field: str) -> float | None:
 
 
 def _require_testable(gains: dict[str, np.ndarray]) -> None:
-    if any(len(values) > 1 and spread_of(values) > 0 for values in gains.values()):
+    if any(len(values) > 1 and sample_std(values) > 0 for values in gains.values()):
         return
     longest = max(gains.values(), key=len, default=np.empty(0))
     if len(longest) < 2:

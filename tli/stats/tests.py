@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tli.runtime.errors import TliError
-from tli.stats.bootstrap import ROUNDING, bootstrap_interval, finite, sign_flip, spread_of
+from tli.stats.bootstrap import ROUNDING, bootstrap_interval, finite, sample_std, sign_flip
 
 # of a record of ``compare_rows``
 P_VALUES = ("p_t", "p_wilcoxon", "p_sign_flip")
@@ -27,8 +27,8 @@ def paired_t(before: np.ndarray | Sequence[float], after: np.ndarray | Sequence[
 
     before, after   [n], n >= 2
     """
-    gains = gains_of(before, after)
-    return _t_test(float(gains.mean()), spread_of(gains) / np.sqrt(len(gains)), len(gains) - 1)
+    gains = paired_differences(before, after)
+    return _t_test(float(gains.mean()), sample_std(gains) / np.sqrt(len(gains)), len(gains) - 1)
 
 
 def wilcoxon(before: np.ndarray, after: np.ndarray) -> float:
@@ -36,7 +36,7 @@ def wilcoxon(before: np.ndarray, after: np.ndarray) -> float:
 
     before, after   [n], n >= 2
     """
-    gains = gains_of(before, after)
+    gains = paired_differences(before, after)
     if not gains.any():
         return 1.0
     import scipy.stats
@@ -49,10 +49,10 @@ def effect_size(before: np.ndarray, after: np.ndarray) -> float | None:
 
     before, after   [n], n >= 2
     """
-    gains = gains_of(before, after)
-    if spread_of(gains) == 0:
+    gains = paired_differences(before, after)
+    if sample_std(gains) == 0:
         return None if gains.any() else 0.0
-    return float(gains.mean() / spread_of(gains))
+    return float(gains.mean() / sample_std(gains))
 
 
 def welch(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> dict:
@@ -128,7 +128,7 @@ def compare_rows(before: np.ndarray, after: np.ndarray, seed: int, clusters: np.
     empty = dict.fromkeys(("low", "high", "t", "p_t", "p_wilcoxon", "p_sign_flip", "d_z"))
     if n < 2:
         return [{"n": n, "clusters": number, "mean_gain": float(gain), **empty} for gain in (after - before).mean(1)]
-    gains = np.stack([gains_of(*values) for values in zip(before, after)])
+    gains = np.stack([paired_differences(*values) for values in zip(before, after)])
     lows, highs = bootstrap_interval(gains, seed, clusters=clusters) if number > 1 else (np.full(len(gains), None),) * 2
     records = []
     for row, low, high, p in zip(gains, lows, highs, sign_flip(gains, seed, clusters)):
@@ -174,7 +174,7 @@ def compare_paired(before: np.ndarray, after: np.ndarray, seed: int) -> dict:
 
     before, after   [n], n >= 2
     """
-    gains = gains_of(before, after)
+    gains = paired_differences(before, after)
     low, high = bootstrap_interval(gains, seed)
     t, p_t = paired_t(before, after)
     return {
@@ -194,7 +194,7 @@ def _welch_parts(first: np.ndarray, second: np.ndarray) -> tuple[float, float, f
     first, second = finite(first), finite(second)
     largest = max(np.abs(first).max(), np.abs(second).max())
     difference = _without_rounding(float(first.mean() - second.mean()), largest)
-    part, other = (spread_of(group) ** 2 / len(group) for group in (first, second))
+    part, other = (sample_std(group) ** 2 / len(group) for group in (first, second))
     error, freedom = float(np.sqrt(part + other)), float(len(first) + len(second) - 2)
     if error > 0:
         freedom = float((part + other) ** 2 / (part**2 / (len(first) - 1) + other**2 / (len(second) - 1)))
@@ -209,7 +209,7 @@ def _t_test(mean: float, error: float, freedom: float) -> tuple[float | None, fl
     return float(mean / error), float(2 * stdtr(freedom, -abs(mean / error)))
 
 
-def gains_of(before: np.ndarray | Sequence[float], after: np.ndarray | Sequence[float]) -> np.ndarray:
+def paired_differences(before: np.ndarray | Sequence[float], after: np.ndarray | Sequence[float]) -> np.ndarray:
     """after - before, where a change that is the same for all pairs up to rounding is made exactly so."""
     before, after = finite(before), finite(after)
     if before.shape != after.shape:

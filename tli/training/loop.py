@@ -5,13 +5,13 @@ import functools
 import time
 
 from tli.config import TrainConfig
-from tli.data.loader import EpochBatches, made_ahead
+from tli.data.loader import BatchLoader, prefetch
 from tli.model.decoder import run, run_hooked
 from tli.model.pooling import Pooling
 from tli.runtime.console import stop_signals, training_bar
 from tli.training.memory import profile as profiling
 from tli.training.state import Progress, TrainingState
-from tli.training.step import Stepper, require_finite
+from tli.training.step import TrainStep, require_finite
 
 _SAVE_EVERY_S = 20.0
 
@@ -19,7 +19,7 @@ _SAVE_EVERY_S = 20.0
 def fit(
     config: TrainConfig,
     decoder,
-    batches: EpochBatches,
+    batches: BatchLoader,
     pool: Pooling,
     state: TrainingState,
     console,
@@ -29,7 +29,7 @@ def fit(
     # auto has been replaced by the layer that it chose
     assert config.layer != "auto"
     aligned = functools.partial(run_hooked, layer=config.layer) if config.arm == "full-hook" else run
-    steps = Stepper(config, decoder, lambda part: pool(aligned(decoder, part), part), batches.total, batches.placement)
+    steps = TrainStep(config, decoder, lambda part: pool(aligned(decoder, part), part), batches.total, batches.placement)
     progress = state.restore(steps.adapters, steps.optimiser) if config.resume else Progress()
     began = saved = time.monotonic() - progress.seconds
     position = progress.step
@@ -37,7 +37,7 @@ def fit(
     with stop_signals() as stop, training_bar(console, batches.total) as show:
         while position < batches.total and not stop.is_set():
             epoch, done = divmod(position, batches.per_epoch)
-            for parts, same in made_ahead(batches.epoch(epoch, skip=done), batches.placement.device):
+            for parts, same in prefetch(batches.epoch(epoch, skip=done), batches.placement.device):
                 final = position == batches.total - 1
                 with profile.recorded(steps.parameters, state.path.parent) if profile and final else contextlib.nullcontext():
                     steps.take(position, parts, same)

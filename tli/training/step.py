@@ -1,4 +1,4 @@
-"""A run's steps, forward to optimiser: on a CPU one after the other, on a GPU recorded once for each shape of batch and replayed.
+"""One optimiser step: eager on a CPU; on a GPU captured once for each shape of batch as a CUDA graph and replayed.
 
     loss = objective(pool(states))  ->  gradients  ->  clipped  ->  AdamW
 
@@ -39,7 +39,7 @@ _MOST_AHEAD = 16
 
 
 @dataclasses.dataclass
-class _Recording:
+class CapturedStep:
     """A CUDA graph of one step, the batch that it reads, and where it leaves the loss."""
 
     graph: torch.cuda.CUDAGraph
@@ -48,7 +48,7 @@ class _Recording:
     loss: Tensor
 
 
-class Stepper:
+class TrainStep:
     """Takes the steps of one run.
 
     Args:
@@ -77,9 +77,9 @@ class Stepper:
             # fused AdamW reads it by getattr, as torch.amp's scaler sets it; the class does not declare it
             self.optimiser.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.taken = 0
-        self.recordings: dict[tuple, _Recording] = {}
+        self.recordings: dict[tuple, CapturedStep] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.record else None
-        self.on_the_way: collections.deque[tuple[Tensor, torch.cuda.Event | None]] = collections.deque()
+        self.pending_losses: collections.deque[tuple[Tensor, torch.cuda.Event | None]] = collections.deque()
 
     def take(self, position: int, parts: list[Batch], same: Tensor) -> None:
         """Take step ``position`` (0, 1, ...) of the run; its loss comes out of ``finished``.
@@ -111,13 +111,13 @@ class Stepper:
 
     def finished(self, wait: bool = False) -> Iterator[float]:
         """The losses, in the order of the steps, that have arrived since the last call; all of them if ``wait``."""
-        while self.on_the_way:
-            loss, event = self.on_the_way[0]
+        while self.pending_losses:
+            loss, event = self.pending_losses[0]
             if event is not None and not event.query():
-                if not wait and len(self.on_the_way) < _MOST_AHEAD:
+                if not wait and len(self.pending_losses) < _MOST_AHEAD:
                     return
                 event.synchronize()
-            self.on_the_way.popleft()
+            self.pending_losses.popleft()
             yield loss.item()
 
     def _set(self, position: int) -> None:
@@ -162,24 +162,24 @@ class Stepper:
         recording.graph.replay()
         return recording.loss
 
-    def _recorded(self, parts: list[Batch], same: Tensor) -> _Recording:
+    def _recorded(self, parts: list[Batch], same: Tensor) -> CapturedStep:
         graph, parts, same = torch.cuda.CUDAGraph(), [part.clone() for part in parts], same.clone()
         with torch.cuda.graph(graph, pool=self.pool):
             loss = self._gradients(parts, same)
             self._update(loss)
         # the gradients are the graph's own
         self.optimiser.zero_grad()
-        return _Recording(graph, parts, same, loss)
+        return CapturedStep(graph, parts, same, loss)
 
     def _send(self, loss: Tensor) -> None:
         """Let a loss go to the CPU, without waiting for it."""
         if not self.on_gpu:
-            self.on_the_way.append((loss, None))
+            self.pending_losses.append((loss, None))
             return
         arrived, event = torch.empty((), pin_memory=True), torch.cuda.Event()
         arrived.copy_(loss, non_blocking=True)
         event.record()
-        self.on_the_way.append((arrived, event))
+        self.pending_losses.append((arrived, event))
 
 
 def rate(step: int, total: int, warmup: int, schedule: str) -> float:

@@ -145,7 +145,7 @@ def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
     """(activations, workspace, gradients) at each moment that can be the largest."""
     shape, blocks, parameters = run.shape, run.blocks, 4 * run.parameters
     nodes, element, width = run.current.nodes, run.element, shape.width
-    held = [held_by_block(run, block) for block in range(blocks)]
+    held = [saved_activations(run, block) for block in range(blocks)]
     again = [0.0] * blocks
     if run.checkpointing:
         # of each block what goes in; one at a time is computed again, and then it is workspace
@@ -185,7 +185,7 @@ def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
     }
 
 
-def held_by_block(run: Run, block: int) -> float:
+def saved_activations(run: Run, block: int) -> float:
     """Bytes that block ``block`` saves for its backward pass."""
     shape, part, e = run.shape, run.current, run.element
     t, d, i, q, kv = part.nodes, shape.width, shape.hidden, shape.queries, shape.keys
