@@ -1,5 +1,6 @@
 """The study as its user meets it: real cells in processes of their own, kills, parts without a coordinator, and bad input."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -149,6 +150,32 @@ def test_torchruns_processes_share_the_cells(settings, tmp_path):
     assert names == {"early-rank1-seed0", "early-rank2-seed0", "early-rank2-seed0-shuffled"}
     # whoever completed the last cell reported
     assert (folder / "results.json").is_file()
+
+
+def test_processes_that_claim_one_folder_at_once_all_go_on(settings, tmp_path, monkeypatch):
+    """Whatever the others have written between one's look into the folder and its own writing."""
+    import concurrent.futures
+    import threading
+
+    from tli.commands import study as module
+
+    for turn in range(20):
+        config, start = StudyConfig(**settings, output=str(tmp_path / str(turn))), threading.Barrier(4)
+
+        def claim(_, config=config, start=start):
+            start.wait()
+            module._claim(pathlib.Path(config.output), config)
+            module._write_lists(pathlib.Path(config.output), config)
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(claim, range(4))) == [None] * 4
+        with pytest.raises(TliError, match="a study must go on as it was begun"):
+            module._claim(pathlib.Path(config.output), dataclasses.replace(config, epochs=7))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    with pytest.raises(TliError, match="the folder must be new, empty or a study's"):
+        module._claim(tmp_path / "other", config)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
 
 def test_a_part_alone_leaves_the_rest_to_others(settings, tmp_path):

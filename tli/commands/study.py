@@ -113,24 +113,30 @@ def _ranks(config: StudyConfig) -> list[int]:
 
 
 def _claim(folder: pathlib.Path, config: StudyConfig) -> None:
-    """Make the study's folder, or find that this study may go on in it."""
+    """Make the study's folder, or find that this study may go on in it. Of processes that come at once one makes it."""
+    from filelock import FileLock
+
     settings = {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}
     settings |= {"pairs": sha256(config.pairs or word_pairs.SHIPPED), "version": tli.__version__}
     file = folder / SETTINGS_FILE
-    if file.is_file():
-        try:
-            found = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise TliError(file, "the file must be a study's settings", "something else", "name another folder with --output") from error
-        for name in ("version", *settings):
-            if found.get(name) != settings[name]:
-                where, new = f"{file}: {name}", "name another folder with --output, or repeat the study's own settings"
-                raise TliError(where, f"a study must go on as it was begun, with {found.get(name)}", settings[name], new)
-        return
     with disk_errors(folder):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # the lock, and what the settings are written to before they have their name, are another process's of this study
+        used = folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".study.") for path in folder.iterdir()))
+        # looked for last: of all that a study writes it has its name first
+        if used and not file.is_file():
             raise TliError("--output", "the folder must be new, empty or a study's", folder, "name another with --output")
-    write_text(file, json.dumps(settings, indent=1) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".study.lock"):
+            if not file.is_file():
+                write_text(file, json.dumps(settings, indent=1) + "\n")
+    try:
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise TliError(file, "the file must be a study's settings", "something else", "name another folder with --output") from error
+    for name in ("version", *settings):
+        if found.get(name) != settings[name]:
+            where, new = f"{file}: {name}", "name another folder with --output, or repeat the study's own settings"
+            raise TliError(where, f"a study must go on as it was begun, with {found.get(name)}", settings[name], new)
 
 
 def _write_lists(folder: pathlib.Path, config: StudyConfig) -> None:
