@@ -16,8 +16,7 @@ Which library multiplies is a ``Matmul`` that the caller measured (tli/runtime/c
 Either may compute in fp32 from 16-bit operands and round once to what it gives: where a processor has no 16-bit products, torch's own
 loop takes 50 to 1,000 times as long. Both take W and Wᵀ as they lie in memory, so nothing is packed and nothing is held twice.
 
-What is saved: x, W, A, B, kept(x)·Aᵀ [M, R] and which elements dropout keeps, a byte each. (Made twice they took a sixth of a step; a
-GPU makes them again.) In bf16 all sums of a product are fp32, rounded once to what it gives.
+What is saved: x, W, A, B and kept(x)·Aᵀ [M, R]. In bf16 all sums of a product are fp32, rounded once to what it gives.
 
 Letters: M rows, K in-features, N out-features, R rank.
 """
@@ -189,34 +188,41 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, scale, bias, dropout, seed, matmul):
         rows = x.to(matmul.computes_in(x.dtype))
-        kept = keep_mask(seed, *x.shape, dropout, dtype=rows.dtype) if dropout > 0.0 else None
-        low_rank = matmul(rows if kept is None else rows * kept, lora_a.to(rows.dtype))
+        low_rank = matmul(_kept(rows, _mask(rows, dropout, seed)), lora_a.to(rows.dtype))
         ctx.weight, ctx.matmul = weight, matmul
-        ctx.save_for_backward(x, lora_a, lora_b, low_rank, None if kept is None else kept.bool())
+        ctx.save_for_backward(x, lora_a, lora_b, low_rank)
         # what survives dropout is scaled up: with the rest of the low-rank path
-        ctx.scale = scale / (1.0 - dropout)
+        ctx.scale, ctx.dropout, ctx.seed = scale / (1.0 - dropout), dropout, seed
         y = _forward(rows, weight, bias, matmul, x.dtype)
         return y.addmm_(low_rank, lora_b.to(rows.dtype).t(), alpha=ctx.scale).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, lora_a, lora_b, low_rank, kept = ctx.saved_tensors
+        x, lora_a, lora_b, low_rank = ctx.saved_tensors
         matmul, dtype = ctx.matmul, low_rank.dtype
         wide, rows, a, b = dy.to(dtype).contiguous(), x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
-        # a product of two dtypes would take six times as long
-        kept, d_low_rank = None if kept is None else kept.to(dtype), matmul(wide, b.t())
-        da = matmul(d_low_rank.t(), (rows if kept is None else rows * kept).t()).to(lora_a.dtype).mul_(ctx.scale)
+        d_low_rank, mask = matmul(wide, b.t()), _mask(rows, ctx.dropout, ctx.seed)
+        da = matmul(d_low_rank.t(), _kept(rows, mask).t()).to(lora_a.dtype).mul_(ctx.scale)
         db = (wide.t() @ low_rank).to(lora_b.dtype).mul_(ctx.scale)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = _backward(wide, ctx.weight, matmul, x.dtype)
-            if kept is None:
+            if mask is None:
                 dx.addmm_(d_low_rank, a, alpha=ctx.scale)
             else:
-                dx.addcmul_(matmul(d_low_rank, a.t()), kept, value=ctx.scale)
+                dx.addcmul_(matmul(d_low_rank, a.t()), mask, value=ctx.scale)
             dx = dx.to(x.dtype)
         return dx, None, da, db, None, None, None, None, None
+
+
+def _mask(x: Tensor, dropout: float, seed: Tensor | int) -> Tensor | None:
+    # a product of two dtypes would take six times as long
+    return keep_mask(seed, *x.shape, dropout, dtype=x.dtype) if dropout > 0.0 else None
+
+
+def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, matmul: Matmul = PLAIN) -> Tensor:

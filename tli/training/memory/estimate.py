@@ -165,17 +165,15 @@ def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
     # what the functions on the way still name: the embedding's output, the block's, the residual, the MLP's; and its product, unsaved
     on_the_way = _product_parts(run, width, shape.hidden) + (5 if element < 4 else 2) * nodes * width * element
     on_the_way += nodes * shape.hidden * element * ("mlp.down_proj" not in run.adapted(blocks - 1))
-    # dropout's keys, and the kept input, of the last layer of a block, when all that it saves is there
-    dropped = _dropout_workspace(run) + 2 * nodes * width * element
     return {
         "loading": (0, max(0, packing - _kept_workspace(run)), 0),
-        "forward": (sum(held) + angles, max(on_the_way, dropped), before),
+        "forward": (sum(held) + angles, on_the_way, before),
         "loss": (head if run.in_parts else sum(held[:above]) + angles + head, _loss_workspace(run) + cached, before),
         # each block in its turn, when those above it have let go of theirs and have their gradients
         **{
             f"block {block}": (
                 sum(held[: block + 1]) + angles,
-                max(mlp, dropped * run.checkpointing) + again[block] + cached,
+                mlp + again[block] + cached,
                 max(before, parameters * (above - 1 - block) / above),
             )
             for block in range(above)
@@ -194,11 +192,9 @@ def saved_activations(run: Run, block: int) -> float:
     flows = any(run.adapted(below) for below in range(block))
     low = 4 if run.fused or run.in_float32 else e
     saved = sum(low * t * run.rank * _low_rank_parts(run, shape.linear()[path][1]) for path in run.adapted(block))
-    if run.dropout and not run.fused:
-        # what dropout keeps, a byte each; the reference ops have the dropped copy beside it
-        saved += sum(t * shape.linear()[path][1] for path in run.adapted(block))
     if run.dropout and run.exact:
-        saved += sum(e * t * shape.linear()[path][1] for path in run.adapted(block))
+        # the reference ops keep the dropped copy and its mask
+        saved += sum((e + 1) * t * shape.linear()[path][1] for path in run.adapted(block))
     saved += 4 * t * d * flows + e * t * d * bool(adapted & {"q_proj", "k_proj", "v_proj"})
     into_queries, into_keys = flows or "q_proj" in adapted, flows or "k_proj" in adapted
     if shape.traits.head_norms:
@@ -243,16 +239,8 @@ def _mlp_workspace(run: Run) -> float:
         inside = max(inside, (4 + e) * t * i + kept + e * min(_DECODED, run.shape.width * i))
     if not (run.dropout and adapted):
         return inside + factors
-    # dx, the low-rank term's, and what dropout keeps
-    return max(inside + factors, 3 * e * t * i + factors)
-
-
-def _dropout_workspace(run: Run) -> float:
-    """Of the MLP's last layer, forward: which elements are kept, while that is made of keys, and the input without the others."""
-    if run.fused or run.exact or not run.dropout or "mlp.down_proj" not in run.adapted(run.blocks - 1):
-        return 0
-    numbers = run.current.nodes * run.shape.hidden
-    return run.element * numbers + max(8 * min(numbers, _KEYS), run.element * numbers)
+    # dx, the low-rank term's, and what dropout keeps; or that while it is made
+    return max(inside + factors, 3 * e * t * i + factors, e * t * i + (8 + e) * min(t * i, _KEYS))
 
 
 def _splits(terms: int, least: int, tiles: int) -> int:
