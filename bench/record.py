@@ -3,7 +3,6 @@
 import datetime
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import re
@@ -16,7 +15,7 @@ from tli.config import TrainConfig
 from tli.data import word_pairs
 from tli.model import starter
 from tli.model.checkpoint import open_checkpoint
-from tli.runtime import cpu
+from tli.runtime import cpu, environment
 from tli.runtime.files import sha256
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -27,8 +26,8 @@ def machine() -> dict:
     """The facts of this machine and of what runs on it."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "sentence-transformers", "datasets", "numpy", "pytest-benchmark")
     return {
-        "processor": _first("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": cpu.name(),
+        "cores": environment.cores(),
         "instructions": cpu.instructions(),
         "torch_threads": torch.get_num_threads(),
         "memory_bytes": int(_first("/proc/meminfo", r"MemTotal:\s*(\d+) kB") or 0) * 1024,

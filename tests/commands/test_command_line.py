@@ -1,5 +1,6 @@
 """``tli``, one name for every command: what it runs, what it says, and that several processes of one run are refused."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -15,8 +16,6 @@ ROOT = pathlib.Path(tli.__file__).parent.parent
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    import os
-
     return subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=ROOT,

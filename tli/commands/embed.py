@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tli.config import TrainConfig
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model import starter
@@ -56,22 +57,27 @@ def embed(
     if isinstance(words, str) or not len(words):
         raise TliError("embed", "the words must be a list of one word or more", repr(words), "give a list")
     trained = None if adapter is None else load_adapter(adapter)
-    option = (lambda name, default: default) if trained is None else trained.option
+    defaults = TrainConfig()
+
+    def option(name: str):
+        default = getattr(defaults, name)
+        return default if trained is None else trained.option(name, default)
+
     if layer is None:
-        layer = 2 if trained is None else "output" if option("arm", "early") == "full" else trained.layer
+        layer = defaults.layer if trained is None else "output" if option("arm") == "full" else trained.layer
     checkpoint = open_checkpoint(starter.locate(model or (starter.NAME if trained is None else trained.model_name())))
-    placement = place(device, "auto", option("weights", "full"), "auto")
+    placement = place(device, "auto", option("weights"), "auto")
     if trained is not None:
         check_compatible(trained, checkpoint, placement, checkpoint.sha256)
-    tokens = tokenise(checkpoint.tokenizer(), words, sight(checkpoint), option("prefix", " "))
+    tokens = tokenise(checkpoint.tokenizer(), words, sight(checkpoint), option("prefix"))
     at_output = layer == "output"
     decoder = whole(checkpoint, tokens.rows, placement) if at_output else truncate(checkpoint, int(layer), tokens.rows, placement)
     if trained is not None:
         trained.adapter.attach(decoder)
-    token_norm = resolve_token_norm(option("token_norm", "auto"), checkpoint)
+    token_norm = resolve_token_norm(option("token_norm"), checkpoint)
     pool = pooling(token_norm, checkpoint, placement.device, placement.ops).at(layer)
     vectors = []
     for chunk in np.array_split(np.arange(len(words)), -(-len(words) // _WORDS_AT_ONCE)):
-        batch = to_batch(tokens.pack(chunk, option("eval_pool_bos", False)), placement.dtype, placement.device)
+        batch = to_batch(tokens.pack(chunk, option("eval_pool_bos")), placement.dtype, placement.device)
         vectors.append(pool(run(decoder, batch), batch).cpu())
     return torch.cat(vectors)

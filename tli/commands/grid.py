@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from tli.runtime.console import stop_signals
+from tli.runtime.environment import cores
 from tli.runtime.errors import TliError, disk_errors
-from tli.runtime.files import cores
 from tli.training.state import STATE_FILE
 
 REPORT = "report.json"

@@ -170,17 +170,17 @@ def runs(matmul: ops.Matmul, dtype: str) -> bool:
     """Whether a product and its gradient run here and agree with fp64, to the rounding of ``dtype``."""
     # whatever a library that was built for another processor may raise
     try:
-        return _agrees(matmul, getattr(torch, dtype))
+        x, weight, dy = _operands(getattr(torch, dtype), *_SMALL)
+        exact = x.double() @ weight.double().t(), dy.double() @ weight.double()
+        room = torch.finfo(x.dtype).eps + x.shape[1] ** 0.5 * torch.finfo(torch.float32).eps
+        return _within(room, _product(matmul, x, weight, dy), exact)
     except Exception:
         return False
 
 
-def _agrees(matmul: ops.Matmul, dtype: torch.dtype) -> bool:
-    x, weight, dy = _operands(dtype, *_SMALL)
-    truth = x.double() @ weight.double().t(), dy.double() @ weight.double()
-    room = torch.finfo(dtype).eps + x.shape[1] ** 0.5 * torch.finfo(torch.float32).eps
+def _within(room: float, found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> bool:
     # not > so that a NaN is no agreement
-    return all((got.double() - exact).norm() <= room * exact.norm() for got, exact in zip(_product(matmul, x, weight, dy), truth))
+    return all(bool((got.double() - truth).norm() <= room * truth.norm()) for got, truth in zip(found, exact))
 
 
 def _operands(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> list[Tensor]:
@@ -256,8 +256,7 @@ def attends(way: str, dtype: str) -> bool:
     try:
         operands = _attention_operands(getattr(torch, dtype), *_SMALL_ATTENDED)
         exact = _attended(_eager, *(part.double() for part in operands))
-        room = 8 * torch.finfo(operands[0].dtype).eps
-        return all((got.double() - truth).norm() <= room * truth.norm() for got, truth in zip(_attended(ATTENTION[way], *operands), exact))
+        return _within(8 * torch.finfo(operands[0].dtype).eps, _attended(ATTENTION[way], *operands), exact)
     except Exception:
         return False
 

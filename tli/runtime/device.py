@@ -71,7 +71,7 @@ def place(device: str, dtype: str, weights: str = "full", impl: str = "reference
     attention = "sdpa"
     if resolved.kind == "cpu":
         kept = begun.get("attention")
-        attention = kept if kept in cpu.ATTENTION else cpu.ways().attention[dtype]
+        attention = kept if kept is not None and cpu.attends(kept, dtype) else cpu.ways().attention[dtype]
     return Placement(compute, chosen, weights, resolved, attention)
 
 

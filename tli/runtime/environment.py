@@ -48,6 +48,11 @@ def machine(placement: Placement) -> dict:
     }
 
 
+def cores() -> int:
+    """As many processors as this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def peak_bytes() -> int | None:
     """The largest part of memory that this process ever held; None where the system does not say (Windows)."""
     status = pathlib.Path("/proc/self/status")

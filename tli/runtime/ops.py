@@ -95,7 +95,7 @@ def resolve(impl: str, dtype: torch.dtype, device: torch.device, matmul: Callabl
         TliError: ``fused`` where the fused ops cannot run.
     """
     if impl == "reference":
-        # what says a product is slow there is the one thing that the caller would want to know
+        # nothing is changed of what was asked for, but that it will be slow is said
         slow = dtype.itemsize < 4 and device.type == "cpu" and matmul().in_float32
         why = f"asked for; {name_of(dtype)} products are slow on this processor" if slow else "asked for"
         return dataclasses.replace(REFERENCE, description=f"reference ops ({why})")
