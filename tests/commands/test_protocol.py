@@ -18,10 +18,11 @@ from tli import train
 from tli.commands import protocol as protocol_module
 from tli.commands import protocol_controls as controls
 from tli.commands.grid import Cell
-from tli.commands.protocol import FILES, METRICS, RANDOM, SWITCHES, measure_anew, options_of, protocol
+from tli.commands.protocol import FILES, RANDOM, SWITCHES, measure_anew, options_of, protocol
 from tli.config import ProtocolConfig, TrainConfig
 from tli.data import word_pairs
 from tli.metrics.alignment import measure
+from tli.metrics.measures import names
 from tli.model.checkpoint import open_checkpoint
 from tli.reports.protocol import sentence, verdict
 from tli.reports.wording import find_value
@@ -98,7 +99,7 @@ def test_names_are_folders_of_their_own():
 
 def test_numbers_are_those_of_the_cells_own_reports(finished):
     output, result = finished
-    assert {path.name for path in output.iterdir()} == {*FILES, "settings.json", "cells"}
+    assert {path.name for path in output.iterdir()} == {*FILES, "settings.json", ".protocol.lock", "cells"}
     assert json.loads((output / "protocol.json").read_text()) == json.loads(json.dumps(result))
     assert [row["name"] for row in result["rows"]] == list(BY_NAME)
     paper = json.loads((output / "cells" / "paper" / "report.json").read_text())
@@ -107,7 +108,10 @@ def test_numbers_are_those_of_the_cells_own_reports(finished):
             continue
         report = json.loads((output / "cells" / row["cell"] / "report.json").read_text())
         wanted = {
-            (split, when, row["layer"], metric) for split in ("trained", "held_out") for when in ("before", "after") for metric in METRICS
+            (split, when, row["layer"], metric)
+            for split in ("trained", "held_out")
+            for when in ("before", "after")
+            for metric in names("headline")
         }
         assert {(r["split"], r["when"], r["layer"], r["metric"]) for r in row["measurements"]} == wanted
         assert all(record in report["measurements"] for record in row["measurements"])
@@ -295,8 +299,8 @@ def test_the_report_names_no_folder_of_this_machine(finished, model):
     ("gain", "gap", "said"),
     [
         ((0.2, 0.19, 0.21), (0.0, -0.01, 0.01), "a shift of all words"),
-        ((0.2, 0.19, 0.21), (0.15, 0.1, 0.2), "true pairs rose above strangers"),
-        ((-0.2, -0.3, -0.1), (0.1, 0.05, 0.2), "strangers fell further"),
+        ((0.2, 0.19, 0.21), (0.15, 0.1, 0.2), "true pairs rose above mismatched ones"),
+        ((-0.2, -0.3, -0.1), (0.1, 0.05, 0.2), "mismatched pairs fell further"),
         ((-0.2, -0.3, -0.1), (-0.1, -0.2, -0.05), "true pairs fell further"),
         ((0.01, -0.1, 0.1), (0.1, 0.05, 0.2), "no sure change"),
     ],
@@ -355,12 +359,16 @@ def of_another_version(output: pathlib.Path) -> None:
 
 
 BAD = {
-    "other epochs": ({"epochs": 3}, None, "a protocol must go on as it was begun, with config epochs 2, got 3; "),
-    "other seed": ({"seed": 1}, None, "with config seed 0, got 1; "),
-    "other list": ({"pairs": None}, None, "with pairs name sixty.tsv, got swahili-english.tsv; "),
-    "another version": ({}, of_another_version, "with versions tli 0.0.9, got "),
-    "damaged": ({}, lambda output: (output / "settings.json").write_text("{"), "the file must be that of a protocol, got "),
-    "no protocol": ({}, lambda output: (output / "settings.json").unlink(), "--output: the output folder must be new or empty, got "),
+    "other epochs": ({"epochs": 3}, None, "config epochs: a protocol must go on as it was begun, with 2, got 3; "),
+    "other seed": ({"seed": 1}, None, "config seed: a protocol must go on as it was begun, with 0, got 1; "),
+    "other list": ({"pairs": None}, None, "pairs name: a protocol must go on as it was begun, with sixty.tsv, got swahili-english.tsv; "),
+    "another version": ({}, of_another_version, "versions tli: a protocol must go on as it was begun, with 0.0.9, got "),
+    "damaged": ({}, lambda output: (output / "settings.json").write_text("{"), "the file must be a protocol's settings, got "),
+    "no protocol": (
+        {},
+        lambda output: (output / "settings.json").unlink(),
+        "--output: the folder must be new, empty or a protocol's, got ",
+    ),
     "no pairs": ({"pairs": "absent.tsv"}, None, "absent.tsv"),
     "no model": ({"model": "./absent"}, None, "--model: the model must be a folder or a hub name"),
 }
@@ -405,7 +413,7 @@ def test_overwriting_begins_anew(finished, model, word_list, tmp_path, monkeypat
     monkeypatch.setattr(protocol_module, "run_cells", nothing)
     with pytest.raises(KeyboardInterrupt):
         protocol(settings(model, word_list, output, epochs=3, overwrite=True))
-    assert {path.name for path in output.iterdir()} == {"settings.json", "mine.txt", "random-weights"}
+    assert {path.name for path in output.iterdir()} == {"settings.json", ".protocol.lock", "mine.txt", "random-weights"}
     assert json.loads((output / "settings.json").read_text())["config"]["epochs"] == 3
 
 

@@ -158,9 +158,7 @@ def test_bins_chunks_padding_side_and_the_order_of_pairs_change_nothing(make_mod
             np.testing.assert_allclose(values[order], parts[key].per_pair[name], atol=tolerance, err_msg=str((key, name)))
         for name, value in scan.of_set.items():
             assert parts[key].of_set[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (key, name)
-    one, other = (
-        layers.records(found, word_pairs.false_negative_pairs(listed), seed=0) for found, listed in ((whole, pairs), (parts, moved))
-    )
+    one, other = (layers.records(found, seed=0) for found in (whole, parts))
     for record, again in zip(one, other, strict=True):
         ends = [[r[end] for end in ("value", "low", "high") if r[end] is not None] for r in (record, again)]
         np.testing.assert_allclose(*ends, atol=2e-3, rtol=1e-4, err_msg=str(record))
@@ -210,7 +208,7 @@ def sink_only(norm: float, signal: float) -> tuple[dict, np.ndarray]:
     return scans, NONE_ALIKE
 
 
-def report_of(scans: dict, same: np.ndarray) -> dict:
+def report_of(scans: dict) -> dict:
     """What ``scan`` would make of these measurements."""
     return {
         "config": {"split": "all", "token_norm": "none", **dict.fromkeys(("prefix", "weights"), "")},
@@ -219,24 +217,24 @@ def report_of(scans: dict, same: np.ndarray) -> dict:
         "adapter": None,
         "missing_output": None,
         "choice": {
-            "gap": layer_choice.choose_layer(layers.of_stream(scans, "base", "word", "gap"), same, 0),
-            "paper": layer_choice.choose_layer_by_cosine(layers.of_stream(scans, "base", "raw_bos", "cosine")),
+            "gap": layer_choice.choose_layer(layers.by_layer(scans, "base", "word", "gap"), next(iter(scans.values())).clusters, 0),
+            "paper": layer_choice.choose_layer_by_cosine(layers.by_layer(scans, "base", "raw_bos", "cosine")),
         },
         "sink_layers": {"base": layer_choice.sink_layers(scans, "base")},
-        "measurements": layers.records(scans, same, 0),
+        "measurements": layers.records(scans, 0),
         "strata": [],
     }
 
 
 def test_a_model_that_is_nothing_but_a_sink_is_called_out():
-    scans, same = sink_only(norm=343.0, signal=0.0)
+    scans, _ = sink_only(norm=343.0, signal=0.0)
     found = scans["base", 2].per_pair
     # what the paper's pilot published for its layer 2, here without any meaning in the words
     assert round(found["raw_bos", "cosine"].mean(), 5) == round(found["raw_bos", "mismatched"].mean(), 5) == 0.99998
     assert found["raw_bos", "sink_only"].mean() == pytest.approx(found["raw_bos", "mismatched"].mean(), abs=1e-6)
     assert scans["base", 2].of_set["raw_bos", "norm_ratio"] == pytest.approx(343, rel=1e-5)
     assert found["raw_bos", "sink_share"].mean() == pytest.approx(343 / 345, rel=1e-5)
-    report = report_of(scans, same)
+    report = report_of(scans)
     assert report["sink_layers"]["base"] == [2]
     text = verdict(report)
     assert "the mean cosine is the sink's at layer 2." in text
@@ -245,12 +243,12 @@ def test_a_model_that_is_nothing_but_a_sink_is_called_out():
 
 
 def test_translations_behind_no_long_sink_raise_no_warning_and_are_chosen():
-    scans, same = sink_only(norm=343.0, signal=1.0)
-    report = report_of({place: scan for place, scan in scans.items() if place[1] == 1}, same)
+    scans, _ = sink_only(norm=343.0, signal=1.0)
+    report = report_of({place: scan for place, scan in scans.items() if place[1] == 1})
     assert report["sink_layers"]["base"] == []
     assert "Warning" not in verdict(report)
     # the sink hides the same translations at layer 2, where the paper's rule goes
-    report = report_of(scans, same)
+    report = report_of(scans)
     assert report["choice"]["paper"] == 2
     assert report["sink_layers"]["base"] == [2]
     assert scans["base", 2].per_pair["raw_bos", "gap"].mean() < 1e-4 < 0.4 < scans["base", 2].per_pair["word", "gap"].mean()
@@ -261,13 +259,12 @@ def test_the_layer_is_chosen_by_what_the_gap_surely_is():
     steady, lucky = generator.normal(0.1, 0.05, 200), np.where(np.arange(200) < 4, 8.0, 0.0)
     assert lucky.mean() > steady.mean()
     gaps = {0: steady + 1, 1: lucky, 2: steady, 3: steady, 4: steady - 0.05, "output": steady + 1}
-    assert layer_choice.choose_layer(gaps, NONE_ALIKE, seed=0) == 2
+    assert layer_choice.choose_layer(gaps, np.arange(200), seed=0) == 2
     assert layer_choice.choose_layer_by_cosine(gaps) == 1
     # pairs that share a word are one piece of evidence: 150 gaps of one cluster weigh less than 200 of their own
-    same = np.array([(i, j) for i in range(150) for j in range(150) if i != j])
     clustered = np.where(np.arange(200) < 150, 0.2, 0.0)
-    assert layer_choice.choose_layer({1: clustered, 2: steady}, NONE_ALIKE, seed=0) == 1
-    assert layer_choice.choose_layer({1: clustered, 2: steady}, same, seed=0) == 2
+    assert layer_choice.choose_layer({1: clustered, 2: steady}, np.arange(200), seed=0) == 1
+    assert layer_choice.choose_layer({1: clustered, 2: steady}, np.maximum(np.arange(200), 149), seed=0) == 2
 
 
 def test_strata_are_what_their_names_say(tokenizer, pairs):
@@ -294,7 +291,7 @@ def test_a_stratums_values_are_the_means_of_its_pairs(make_model, tokenizer, pai
     words, same = spell(tokenizer, pairs), word_pairs.false_negative_pairs(pairs)
     scans = scanned(make_model("llama"), words, same)
     group = np.arange(len(pairs)) % 3 == 0
-    found = layers.stratum_records(scans, {"every third": group, "one": np.arange(len(pairs)) == 4}, same, seed=0)
+    found = layers.stratum_records(scans, {"every third": group, "one": np.arange(len(pairs)) == 4}, seed=0)
     assert {record["stratum"] for record in found} == {"every third"}
     for record in found:
         values = scans[record["stream"], record["layer"]].per_pair[record["vectors"], record["metric"]]

@@ -301,11 +301,11 @@ def test_ctrl_c_saves_what_there_is(settings, tmp_path, number):
 
 
 def test_an_interrupted_report_is_made_by_resuming(settings, monkeypatch):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **named):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_module, "align_layers", interrupted)
+        patched.setattr(train_module, "measure_layers", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(settings)
     first = adapter_bytes(settings["output"])

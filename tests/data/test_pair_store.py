@@ -138,13 +138,13 @@ def test_of_a_long_list_a_sample_is_measured_and_said_to_be_one(make_model, word
         "warmup": 2,
         "held_out": 0.3,
     }
-    captured, plain = [], train_module.align_layers
+    captured, plain = [], train_module.measure_layers
 
-    def watched(checkpoint, words, splits, *others, **named):
-        captured.append((splits, plain(checkpoint, words, splits, *others, **named)))
+    def watched(checkpoint, splits, *others, **named):
+        captured.append((splits, plain(checkpoint, splits, *others, **named)))
         return captured[-1][1]
 
-    monkeypatch.setattr(train_module, "align_layers", watched)
+    monkeypatch.setattr(train_module, "measure_layers", watched)
     whole = train(TrainConfig(**settings, output=str(tmp_path / "whole")))
     assert "random sample" not in (tmp_path / "whole" / "report.md").read_text()
     few(monkeypatch, 20)
@@ -160,9 +160,10 @@ def test_of_a_long_list_a_sample_is_measured_and_said_to_be_one(make_model, word
         assert "(measured: a random sample, 20 trained)" in (tmp_path / "sampled" / file).read_text()
     # a true pair's cosine does not depend on who else is measured
     (splits, (of_whole, _)), (sampled, (of_sample, _)) = captured[:2]
-    assert set(sampled["trained"][0]) < set(splits["trained"][0])
+    listed = {split: list(pairs) for split, pairs in splits.items()}
+    assert set(sampled["trained"]) < set(listed["trained"])
     for (split, *place), alignment in of_sample.items():
-        among = np.searchsorted(splits[split][0], sampled[split][0])
+        among = [listed[split].index(pair) for pair in sampled[split]]
         assert alignment.cosine == pytest.approx(of_whole[split, *place].cosine[among], abs=1e-5)
     # the same pairs again where the adapter is evaluated, and where the layer is chosen
     evaluated = evaluate(EvaluateConfig(adapters=[str(tmp_path / "sampled")], layers="2", output=str(tmp_path / "evaluation")))

@@ -10,10 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tli.metrics import alignment
-from tli.metrics.alignment import CLIPSCORE, HISTOGRAM_EDGES, RETRIEVAL, cosines, csls, measure, measurements
+from tli.metrics.alignment import HISTOGRAM_EDGES, cosines, csls, measure
+from tli.metrics.comparison import summarize
+from tli.metrics.measures import MEASURES
 from tli.runtime.errors import TliError
 
 NONE_ALIKE = np.zeros((0, 2), np.int64)
+RETRIEVAL = [name for name, measure in MEASURES.items() if name.startswith(("p_at_1", "mrr"))]
+CLIPSCORE = ("clipscore", "clipscore_mismatched", "clipscore_gap")
 
 
 def word_vectors(pairs: int, width: int, seed: int, signal: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,13 +74,13 @@ def test_every_number_agrees_with_loops_over_pairs(pairs, width, seed, chunk, da
     np.testing.assert_allclose(measured.per_pair("clipscore_mismatched"), truth["clipscore_mismatched"], atol=1e-12)
     for way, ranks in ((measured.forward, truth["rank_forward"]), (measured.backward, truth["rank_backward"])):
         np.testing.assert_array_equal(way.rank, ranks)
-        np.testing.assert_array_equal(way.within(1), np.equal(ranks, 1))
-        np.testing.assert_allclose(way.reciprocal, 1 / np.array(ranks), rtol=1e-10)
+        np.testing.assert_array_equal(way.hits_at(1), np.equal(ranks, 1))
+        np.testing.assert_allclose(way.reciprocal_rank, 1 / np.array(ranks), rtol=1e-10)
     np.testing.assert_array_equal(measured.per_pair("p_at_5_backward"), np.array(truth["rank_backward"]) <= 5)
     np.testing.assert_array_equal(measured.per_pair("mexa"), truth["mexa"])
     below = np.array([[(own > c) + (own == c) / 2 for c in truth["strangers"]] for own in truth["cosine"]]).mean(1)
     # cosines nearer than a step are ties: room for two of them
-    np.testing.assert_allclose(measured.placement, below, atol=1.01 / len(truth["strangers"]))
+    np.testing.assert_allclose(measured.auc, below, atol=1.01 / len(truth["strangers"]))
     u, _ = scipy.stats.mannwhitneyu(truth["cosine"], truth["strangers"])
     assert measured.value("auc") == pytest.approx(u / (pairs * len(truth["strangers"])), abs=1.01 / len(truth["strangers"]))
     assert measured.chance("mrr") == pytest.approx(np.mean(truth["chance"]), rel=1e-12)
@@ -125,7 +129,7 @@ def test_csls_finds_partners_that_a_hub_hides():
     source += torch.eye(40)[0]
     target[0] = torch.eye(40)[0]
     plain, corrected = measure(source, target, NONE_ALIKE).forward, csls(source, target, NONE_ALIKE)[0]
-    assert plain.within(1)[1:].mean() < 0.5 < corrected.within(1)[1:].mean()
+    assert plain.hits_at(1)[1:].mean() < 0.5 < corrected.hits_at(1)[1:].mean()
 
 
 def test_equal_cosines_count_half_for_the_auc():
@@ -135,7 +139,7 @@ def test_equal_cosines_count_half_for_the_auc():
     measured = measure(source, target, NONE_ALIKE)
     strangers = [0.6, 1.0, 1.0, 1.0, 0.0, 0.8]
     expected = [np.mean([(own > c) + (own == c) / 2 for c in strangers]) for own in (1.0, 0.6, 0.0)]
-    np.testing.assert_allclose(measured.placement, expected, atol=1e-12)
+    np.testing.assert_allclose(measured.auc, expected, atol=1e-12)
 
 
 def test_the_order_of_pairs_changes_nothing_but_the_order():
@@ -161,7 +165,7 @@ def test_collapsed_vectors_are_exactly_at_chance(pairs):
         assert measured.value(metric) == pytest.approx(measured.chance(metric), rel=1e-10)
     # nothing beats all others where all are equal
     assert measured.value("mexa") == 0
-    assert np.mean([way.within(1).mean() for way in csls(vectors, vectors, NONE_ALIKE)]) == pytest.approx(1 / pairs)
+    assert np.mean([way.hits_at(1).mean() for way in csls(vectors, vectors, NONE_ALIKE)]) == pytest.approx(1 / pairs)
     assert (measured.forward.rank == (pairs + 1) / 2).all()
 
 
@@ -194,8 +198,8 @@ def test_words_of_the_same_meaning_neither_compete_nor_count_as_mismatched():
     # pair 1 repeats pair 0
     source[1], target[1] = source[0], target[0]
     apart, joined = measure(source, target, NONE_ALIKE), measure(source, target, both_ways([(0, 1)]))
-    assert apart.forward.within(1)[0] == 0.5
-    assert joined.forward.within(1)[0] == 1
+    assert apart.forward.hits_at(1)[0] == 0.5
+    assert joined.forward.hits_at(1)[0] == 1
     assert joined.mismatched[0] < apart.mismatched[0]
     np.testing.assert_array_equal(joined.forward.candidates, [11, 11] + [12] * 10)
 
@@ -251,7 +255,8 @@ def test_a_pair_without_a_stranger_cannot_be_measured(pairs, edges):
 def test_records_carry_the_means_of_the_arrays_with_intervals_around_them():
     share = np.linspace(0.2, 0.9, 60)
     measured = measure(*word_vectors(60, 16, 19), both_ways([(0, 1)]), share)
-    records = measurements(measured, "held_out", "after", "output", seed=0)
+    found, _ = summarize({("held_out", stream, "output"): measured for stream in (None, "adapter")}, seed=0)
+    records = [record for record in found if record["adapter"] == "adapter"]
     assert {r["metric"] for r in records} == {"cosine", "mismatched", "gap", "sink_share", *RETRIEVAL, *CLIPSCORE}
     for record in records:
         assert (record["split"], record["when"], record["layer"], record["n"]) == ("held_out", "after", "output", 60)
@@ -262,4 +267,5 @@ def test_records_carry_the_means_of_the_arrays_with_intervals_around_them():
     assert values["gap"] == pytest.approx(values["cosine"] - values["mismatched"], abs=1e-12)
     assert values["mrr"] == pytest.approx((values["mrr_forward"] + values["mrr_backward"]) / 2, rel=1e-12)
     assert values["sink_share"] == pytest.approx(share.mean())
-    assert "sink_share" not in measure(*word_vectors(60, 16, 19), NONE_ALIKE).metrics
+    without, _ = summarize({("held_out", None, 2): measure(*word_vectors(60, 16, 19), NONE_ALIKE)}, seed=0)
+    assert "sink_share" not in {record["metric"] for record in without}

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tli.metrics import clipscore
+from tli.metrics import alignment
 from tli.metrics.alignment import measure
 from tli.metrics.clipscore import ref_clip_scores
 
@@ -60,7 +60,7 @@ def test_scores_are_their_definition_for_true_and_for_mismatched_pairs(seed, pai
 def test_no_number_depends_on_how_many_rows_are_held_at_once(monkeypatch):
     arguments = drawn(1, 40, references=60)
     usual = ref_clip_scores(*arguments)
-    monkeypatch.setattr(clipscore, "_CHUNK_NUMBERS", 100)
+    monkeypatch.setattr(alignment, "_CHUNK_NUMBERS", 100)
     chunked = ref_clip_scores(*arguments)
     np.testing.assert_allclose(chunked.score, usual.score, rtol=1e-12)
     np.testing.assert_allclose(chunked.mismatched, usual.mismatched, rtol=1e-12)

@@ -60,7 +60,7 @@ def test_predictions_are_those_of_the_whole_model_with_pefts_adapter(make_model,
             expected["kl"].append((p.exp() * (p - q)).sum())
             expected["total_variation"].append((p.exp() - q.exp()).abs().sum() / 2)
     truth = {name: torch.stack(values).numpy() for name, values in expected.items()}
-    for ours, name in ((base.surprise, "base"), (adapted.surprise, "adapted")):
+    for ours, name in ((base.nll, "base"), (adapted.nll, "adapted")):
         np.testing.assert_allclose(ours, truth[name], rtol=2e-4, atol=2e-4)
     for name in ("kl", "total_variation"):
         np.testing.assert_allclose(getattr(adapted, name), truth[name], rtol=2e-3, atol=2e-5)
@@ -95,7 +95,7 @@ def test_no_number_depends_on_how_much_is_held_at_once(make_model, text, tmp_pat
     monkeypatch.setattr("tli.model.hidden_states._CHUNK_NODES", 30)
     chunked, _ = predict(checkpoint, windows, CPU, [adapter])
     for one, other in zip(usual, chunked):
-        np.testing.assert_allclose(other.surprise, one.surprise, atol=1e-5)
+        np.testing.assert_allclose(other.nll, one.nll, atol=1e-5)
         np.testing.assert_allclose(other.kl, one.kl, atol=1e-5)
 
 
@@ -107,11 +107,11 @@ def test_means_are_means_with_intervals_around_them(make_model, text, tmp_path):
     predictions, _ = predict(checkpoint, windows, CPU, adapters)
     found = harm(predictions, windows, seed=0)
     assert len(found["after"]) == 2
-    base = predictions[0].surprise.mean()
+    base = predictions[0].nll.mean()
     assert found["before"]["perplexity"]["value"] == pytest.approx(math.exp(base))
     for record, stream in zip(found["after"], predictions[1:]):
-        assert record["perplexity"]["value"] == pytest.approx(math.exp(stream.surprise.mean()))
-        assert record["perplexity_ratio"]["value"] == pytest.approx(math.exp(stream.surprise.mean() - base))
+        assert record["perplexity"]["value"] == pytest.approx(math.exp(stream.nll.mean()))
+        assert record["perplexity_ratio"]["value"] == pytest.approx(math.exp(stream.nll.mean() - base))
         assert record["kl"]["value"] == pytest.approx(stream.kl.mean())
         for key in ("perplexity", "perplexity_ratio", "kl", "total_variation"):
             assert record[key]["low"] < record[key]["value"] < record[key]["high"]
@@ -126,7 +126,7 @@ def test_tokens_of_one_window_are_resampled_together():
     generator = np.random.default_rng(0)
     levels = np.repeat(generator.normal(3, 1, (2, 24)), 10, axis=1)
     windows = TextWindows(np.zeros((24, 11), np.int64), np.full(24, 11), np.zeros(1, np.int64), {})
-    base, adapted = (NextTokens(surprise, surprise / 10, surprise / 20) for surprise in levels)
+    base, adapted = (NextTokens(nll, nll / 10, nll / 20) for nll in levels)
     found = harm([base, adapted], windows, seed=0)["after"][0]
     error = levels[1, ::10].std(ddof=1) / math.sqrt(24)
     for record, unit in ((found["kl"], 10), (found["total_variation"], 20)):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tli.runtime.errors import TliError
 from tli.stats.bootstrap import _resample_weights, bootstrap_interval, sign_flip, word_clusters
-from tli.stats.tests import compare_groups, compare_paired, compare_rows, correct, effect_size, equivalence, holm, paired_t, welch, wilcoxon
+from tli.stats.tests import add_holm, compare_groups, compare_paired, effect_size, equivalence, holm, paired_t, welch, wilcoxon
 
 
 def drawn(seed: int, n: int, gain: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
@@ -116,9 +116,9 @@ def test_no_change_is_no_change_without_a_warning(value, n):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for values in (same, scattered):
-            assert compare_paired(values, values.copy(), 0) == {
-                "n": n, "mean_gain": 0, "low": 0, "high": 0, "t": 0, "p_t": 1, "p_wilcoxon": 1, "d_z": 0,
-            }  # fmt: skip
+            assert compare_paired(values[None], values[None].copy(), 0) == [
+                {"n": n, "clusters": n, "mean_gain": 0, "low": 0, "high": 0, "t": 0, "p_t": 1, "p_wilcoxon": 1, "p_sign_flip": 1, "d_z": 0}
+            ]
         assert bootstrap_interval(same, 0) == (pytest.approx(value), pytest.approx(value))
         alike = welch(same, np.full(n + 1, value))
     assert (alike["difference"], alike["t"], alike["p"], alike["low"], alike["high"]) == (0, 0, 1, 0, 0)
@@ -127,11 +127,11 @@ def test_no_change_is_no_change_without_a_warning(value, n):
 def test_rounding_is_not_evidence():
     before = np.random.default_rng(0).uniform(0.2, 0.9, 500)
     after = before * (1 + np.finfo(float).eps)
-    assert compare_paired(before, after, 0)["p_t"] == 1
+    assert compare_paired(before[None], after[None], 0)[0]["p_t"] == 1
     # the same gain for all, up to the rounding of the subtraction
-    shifted = compare_paired(before, before + 0.1, 0)
+    shifted = compare_paired(before[None], before[None] + 0.1, 0)[0]
     assert shifted["mean_gain"] == pytest.approx(0.1)
-    assert (shifted["t"], shifted["p_t"], shifted["d_z"]) == (None, 0, None)
+    assert (shifted["t"], shifted["p_t"], shifted["d_z"]) == (None, None, None)
     json.dumps(shifted, allow_nan=False)
 
 
@@ -139,7 +139,7 @@ def test_rounding_is_not_evidence():
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=2, max_size=20), st.data())
 def test_hits_and_misses_never_make_a_nan(before, data):
     after = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=len(before), max_size=len(before)))
-    compared = compare_paired(np.array(before), np.array(after), 0)
+    compared = compare_paired(np.array([before]), np.array([after]), 0)[0]
     json.dumps([compared, welch(np.array(before), np.array(after))], allow_nan=False)
     assert compared["low"] - 1e-6 <= compared["mean_gain"] <= compared["high"] + 1e-6
     assert 0 <= compared["p_wilcoxon"] <= 1
@@ -151,7 +151,7 @@ def test_wrong_values_are_refused():
     with pytest.raises(TliError, match="finite"):
         paired_t(np.array([1.0, np.nan]), np.zeros(2))
     with pytest.raises(TliError, match="same pairs"):
-        compare_paired(np.zeros(3), np.zeros(4), 0)
+        compare_paired(np.zeros((1, 3)), np.zeros((1, 4)), 0)
 
 
 def clustered(seed: int, clusters: int, largest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -281,7 +281,7 @@ def test_tests_that_were_not_made_do_not_count():
     assert holm([None, 0.01, None, 0.04]) == [None, 0.02, None, 0.04]
     assert holm([]) == []
     records = [{"p": 0.03}, {"p": None}, {"p": 0.01}]
-    correct(records, ("p",))
+    add_holm(records, ("p",))
     assert [record["p_holm"] for record in records] == [0.03, None, 0.02]
 
 
@@ -317,11 +317,11 @@ def test_pairs_that_share_a_word_are_one_cluster_also_by_way_of_others():
 def test_rows_are_compared_as_each_alone_and_say_what_clusters_change():
     before, after = (np.stack(part) for part in zip(drawn(1, 80), drawn(2, 80, gain=0.0)))
     number = np.arange(80) // 2
-    rows = compare_rows(before, after, 0, number)
+    rows = compare_paired(before, after, 0, number)
     for row, b, a in zip(rows, before, after):
-        alone = compare_paired(b, a, 0)
-        same = ("n", "mean_gain", "t", "p_t", "p_wilcoxon", "d_z")
-        assert {key: row[key] for key in same} == pytest.approx({key: alone[key] for key in same})
+        assert (row["t"], row["p_t"]) == pytest.approx(paired_t(b, a))
+        assert (row["p_wilcoxon"], row["d_z"]) == pytest.approx((wilcoxon(b, a), effect_size(b, a)))
+        assert (row["n"], row["mean_gain"]) == (80, pytest.approx((a - b).mean()))
         assert row["clusters"] == 40
         assert row["p_sign_flip"] == pytest.approx(float(sign_flip(a - b, 0, number)))
         assert (row["low"], row["high"]) == pytest.approx(tuple(map(float, bootstrap_interval(a - b, 0, clusters=number))), rel=1e-4)
@@ -330,16 +330,16 @@ def test_rows_are_compared_as_each_alone_and_say_what_clusters_change():
 def test_what_values_cannot_tell_is_none_and_never_a_wrong_p():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        one = compare_rows(np.array([[0.1]]), np.array([[0.4]]), 0)[0]
+        one = compare_paired(np.array([[0.1]]), np.array([[0.4]]), 0)[0]
         assert (one["n"], one["mean_gain"]) == (1, pytest.approx(0.3))
         assert {one[key] for key in ("low", "high", "t", "p_t", "p_wilcoxon", "p_sign_flip", "d_z")} == {None}
         # a gain that is the same everywhere: as many signs as there are pairs, and nothing more, speak for it
-        alike = compare_rows(np.zeros((1, 5)), np.full((1, 5), 0.1), 0)[0]
+        alike = compare_paired(np.zeros((1, 5)), np.full((1, 5), 0.1), 0)[0]
         assert (alike["t"], alike["p_t"], alike["d_z"], alike["p_sign_flip"]) == (None, None, None, 2 / 2**5)
-        nothing = compare_rows(np.ones((1, 5)), np.ones((1, 5)), 0)[0]
+        nothing = compare_paired(np.ones((1, 5)), np.ones((1, 5)), 0)[0]
         assert (nothing["t"], nothing["p_t"], nothing["d_z"], nothing["p_sign_flip"]) == (0, 1, 0, 1)
         # all pairs share one word
-        together = compare_rows(*(x[None] for x in drawn(0, 6)), 0, np.zeros(6, int))[0]
+        together = compare_paired(*(x[None] for x in drawn(0, 6)), 0, np.zeros(6, int))[0]
         assert (together["clusters"], together["low"], together["p_sign_flip"]) == (1, None, 1)
         apart = compare_groups(np.ones(4), np.zeros(4), 0.1)
         assert (apart["difference"], apart["t"], apart["p"], apart["equivalence"]["p"]) == (1, None, None, None)
@@ -354,6 +354,6 @@ def test_wrong_values_are_refused_by_row_and_by_cluster():
     with pytest.raises(TliError, match="finite"):
         sign_flip(np.array([1.0, math.nan]), 0)
     with pytest.raises(TliError, match="finite"):
-        compare_rows(np.zeros((1, 3)), np.array([[0, math.inf, 0]]), 0)
+        compare_paired(np.zeros((1, 3)), np.array([[0, math.inf, 0]]), 0)
     with pytest.raises(TliError, match="two clusters"):
         bootstrap_interval(np.arange(4.0), 0, clusters=np.zeros(4, int))

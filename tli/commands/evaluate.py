@@ -6,7 +6,6 @@ anywhere, tested, without a model and without torch.
 """
 
 import functools
-import json
 import pathlib
 import platform
 import typing
@@ -22,7 +21,7 @@ from tli.reports import evaluation
 from tli.reports.tables import Table, show
 from tli.runtime.cli import as_dict
 from tli.runtime.errors import TliError
-from tli.runtime.files import prepare_output_dir, sha256, write_text
+from tli.runtime.files import SCHEMA, prepare_output_dir, sha256, write_json, write_text
 from tli.stats import paired_table
 
 if typing.TYPE_CHECKING:
@@ -54,7 +53,13 @@ def _evaluate_table(config: EvaluateConfig, console) -> dict:
     table = paired_table.read_table(config.from_csv, config.before, config.after, config.group, config.cluster)
     results = paired_table.compare_table(table, config.seed or 0, config.margin)
     options = {name: as_dict(config)[name] for name in ("from_csv", "before", "after", "group", "cluster", "margin", "seed")}
-    facts = {"config": options, "table": paired_table.describe(config.from_csv, table), **results, "versions": _versions()}
+    facts: dict[str, typing.Any] = {
+        "schema": SCHEMA,
+        "config": options,
+        "table": paired_table.describe(config.from_csv, table),
+        **results,
+        "versions": _versions(),
+    }
     tables = evaluation.tables_of_values(facts)
     if config.output is not None:
         output = pathlib.Path(config.output).expanduser()
@@ -110,7 +115,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     token_norm = resolve_token_norm(token_norm, checkpoint)
     windows = None if config.text is None else read_windows(config.text, checkpoint, config.window, config.text_tokens)
     prepare_output_dir(output, config.overwrite)
-    used = {"weights": weights, "dtype": str(placement.dtype)[6:], "token_norm": token_norm, "pool_bos": pool_bos, "prefix": prefix}
+    used = {"weights": weights, "dtype": placement.facts["dtype"], "token_norm": token_norm, "pool_bos": pool_bos, "prefix": prefix}
     differences = _differences(used, known)
 
     streams: dict[str | None, Adapter | None] = {None: None, **{name: recorded.adapter for name, recorded in adapters.items()}}
@@ -120,7 +125,9 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     )
     with layer_bar(console, steps) as done:
         pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
-        found, missing = layer_pass.measure_layers(checkpoint, splits, layers, pool, placement, streams, prefix, pool_bos, done)
+        found, missing = layer_pass.measure_layers(
+            checkpoint, splits, pool, placement, streams, prefix, pool_bos, layers, references=True, done=done
+        )
         predictions, unread = (
             predict(checkpoint, windows, placement, [recorded.adapter for recorded in known], done) if windows else ([], None)
         )
@@ -133,8 +140,9 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
             "put the missing shard there, or ask for less",
         )
 
-    measurements, tests = comparison.assess(found, splits, seed, _MARGIN if config.margin is None else config.margin)
+    measurements, tests = comparison.summarize(found, seed, margin=_MARGIN if config.margin is None else config.margin)
     facts = {
+        "schema": SCHEMA,
         "config": as_dict(config),
         "adapters": [recorded.facts() for recorded in known],
         "model": model_facts(name, checkpoint, hashed(checkpoint.blocks if measured[-1] == "output" else measured[-1])),
@@ -236,4 +244,4 @@ def _versions() -> dict:
 def _write(output: pathlib.Path, facts: dict, tables: list[Table], title: str) -> None:
     text = evaluation.markdown(title, tables, facts)
     write_text(output / "evaluation.md", text)
-    write_text(output / "evaluation.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    write_json(output / "evaluation.json", facts)

@@ -29,7 +29,7 @@ from tli.runtime import environment, ops
 from tli.runtime.cli import as_dict
 from tli.runtime.device import place
 from tli.runtime.errors import TliError, disk_errors
-from tli.runtime.files import replacing, write_text
+from tli.runtime.files import SCHEMA, replacing, write_text
 
 # what a model needs beside its weights and config.json
 _BESIDE = (
@@ -70,6 +70,7 @@ def export(config: ExportConfig) -> dict:
     _require_room(output, sum(sizes.values()))
     files = _files(sizes, config.shard_gb * 1e9)
     facts: dict[str, Any] = {
+        "schema": SCHEMA,
         "config": as_dict(config),
         "model": {
             "name": config.model or recorded.peft.get("base_model_name_or_path"),
@@ -199,7 +200,7 @@ def _merged(weight: Tensor, factors: tuple[Tensor, Tensor] | None, scale: float,
     # the extremes of numbers with a NaN are NaN
     if rounded.numel() and not torch.stack(rounded.aminmax()).isfinite().all():
         raise TliError(
-            name, f"every weight must be finite in {str(dtype)[6:]}", "infinity or nan", "check the adapter, or choose another --dtype"
+            name, f"every weight must be finite in {ops.name_of(dtype)}", "infinity or nan", "check the adapter, or choose another --dtype"
         )
     return rounded
 

@@ -14,9 +14,12 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import filelock
+
 from tli.runtime.console import stop_signals
 from tli.runtime.environment import cores
 from tli.runtime.errors import TliError, disk_errors
+from tli.runtime.files import write_text
 from tli.training.state import STATE_FILE
 
 REPORT = "report.json"
@@ -111,6 +114,48 @@ def run_cells(cells: Iterable[Cell], folder: pathlib.Path, jobs: int, done: Call
                 process.terminate()
             for _, process, _ in running.values():
                 process.wait()
+
+
+def claim_folder(folder: pathlib.Path, name: str, what: str, settings: dict[str, Any], overwrite: bool = False) -> None:
+    """Make the folder of many runs, or find that they may go on in it. Of processes that come at once one makes it.
+
+    Args:
+        folder:     holds the cells and what is made of them
+        name:       of the file in it that keeps the settings
+        what:       the command, as ``study``
+        settings:   plain JSON values, or parts of them by name: what must be the same for the runs to go on
+        overwrite:  begin anew; the caller has deleted what was there
+
+    Raises:
+        TliError: the folder is another's, or the settings are not those that it was begun with.
+    """
+    file, anew = folder / name, f"name another folder with --output, or repeat the {what}'s own settings"
+    with disk_errors(folder):
+        # the lock, and what the settings are written to before they have their name, are another process's of the same command
+        mine = (f".{what}.", f".{name}.")
+        used = folder.exists() and (not folder.is_dir() or any(not path.name.startswith(mine) for path in folder.iterdir()))
+        # looked for last: of all that is written it has its name first
+        if used and not overwrite and not file.is_file():
+            raise TliError("--output", f"the folder must be new, empty or a {what}'s", folder, "name another with --output")
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / f".{what}.lock"):
+            if not file.is_file():
+                write_text(file, json.dumps(settings, indent=1) + "\n")
+    try:
+        kept = _flat(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise TliError(file, f"the file must be a {what}'s settings", "something else", "name another folder with --output") from error
+    for key, value in _flat(settings).items():
+        if kept.get(key) != value:
+            raise TliError(f"{file}: {key}", f"a {what} must go on as it was begun, with {kept.get(key)}", value, anew)
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """``{"pairs": {"name": 1}, "seed": 2}`` as ``{"pairs name": 1, "seed": 2}``."""
+    flat: dict[str, Any] = {}
+    for part, values in settings.items():
+        flat |= {f"{part} {key}": value for key, value in values.items()} if isinstance(values, dict) else {part: values}
+    return flat
 
 
 def _partial(cell: Cell, folder: pathlib.Path) -> pathlib.Path:

@@ -15,13 +15,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tli.commands.grid import REPORT, Cell, run_cells
+from tli.commands.grid import REPORT, Cell, claim_folder, run_cells
 from tli.commands.protocol_controls import adapters_everywhere, save_random_model, sink_only, tokenise_pairs
 from tli.config import ProtocolConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.pair_store import Pair
-from tli.metrics import layer_pass
-from tli.metrics.alignment import Alignment, measure, measurements
+from tli.metrics.alignment import measure
+from tli.metrics.comparison import summarize
+from tli.metrics.layer_pass import measure_layers
+from tli.metrics.measures import names
 from tli.model import starter
 from tli.model.checkpoint import Checkpoint, open_checkpoint
 from tli.model.lora import Adapter
@@ -34,13 +36,10 @@ from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import cells_bar
 from tli.runtime.device import place
-from tli.runtime.errors import TliError
-from tli.runtime.files import prepare_output_dir, sha256, write_text
-from tli.stats import tests as significance
+from tli.runtime.errors import TliError, disk_errors
+from tli.runtime.files import SCHEMA, sha256, write_json, write_text
 
 FILES = ("protocol.json", "protocol.md", "protocol.png")
-METRICS = ("cosine", "mismatched", "gap", "p_at_1", "mrr", "sink_share")
-TESTED = ("cosine", "gap")
 # what the option ``model`` says until there is a folder to name
 RANDOM = "random weights"
 # of the null model: how many times as long as a token's vector the shared one is
@@ -146,7 +145,7 @@ def protocol(config: ProtocolConfig) -> dict:
     output = pathlib.Path(config.output).expanduser()
     pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     splits = dict(zip(("trained", "held_out"), word_pairs.split_pairs(pairs, TrainConfig().held_out, config.seed)))
-    checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
+    checkpoint = open_checkpoint(starter.locate(config.model))
     runs = {switch.name: options_of(switch, config, output) for switch in SWITCHES}
     deepest = max(options["layer"] for options in runs.values())
     if checkpoint.blocks < deepest:
@@ -172,10 +171,10 @@ def protocol(config: ProtocolConfig) -> dict:
         report = json.loads((folder / name / REPORT).read_text(encoding="utf-8"))
         row = {**dataclasses.asdict(switch), **_numbers(switch, report, folder / name, checkpoint, splits)}
         rows.append({**row, "sentence": sentence(row, rows[0] if rows else row)})
-    result = {**facts, "machine": report["machine"], "published": PUBLISHED, "rows": rows, "verdict": verdict(rows)}
+    result = {"schema": SCHEMA, **facts, "machine": report["machine"], "published": PUBLISHED, "rows": rows, "verdict": verdict(rows)}
     save_figure(output / "protocol.png", draw_protocol(result))
     write_text(output / "protocol.md", markdown(result))
-    write_text(output / "protocol.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_json(output / "protocol.json", result)
     show(result, console)
     console.print(f"in {output}: {', '.join(FILES)}, and each training in cells/")
     return result
@@ -209,27 +208,14 @@ def _facts(config: ProtocolConfig, checkpoint: Checkpoint, splits: Mapping[str, 
 
 def _claim(output: pathlib.Path, facts: dict, overwrite: bool) -> None:
     """Make the folder, or go on in it if it is that of a protocol with the same facts."""
-    file = output / _SETTINGS
-    if file.is_file() and not overwrite:
-        try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-            differing = [
-                (part, key, told[part].get(key)) for part in facts for key in facts[part] if told[part].get(key) != facts[part][key]
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TliError(file, "the file must be that of a protocol", repr(error), "begin anew with --overwrite") from error
-        if differing:
-            part, key, value = differing[0]
-            must = f"a protocol must go on as it was begun, with {part} {key} {value}"
-            raise TliError(output, must, facts[part][key], "name another folder with --output, or begin anew with --overwrite")
-        return
-    prepare_output_dir(output, overwrite)
-    # nothing of another protocol's may be taken for this one's
-    for name in (*FILES, _SETTINGS):
-        (output / name).unlink(missing_ok=True)
-    for rest in (output / "cells", _random_folder(output)):
-        shutil.rmtree(rest, ignore_errors=True)
-    write_text(file, json.dumps(facts, indent=1) + "\n")
+    if overwrite:
+        # nothing of another protocol's may be taken for this one's
+        with disk_errors(output):
+            for name in (*FILES, _SETTINGS):
+                (output / name).unlink(missing_ok=True)
+        for rest in (output / "cells", _random_folder(output)):
+            shutil.rmtree(rest, ignore_errors=True)
+    claim_folder(output, _SETTINGS, "protocol", facts, overwrite)
 
 
 def _numbers(switch: Switch, report: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: Mapping[str, Sequence[Pair]]) -> dict:
@@ -251,26 +237,28 @@ def _numbers(switch: Switch, report: dict, folder: pathlib.Path, checkpoint: Che
 def of_report(report: dict) -> dict:
     """The numbers that a cell's own report has for its layer."""
     layer = report["config"]["layer"]
+    return _numbers_of(*([record for record in report[part] if record["layer"] == layer] for part in ("measurements", "tests")))
+
+
+def _numbers_of(measurements: list[dict], tests: list[dict]) -> dict:
+    """Of a report's records those that a row shows."""
     return {
-        "measurements": [r for r in report["measurements"] if r["layer"] == layer and r["metric"] in METRICS],
-        "tests": [t for t in report["tests"] if (t["layer"], t["test"]) == (layer, "paired") and t["metric"] in TESTED],
+        "measurements": [_without_adapter(record) for record in measurements if record["metric"] in names("headline")],
+        "tests": [_without_adapter(test) for test in tests if test["test"] == "paired" and test["metric"] in names("between")],
     }
+
+
+def _without_adapter(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key != "adapter"}
 
 
 def measure_anew(options: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: Mapping[str, Sequence[Pair]]) -> dict:
     """The numbers of the adapter in ``folder``: base and adapter, measured with these options of ``tli.train``."""
     placement = place(options["device"], options["dtype"], options["weights"], options["impl"])
-    pool, layer, seed = pooling(options["token_norm"], checkpoint, placement.device, placement.ops), options["layer"], options["seed"]
+    pool, layer = pooling(options["token_norm"], checkpoint, placement.device, placement.ops), options["layer"]
     streams: dict[str | None, Adapter | None] = {"before": None, "after": load_adapter(folder).adapter}
-    how = pool, placement, streams, options["prefix"], options["eval_pool_bos"]
-    found = {key: measured.alignment for key, measured in layer_pass.measure_layers(checkpoint, splits, [layer], *how)[0].items()}
-    tests = []
-    for split in splits:
-        for metric in TESTED:
-            before, after = (found[split, when, layer].per_pair(metric) for when in streams)
-            compared = significance.compare_paired(before, after, seed)
-            tests.append({"test": "paired", "split": split, "layer": layer, "metric": metric, **compared})
-    return {"measurements": _records(found, seed), "tests": tests}
+    found, _ = measure_layers(checkpoint, splits, pool, placement, streams, options["prefix"], options["eval_pool_bos"], [layer])
+    return _numbers_of(*summarize(found, options["seed"], base="before"))
 
 
 def measure_null(words, splits: Mapping[str, Sequence[Pair]], width: int, seed: int) -> dict:
@@ -281,13 +269,4 @@ def measure_null(words, splits: Mapping[str, Sequence[Pair]], width: int, seed: 
         part = np.arange(first, first + len(pairs))
         found[split, "before", None] = measure(source[part], target[part], word_pairs.false_negative_pairs(pairs))
         expected[split], first = float(cosine[part].mean()), first + len(pairs)
-    return {"cell": None, "layer": None, "parameters": 0, "expected": expected, "measurements": _records(found, seed), "tests": []}
-
-
-def _records(alignments: Mapping[tuple, Alignment], seed: int) -> list[dict]:
-    return [
-        r
-        for (split, when, layer), alignment in alignments.items()
-        for r in measurements(alignment, split, when, layer, seed)
-        if r["metric"] in METRICS
-    ]
+    return {"cell": None, "layer": None, "parameters": 0, "expected": expected, **_numbers_of(*summarize(found, seed, base="before"))}

@@ -7,7 +7,6 @@ them stand the paper's, token states as they are with BOS pooled, so that a read
 """
 
 import functools
-import json
 import pathlib
 import time
 from typing import Any
@@ -29,7 +28,8 @@ from tli.runtime.cli import as_dict
 from tli.runtime.console import layer_bar
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
-from tli.runtime.files import prepare_output_dir, sha256, write_text
+from tli.runtime.files import SCHEMA, prepare_output_dir, sha256, write_json
+from tli.stats.bootstrap import word_clusters
 
 FILES = ("scan.json", "scan.png")
 
@@ -71,25 +71,26 @@ def scan(config: ScanConfig) -> dict:
 
     list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
     report: dict[str, Any] = {
+        "schema": SCHEMA,
         "config": {**as_dict(config), "token_norm": token_norm},
         "model": model_facts(name, checkpoint, hashed(max(layer for _, layer in scans if layer != "output"))),
         "adapter": None if adapted is None else adapted.facts(),
         "pairs": {"name": list_file.name, "sha256": sha256(list_file), "listed": listed, "scanned": len(pairs)},
         "missing_output": missing_output,
         "choice": {
-            "gap": layer_choice.choose_layer(layers.of_stream(scans, "base", "word", "gap"), same, config.seed),
-            "paper": layer_choice.choose_layer_by_cosine(layers.of_stream(scans, "base", "raw_bos", "cosine")),
+            "gap": layer_choice.choose_layer(layers.by_layer(scans, "base", "word", "gap"), word_clusters(len(pairs), same), config.seed),
+            "paper": layer_choice.choose_layer_by_cosine(layers.by_layer(scans, "base", "raw_bos", "cosine")),
         },
         "sink_layers": {stream: layer_choice.sink_layers(scans, stream) for stream in streams},
         "versions": environment.versions(),
         "machine": environment.machine(placement),
-        "measurements": layers.records(scans, same, config.seed),
-        "strata": layers.stratum_records(scans, layers.strata(pairs, words), same, config.seed),
+        "measurements": layers.records(scans, config.seed),
+        "strata": layers.stratum_records(scans, layers.strata(pairs, words), config.seed),
     }
     report["verdict"] = verdict(report)
     save_figure(output / "scan.png", draw_scan(report))
     report |= {"seconds": time.monotonic() - began, "peak_bytes": environment.peak_bytes()}
-    write_text(output / "scan.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_json(output / "scan.json", report)
     show(report, console)
     console.print(f"in {output}: {', '.join(FILES)}")
     return report

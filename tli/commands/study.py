@@ -13,14 +13,13 @@ import typing
 import numpy as np
 
 import tli
-from tli.commands.grid import Cell, run_cells
+from tli.commands.grid import Cell, claim_folder, run_cells
 from tli.config import StudyConfig
 from tli.data import word_pairs
 from tli.reports import study as study_report
 from tli.runtime.cli import as_dict
 from tli.runtime.console import cells_bar
-from tli.runtime.errors import TliError, disk_errors
-from tli.runtime.files import replacing, sha256, write_text
+from tli.runtime.files import replacing, sha256
 
 SETTINGS_FILE = "study.json"
 # what may differ from one call to the next: how large the grid and the search are, and how they are run
@@ -99,7 +98,7 @@ def _check_model(config: StudyConfig) -> int:
     from tli.model.decoder import require_layer, shell
     from tli.runtime.device import place
 
-    checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
+    checkpoint = open_checkpoint(starter.locate(config.model))
     require_layer(checkpoint, config.layer)
     decoder = shell(checkpoint, checkpoint.blocks, np.zeros(1, np.int64), place("cpu", "float32"))
     largest = max([config.search_rank, *_ranks(config)])
@@ -113,30 +112,10 @@ def _ranks(config: StudyConfig) -> list[int]:
 
 
 def _claim(folder: pathlib.Path, config: StudyConfig) -> None:
-    """Make the study's folder, or find that this study may go on in it. Of processes that come at once one makes it."""
-    from filelock import FileLock
-
-    settings = {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}
-    settings |= {"pairs": sha256(config.pairs or word_pairs.SHIPPED), "version": tli.__version__}
-    file = folder / SETTINGS_FILE
-    with disk_errors(folder):
-        # the lock, and what the settings are written to before they have their name, are another process's of this study
-        used = folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".study.") for path in folder.iterdir()))
-        # looked for last: of all that a study writes it has its name first
-        if used and not file.is_file():
-            raise TliError("--output", "the folder must be new, empty or a study's", folder, "name another with --output")
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".study.lock"):
-            if not file.is_file():
-                write_text(file, json.dumps(settings, indent=1) + "\n")
-    try:
-        found = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise TliError(file, "the file must be a study's settings", "something else", "name another folder with --output") from error
-    for name in ("version", *settings):
-        if found.get(name) != settings[name]:
-            where, new = f"{file}: {name}", "name another folder with --output, or repeat the study's own settings"
-            raise TliError(where, f"a study must go on as it was begun, with {found.get(name)}", settings[name], new)
+    """Make the study's folder, or find that this study may go on in it."""
+    options = {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}
+    settings = {"version": tli.__version__, **options, "pairs": sha256(config.pairs or word_pairs.SHIPPED)}
+    claim_folder(folder, SETTINGS_FILE, "study", settings)
 
 
 def _write_lists(folder: pathlib.Path, config: StudyConfig) -> None:

@@ -21,7 +21,7 @@ from tli.data.loader import BatchLoader
 from tli.data.packing import TokenisedWords, tokenise
 from tli.data.pair_store import Pairs
 from tli.metrics import layer_choice
-from tli.metrics.layer_pass import align_layers
+from tli.metrics.layer_pass import measure_layers
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint, model_facts, open_checkpoint, sight
 from tli.model.decoder import build_decoder, require_layer
@@ -32,7 +32,7 @@ from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import layer_bar
 from tli.runtime.device import Placement, place
-from tli.runtime.files import prepare_output_dir, sha256
+from tli.runtime.files import SCHEMA, prepare_output_dir, sha256
 from tli.training.loop import fit
 from tli.training.memory import budget
 from tli.training.memory import profile as profiling
@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> dict:
         console.print("token states are normalised by plain RMS: the model's final norm lies in a shard that is not needed otherwise")
     pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
     if config.layer == "auto":
-        config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, exact, console))
+        config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, trained, pool, exact, console))
     # auto has been replaced by the layer that it chose
     assert config.layer != "auto"
     batches = BatchLoader(config, words, partners, trained, placement)
@@ -99,15 +99,18 @@ def train(config: TrainConfig) -> dict:
     # what was done, where the options left it open
     done_config = dataclasses.replace(config, token_norm=token_norm)
     facts = _facts(done_config, checkpoint, decoder, placement, trained, held_out, output, progress)
-    facts["machine"]["measured_in"] = str(exact.dtype).removeprefix("torch.")
+    facts["machine"]["measured_in"] = exact.facts["dtype"]
     if profile is not None:
         facts["memory"] = memory.measured(needed, profile, decoder, batches.bytes(), output, console)
     if not config.no_report:
         streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
-        splits = _splits(trained, held_out, config.seed)
+        splits = {"trained": trained, "held_out": held_out}
+        splits = {name: pairs.subset(word_pairs.sample(pairs, config.seed)) for name, pairs in splits.items() if len(pairs)}
         # the embeddings, each block, and the output
         with layer_bar(console, checkpoint.blocks + 2) as done:
-            alignments, facts["missing_output"] = align_layers(checkpoint, words, splits, pool, exact, streams, config.eval_pool_bos, done)
+            alignments, facts["missing_output"] = measure_layers(
+                checkpoint, splits, pool, exact, streams, config.prefix, config.eval_pool_bos, done=done
+            )
         facts = training_report.write_report(output, facts, alignments, console)
     state.discard()
     console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
@@ -159,31 +162,19 @@ def _tokenise(config: TrainConfig, checkpoint: Checkpoint, splits: Sequence[Pair
 def _choose_layer(
     config: TrainConfig,
     checkpoint: Checkpoint,
-    words: TokenisedWords,
     trained: Pairs,
     pool: Pooling,
     placement: Placement,
     console,
 ) -> int:
     """The layer for ``auto``, by the trained pairs alone: held-out ones are to judge what comes of it."""
-    splits = {"trained": _measured(trained, 0, config.seed)}
+    pairs = trained.subset(word_pairs.sample(trained, config.seed))
     with layer_bar(console, checkpoint.blocks + 2) as done:
-        alignments, _ = align_layers(checkpoint, words, splits, pool, placement, {"before": None}, done=done)
+        alignments, _ = measure_layers(checkpoint, {"trained": pairs}, pool, placement, {"before": None}, config.prefix, done=done)
     gaps = {layer: alignment.per_pair("gap") for (_, _, layer), alignment in alignments.items()}
-    chosen = layer_choice.choose_layer(gaps, splits["trained"][1], config.seed)
+    chosen = layer_choice.choose_layer(gaps, next(iter(alignments.values())).clusters, config.seed)
     console.print(f"layer {chosen}: that is where the trained pairs' gap is surely the largest before training")
     return chosen
-
-
-def _splits(trained: Pairs, held_out: Pairs, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The true pairs of each split, also where mismatched ones were taught, and those among them that mean the same."""
-    return {"trained": _measured(trained, 0, seed), "held_out": _measured(held_out, len(trained), seed)}
-
-
-def _measured(pairs: Pairs, first: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers, from ``first`` on, of the pairs that are measured: all, or a sample; and those among them that mean the same."""
-    numbers = word_pairs.sample(pairs, seed)
-    return first + numbers, word_pairs.false_negative_pairs(pairs.subset(numbers))
 
 
 def _facts(
@@ -203,6 +194,7 @@ def _facts(
     assert config.layer != "auto"
     per_batch = len(trained) / -(-len(trained) // config.batch)
     return {
+        "schema": SCHEMA,
         "config": as_dict(config),
         "model": model_facts(
             config.model or starter.NAME, checkpoint, checkpoint.sha256(config.layer if config.arm == "early" else checkpoint.blocks)

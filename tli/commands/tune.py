@@ -16,6 +16,7 @@ import torch
 from tli.config import TuneConfig
 from tli.runtime import ops
 from tli.runtime.errors import TliError
+from tli.runtime.files import SCHEMA
 
 ROWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _REPEATS = 9
@@ -47,7 +48,13 @@ def tune(config: TuneConfig) -> dict:
     if not config.dry_run:
         ops.save_tuned(device, decode_rows, fused_rows)
     _show(console, config, seconds, decode_rows, fused_rows)
-    return {"config": dataclasses.asdict(config), "seconds": seconds, "decode_rows": decode_rows, "fused_rows": fused_rows}
+    return {
+        "schema": SCHEMA,
+        "config": dataclasses.asdict(config),
+        "seconds": seconds,
+        "decode_rows": decode_rows,
+        "fused_rows": fused_rows,
+    }
 
 
 def measure(

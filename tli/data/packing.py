@@ -69,6 +69,11 @@ class TokenisedWords:
         return pack(*self.padded(words), self.starts[words] * (not pool_bos), width, width_step)
 
 
+def sink_token(tokenizer) -> int:
+    """The token that comes first: the tokenizer's BOS, or its EOS where it has no BOS."""
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
 def tokenise(tokenizer, words: Iterable[str], window: int, prefix: str = "") -> TokenisedWords:
     """Tokenise each word, behind ``prefix``, behind one sink: the tokenizer's BOS, or its EOS where it has no BOS.
 
@@ -78,7 +83,7 @@ def tokenise(tokenizer, words: Iterable[str], window: int, prefix: str = "") -> 
     Raises:
         TliError: a word without tokens, or with more than ``window``.
     """
-    sink = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    sink = sink_token(tokenizer)
     words, indptr, starts, occurs = iter(words), array("q", [0]), array("i"), np.zeros(0, bool)
     with disk_errors(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
         while texts := list(itertools.islice(words, _CHUNK_WORDS)):

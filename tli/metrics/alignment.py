@@ -1,7 +1,7 @@
 """What the numbers mean: the cosine of true pairs beside that of mismatched ones, the gap, retrieval both ways, and chance.
 
 A mean cosine says nothing by itself. Let all words share one long vector, an attention sink for instance, and every cosine is
-near 1, for translations and for strangers alike. So each pair is measured against the list it stands in: ``gap`` is how
+near 1, for translations and for mismatched words alike. So each pair is measured against the list it stands in: ``gap`` is how
 much closer it is than mismatched pairs are, and retrieval asks whether the true partner is the *nearest* candidate. A shift of
 all words moves neither; only alignment moves both. A gap that grows while the ranks stay is a change of scale.
 """
@@ -13,19 +13,16 @@ import typing
 
 import numpy as np
 
+from tli.metrics.measures import MEASURES
 from tli.metrics.retrieval import Retrieval
 from tli.runtime.errors import TliError
-from tli.stats.bootstrap import bootstrap_interval
+from tli.stats.bootstrap import word_clusters
 
 if typing.TYPE_CHECKING:
     import torch
 
+    from tli.metrics.clipscore import Scores
 
-# of ``clipscore``: Hessel et al. 2021 (arXiv 2104.08718)
-CLIP_WEIGHT = 2.5
-RETRIEVAL = ("p_at_1", "p_at_1_forward", "p_at_1_backward", "mrr", "mrr_forward", "mrr_backward")
-CLIPSCORE = ("clipscore", "clipscore_mismatched", "clipscore_gap")
-_NO_RANKS = ("cosine", "mismatched", "gap", "sink_share")
 # neighbours that CSLS takes as a word's neighbourhood: Conneau et al. 2018
 NEIGHBOURS = 10
 # the mismatched cosines' histogram has bins of 0.005: coarser ones are made by adding neighbours
@@ -47,74 +44,57 @@ class Alignment:
     mismatched             float64 [B]     mean cosine of pair i's words with the words of other meaning, both directions averaged
     clipped                float64 [B]     the same mean of max(cosine, 0)
     mismatched_histogram   int64 [400]     all mismatched cosines, counted in HISTOGRAM_EDGES
-    placement              float64 [B]     share of all mismatched cosines, of any two words, below pair i's; ties count half
+    auc                    float64 [B]     share of all mismatched cosines, of any two words, below pair i's; ties count half
     forward, backward                      retrieval of targets by sources, and of sources by targets
+    clusters               int64 [B]       ``word_clusters``: pairs of one number share a word, and are drawn together
     sink_share             float64 [B]     norm of the sink's state over the sum of all states' norms, if it was measured
+    referenced                             RefCLIPScore of the pairs that have references, if any has
     """
 
     cosine: np.ndarray
     mismatched: np.ndarray
     clipped: np.ndarray
     mismatched_histogram: np.ndarray
-    placement: np.ndarray
+    auc: np.ndarray
     forward: Retrieval
     backward: Retrieval
+    clusters: np.ndarray
     sink_share: np.ndarray | None = None
+    referenced: Scores | None = None
 
     @property
     def gap(self) -> np.ndarray:
         return self.cosine - self.mismatched
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """What a report of training shows."""
-        return ("gap", *RETRIEVAL, "cosine", "mismatched", *CLIPSCORE, *(() if self.sink_share is None else ("sink_share",)))
-
     def per_pair(self, metric: str) -> np.ndarray:
-        """The array, float64 [B], whose mean is the metric.
-
-        ``cosine``, ``mismatched``, ``gap``, ``sink_share``: as above
-        ``auc``:   the placement: a true pair is nearer than a mismatched one with this probability
-        ``clipscore``, ``clipscore_mismatched``, ``clipscore_gap``: ``2.5 · max(cosine, 0)``, which says no more than a cosine, of
-            the true pair and of mismatched ones, and their difference
-        ``p_at_1``, ``p_at_5``, ``mrr``: the mean of both directions, or one of them with ``_forward`` or ``_backward`` behind the name
-        ``mexa``:  1 where the pair beats all others in its row and in its column (Kargaran et al. 2024, arXiv 2410.05873)
-        """
-        if metric == "auc":
-            return self.placement
-        if metric == "mexa":
-            return np.all([way.above + way.tied == 0 for way in (self.forward, self.backward)], axis=0).astype(float)
-        if metric in CLIPSCORE:
-            of_pairs = {"clipscore": np.maximum(self.cosine, 0), "clipscore_mismatched": self.clipped}
-            return CLIP_WEIGHT * of_pairs.get(metric, np.maximum(self.cosine, 0) - self.clipped)
-        return getattr(self, metric) if metric in _NO_RANKS else self._retrieval(metric, "")
+        """The array, float64 [B], whose mean is the metric: a name in ``measures.MEASURES``; [M] of those that need references."""
+        values = MEASURES[metric].per_pair(self)
+        if values is None:
+            raise KeyError(metric)
+        return values
 
     def value(self, metric: str) -> float:
         return float(self.per_pair(metric).mean())
 
     def chance(self, metric: str) -> float | None:
-        """What a metric would be if the ranks were drawn by lot, from the exact numbers of candidates; None for a mean of cosines."""
-        if metric == "auc":
-            return 0.5
-        if metric == "mexa":
-            # the pair itself is in its row and in its column
-            return float((1 / (self.forward.candidates + self.backward.candidates - 1)).mean())
-        return None if metric in (*_NO_RANKS, *CLIPSCORE) else float(self._retrieval(metric, "_chance").mean())
-
-    def _retrieval(self, metric: str, chance: str) -> np.ndarray:
-        name = metric.removesuffix("_forward").removesuffix("_backward")
-        ways = [self.forward] * (not metric.endswith("_backward")) + [self.backward] * (not metric.endswith("_forward"))
-        if name == "mrr":
-            return np.mean([getattr(way, "reciprocal" + chance) for way in ways], axis=0)
-        return np.mean([getattr(way, "within" + chance)(int(name.removeprefix("p_at_"))) for way in ways], axis=0)
+        """What the metric would be if the ranks were drawn by lot; None of a mean of cosines."""
+        chance = MEASURES[metric].chance
+        return None if chance is None else chance(self)
 
 
-def measure(source: torch.Tensor, target: torch.Tensor, same: np.ndarray, sink_share: np.ndarray | None = None) -> Alignment:
+def measure(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    same: np.ndarray,
+    sink_share: np.ndarray | None = None,
+    referenced: Scores | None = None,
+) -> Alignment:
     """Compare every source word with every target word, leaving out the pairs that mean the same.
 
     source, target   [B, D]         word vectors; row i of one translates row i of the other
     same             int64 [E, 2]   (i, j), i != j: source i and target j mean the same, and are neither mismatched nor candidates
     sink_share       float [B]      kept as it is
+    referenced                      kept as it is
 
     Cosines and their sums are fp64, whatever the dtype of the vectors; a vector of zeros has cosine 0 with everything.
     Memory: B x B is walked through in chunks of rows.
@@ -123,9 +103,9 @@ def measure(source: torch.Tensor, target: torch.Tensor, same: np.ndarray, sink_s
     import torch
 
     with torch.inference_mode():
-        words = _Words(source, target, same)
+        words = WordPairs(source, target, same)
         cosine, mismatched = words.cosines()
-        places = _Places(cosine)
+        ranks = _RankCounter(cosine)
         clipped = cosine.new_zeros(2, len(cosine))
         histogram = cosine.new_zeros(len(HISTOGRAM_EDGES) - 1)
         lowest = cosine.min()
@@ -133,7 +113,7 @@ def measure(source: torch.Tensor, target: torch.Tensor, same: np.ndarray, sink_s
         step = torch.clamp((cosine.max() - lowest) / _STEPS, min=_TIE)
         counts = torch.zeros(_STEPS + 3, dtype=torch.int64, device=cosine.device)
         for rows, similarity in words.chunks():
-            places.add(rows, similarity)
+            ranks.add(rows, similarity)
             # what is left out is far below 0
             clip = similarity.clamp(min=0)
             clipped[0, rows], clipped[1] = clip.sum(1), clipped[1] + clip.sum(0)
@@ -141,11 +121,11 @@ def measure(source: torch.Tensor, target: torch.Tensor, same: np.ndarray, sink_s
             counts += torch.bincount(_steps(similarity, lowest, step).flatten(), minlength=_STEPS + 3)
         counts[0] -= words.left_out
         own = _steps(cosine, lowest, step)
-        placement = (counts.cumsum(0)[own] - counts[own] / 2) / counts.sum()
-        ways, clipped = places.retrieval(words.others), (clipped / words.others).mean(0)
+        auc = (counts.cumsum(0)[own] - counts[own] / 2) / counts.sum()
+        ways, clipped = ranks.retrieval(words.others), (clipped / words.others).mean(0)
     share = None if sink_share is None else np.asarray(sink_share, dtype=np.float64)
-    true, strangers, positive, counted, below = (x.cpu().numpy() for x in (cosine, mismatched, clipped, histogram.long(), placement))
-    return Alignment(true, strangers, positive, counted, below, *ways, share)
+    true, others, positive, counted, below = (x.cpu().numpy() for x in (cosine, mismatched, clipped, histogram.long(), auc))
+    return Alignment(true, others, positive, counted, below, *ways, word_clusters(len(true), same), share, referenced)
 
 
 def cosines(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +133,7 @@ def cosines(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tup
     import torch
 
     with torch.inference_mode():
-        cosine, mismatched = (values.cpu().numpy() for values in _Words(source, target, same).cosines())
+        cosine, mismatched = (values.cpu().numpy() for values in WordPairs(source, target, same).cosines())
     return cosine, mismatched
 
 
@@ -166,7 +146,7 @@ def csls(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tuple[
     import torch
 
     with torch.inference_mode():
-        words = _Words(source, target, same)
+        words = WordPairs(source, target, same)
         k = min(NEIGHBOURS, len(words.source))
         chunks, nearest = [], words.source.new_empty(0, len(words.source))
         for _, similarity in words.chunks(all_words=True):
@@ -174,19 +154,19 @@ def csls(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tuple[
             nearest = torch.cat([nearest, similarity])
             nearest = nearest.topk(min(k, len(nearest)), dim=0).values
         of_source, of_target = torch.cat(chunks), nearest.mean(0)
-        places = _Places(2 * (words.source * words.target).sum(1) - of_source - of_target)
+        ranks = _RankCounter(2 * (words.source * words.target).sum(1) - of_source - of_target)
         for rows, similarity in words.chunks():
-            places.add(rows, 2 * similarity - of_source[rows, None] - of_target)
-        return places.retrieval(words.others)
+            ranks.add(rows, 2 * similarity - of_source[rows, None] - of_target)
+        return ranks.retrieval(words.others)
 
 
-class _Words:
+class WordPairs:
     """Unit word vectors, fp64 [B, D], and which of their pairs are neither mismatched nor candidates."""
 
     def __init__(self, source: torch.Tensor, target: torch.Tensor, same: np.ndarray):
         import torch
 
-        self.source, self.target = _directions(source, "source"), _directions(target, "target")
+        self.source, self.target = directions(source, "source"), directions(target, "target")
         pairs = len(self.source)
         self.same = torch.as_tensor(same, dtype=torch.int64, device=self.source.device).reshape(-1, 2)
         self.left_out = pairs + len(self.same)
@@ -210,20 +190,26 @@ class _Words:
         total[1].index_add_(0, j, alike, alpha=-1)
         return cosine, (total / self.others).mean(0)
 
-    def chunks(self, all_words: bool = False) -> typing.Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Rows int64 [r] and their cosines with all targets, fp64 [r, B]; what is left out is far below them unless ``all_words``."""
+    def chunks(self, rows: torch.Tensor | None = None, all_words: bool = False) -> typing.Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A few rows at a time, int64 [r], and their cosines with all targets, fp64 [r, B].
+
+        rows        int64 [R], ascending: those to go through; None: all
+        all_words   with words of the same meaning, which else are far below all others
+        """
         import torch
 
         pairs = len(self.source)
-        for rows in torch.arange(pairs, device=self.source.device).split(max(1, _CHUNK_NUMBERS // pairs)):
-            similarity = (self.source[rows] @ self.target.T).clamp_(-1, 1)
+        rows = torch.arange(pairs, device=self.source.device) if rows is None else rows
+        for part in rows.split(max(1, _CHUNK_NUMBERS // pairs)):
+            similarity = (self.source[part] @ self.target.T).clamp_(-1, 1)
             if not all_words:
-                here = self.same[(self.same[:, 0] >= rows[0]) & (self.same[:, 0] <= rows[-1])]
-                similarity[torch.cat([rows, here[:, 0]]) - rows[0], torch.cat([rows, here[:, 1]])] = _LEFT_OUT
-            yield rows, similarity
+                here = self.same[torch.isin(self.same[:, 0], part)]
+                left_out = torch.searchsorted(part, torch.cat([part, here[:, 0]])), torch.cat([part, here[:, 1]])
+                similarity[left_out] = _LEFT_OUT
+            yield part, similarity
 
 
-class _Places:
+class _RankCounter:
     """How many candidates score above each pair's own score [B], and how many as high: by rows and by columns."""
 
     def __init__(self, own: torch.Tensor):
@@ -240,7 +226,7 @@ class _Places:
         self.at_least[1] += (scores >= self.own - _TIE).sum(0)
 
     def retrieval(self, others: torch.Tensor) -> tuple[Retrieval, Retrieval]:
-        """The places forward and backward; ``others``: candidates, the partner left out, int64 [2, B]."""
+        """The ranks forward and backward; ``others``: candidates, the partner left out, int64 [2, B]."""
         forward, backward = (
             Retrieval(*(counts.cpu().numpy() for counts in way)) for way in zip(self.above, self.at_least - self.above, others + 1)
         )
@@ -252,27 +238,8 @@ def _steps(cosine: torch.Tensor, lowest: torch.Tensor, step: torch.Tensor) -> to
     return ((cosine - lowest) / step).round_().clamp_(-1, _STEPS + 1).long() + 1
 
 
-def measurements(alignment: Alignment, split: str, when: str | None, layer: int | str | None, seed: int) -> list[dict]:
-    """One flat record per metric, its 95 % bootstrap interval beside the value; ``chance`` is None where there is none."""
-    values = np.stack([alignment.per_pair(metric) for metric in alignment.metrics])
-    lows, highs = bootstrap_interval(values, seed)
-    return [
-        {
-            "split": split,
-            "when": when,
-            "layer": layer,
-            "metric": metric,
-            "value": float(mean),
-            "low": float(low),
-            "high": float(high),
-            "n": values.shape[1],
-            "chance": alignment.chance(metric),
-        }
-        for metric, mean, low, high in zip(alignment.metrics, values.mean(1), lows, highs)
-    ]
-
-
-def _directions(vectors: torch.Tensor, side: str) -> torch.Tensor:
+def directions(vectors: torch.Tensor, side: str) -> torch.Tensor:
+    """Unit vectors in fp64; zeros stay zeros. Raises TliError with the pair and side of a number that is not finite."""
     import torch
 
     bad = (~vectors.isfinite().all(1)).nonzero().flatten()

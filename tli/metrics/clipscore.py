@@ -4,7 +4,7 @@
     RefCLIPScore(i, j) = H( CLIPScore(i, j), max(max_r cos(target_j, reference_r), 0) ),    H(a, b) = 2ab / (a + b), H(0, 0) = 0
 
 The source word stands for the image, the target word for the caption, a pair's further accepted glosses for the references. Of
-words that all share a vector, strangers score as high as translations. So each pair's score comes with the mean score of
+words that all share a vector, mismatched ones score as high as translations. So each pair's score comes with the mean score of
 mismatched pairs; ``gap`` is what is left. CLIPScore itself is among ``alignment``'s measures.
 Source: Hessel et al. 2021 (arXiv 2104.08718); the references' cosines are not rescaled there, either.
 """
@@ -14,13 +14,9 @@ import dataclasses
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from tli.metrics.alignment import CLIP_WEIGHT, CLIPSCORE
-
-_CHUNK_NUMBERS = 1 << 19
-
-REF_CLIPSCORE = tuple(f"ref_{name}" for name in CLIPSCORE)
+from tli.metrics.alignment import WordPairs, directions
+from tli.metrics.measures import CLIP_WEIGHT
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,40 +46,25 @@ def ref_clip_scores(source: Tensor, target: Tensor, references: Tensor, owners: 
     owners           int64 [R]      the pair that each belongs to, ascending
     same             int64 [E, 2]   (i, j), i != j: source i and target j mean the same, and are not mismatched
 
-    Computed in fp64, in chunks of rows. Every pair must have one to be compared with: ``alignment.measure`` refuses other lists.
+    Computed in fp64, in chunks of rows. Raises TliError as ``alignment.measure`` does.
     """
-    source, target, references = _directions(source), _directions(target), _directions(references)
-    pairs, first = np.unique(owners, return_index=True)
-    bounds = np.append(first, len(owners))
-    score, mismatched = np.zeros(len(pairs)), np.zeros(len(pairs))
-    for rows, left_out in _chunks(pairs, len(source), same, source.device):
-        places = np.searchsorted(pairs, rows)
-        own = slice(bounds[places[0]], bounds[places[-1] + 1])
-        lengths = torch.from_numpy(np.diff(bounds)[places]).to(source.device)
-        nearest = torch.segment_reduce(references[own] @ target.T, "max", lengths=lengths, axis=0).clamp_(min=0)
-        scores = _harmonic_mean(CLIP_WEIGHT * (source[rows] @ target.T).clamp_(min=0), nearest)
-        score[places] = scores[torch.arange(len(rows)), torch.from_numpy(rows)].cpu().numpy()
-        scores.masked_fill_(left_out, 0)
-        mismatched[places] = (scores.sum(1) / (~left_out).sum(1)).cpu().numpy()
-    return Scores(pairs, score, mismatched)
+    words, references = WordPairs(source, target, same), directions(references, "reference")
+    pairs, counts = torch.from_numpy(owners).unique_consecutive(return_counts=True)
+    cosine, first = (words.source * words.target).sum(1), 0
+    score, mismatched = torch.zeros(2, len(pairs), dtype=torch.float64, device=source.device)
+    for rows, similarity in words.chunks(pairs.to(source.device)):
+        here = slice(first, first + len(rows))
+        of_rows = references[counts[:first].sum() : counts[: here.stop].sum()]
+        nearest = torch.segment_reduce(of_rows @ words.target.T, "max", lengths=counts[here].to(source.device), axis=0)
+        score[here] = _ref_clip_score(cosine[rows], nearest.gather(1, rows[:, None])[:, 0])
+        # what is left out is far below 0, so its score is 0
+        mismatched[here] = _ref_clip_score(similarity, nearest).sum(1) / words.others[0, rows]
+        first = here.stop
+    return Scores(*(values.cpu().numpy() for values in (pairs, score, mismatched)))
 
 
-def _chunks(chosen: np.ndarray, pairs: int, same: np.ndarray, device: torch.device):
-    """Rows of ``chosen`` a few at a time, each with the mask [rows, pairs] of what is no mismatched pair of theirs."""
-    partners: dict[int, list[int]] = {}
-    for i, j in np.reshape(same, (-1, 2)).tolist():
-        partners.setdefault(i, []).append(j)
-    for rows in np.array_split(chosen, max(1, -(-len(chosen) * pairs // _CHUNK_NUMBERS))):
-        left_out = torch.zeros(len(rows), pairs, dtype=torch.bool)
-        for place, row in enumerate(rows.tolist()):
-            left_out[place, [row, *partners.get(row, ())]] = True
-        yield rows, left_out.to(device)
-
-
-def _harmonic_mean(a: Tensor, b: Tensor) -> Tensor:
-    total = a + b
-    return torch.where(total > 0, 2 * a * b / total.clamp(min=1e-300), 0)
-
-
-def _directions(vectors: Tensor) -> Tensor:
-    return normalize(vectors.double(), dim=1, eps=1e-30)
+def _ref_clip_score(cosine: Tensor, nearest: Tensor) -> Tensor:
+    """The harmonic mean of CLIPScore and the cosine of a target with its nearest reference, none below 0."""
+    clipped, nearest = CLIP_WEIGHT * cosine.clamp(min=0), nearest.clamp(min=0)
+    total = clipped + nearest
+    return torch.where(total > 0, 2 * clipped * nearest / total.clamp(min=1e-300), 0)

@@ -1,103 +1,95 @@
-"""Adapters against the base: what the tests say of each pair's numbers at some layers, with and without each adapter.
+"""Adapters against the base: means with intervals, and tests of each pair's change, from the alignments of one pass over the layers.
 
-``assess`` turns what ``layer_pass.measure_layers`` found into means with intervals and into tests: paired ones of each adapter against
-the base, Welch's and an equivalence test of trained against held-out gain; Holm's correction runs over layers.
+The one comparison of tli: training, evaluation and the protocol report what it finds. Intervals and sign-flip tests take pairs that
+share a word together; trained and held-out gains are compared by Welch's test and, with a margin, by an equivalence test; every p has
+Holm's correction over the layers beside it.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 
-from tli.data import word_pairs
-from tli.data.pair_store import Pair
-from tli.metrics.alignment import CLIPSCORE, RETRIEVAL
-from tli.metrics.clipscore import REF_CLIPSCORE
-from tli.metrics.layer_pass import Measured
-from tli.metrics.measures import DIFFERENCE
+from tli.metrics.alignment import Alignment
+from tli.metrics.measures import DIFFERENCE, MEASURES, SPLITS, names
 from tli.model.shape import Layer
-from tli.stats.bootstrap import bootstrap_interval, word_clusters
-from tli.stats.tests import P_VALUES, compare_groups, compare_rows, correct
+from tli.stats.bootstrap import means_with_intervals
+from tli.stats.tests import P_VALUES, add_holm, compare_groups, compare_paired
 
-TESTED = ("gap", "p_at_1", "mrr", "cosine", "mismatched", *CLIPSCORE, *REF_CLIPSCORE)
-# trained and held-out retrieval have different numbers of candidates; their gains are not comparable
-TESTED_BETWEEN = ("gap", "cosine")
+# (split, stream, layer): a stream is the base or an adapter
+Found = Mapping[tuple[str, Any, Any], Alignment]
 
 
-def assess(
-    found: dict[tuple[str, str | None, Layer], Measured], splits: Mapping[str, Sequence[Pair]], seed: int, margin: float
+def summarize(
+    found: Found, seed: int, base: str | None = None, margin: float | None = None, layers: Collection[Layer | None] | None = None
 ) -> tuple[list[dict], list[dict]]:
-    """All means with their intervals, and all tests, of what ``measure_layers`` found.
+    """All means with their intervals, and all tests, as flat records.
 
-    Intervals and sign-flip tests take pairs that share a word together. ``margin`` is the largest difference between the mean
-    gains of trained and held-out pairs that counts as none.
+    found    by (split, stream, layer); in each layer the base was measured, too, wherever an adapter was
+    seed     of the resampling
+    base     the stream that the others are compared with
+    margin   the largest difference between the mean gains of trained and held-out pairs that counts as none; None: no such test
+    layers   those that are tested; None: all
 
     Returns:
-        ``measurements``: a record for each (adapter, split, layer, metric); adapter None and when ``before`` for the base.
-        ``tests``: ``paired`` ones, and with two splits ``welch`` ones with their ``equivalence``; every p with its ``_holm``.
+        ``measurements``: a record for each (adapter, split, layer, metric); the base's are ``before``, the adapters' ``after``.
+        ``tests``: ``paired`` ones, and with two splits ``welch`` ones; every p with its ``_holm``.
     """
-    measurements, tests, gains = [], [], {}
-    for split, pairs in splits.items():
-        here = {(stream, layer): measured for (of, stream, layer), measured in found.items() if of == split}
-        clusters = word_clusters(len(pairs), word_pairs.false_negative_pairs(pairs))
-        everything = {key: measured.per_pair() for key, measured in here.items()}
-        means, changes = _assess(everything, clusters, seed)
-        for record in means:
-            measured = here[record["adapter"], record["layer"]]
-            record["chance"] = measured.alignment.chance(record["metric"]) if record["metric"] in RETRIEVAL else None
-        referenced = {key: measured.per_referenced_pair() for key, measured in here.items() if measured.referenced is not None}
-        if referenced:
-            numbers = next(measured.referenced.pairs for measured in here.values() if measured.referenced is not None)
-            more_means, more_changes = _assess(referenced, clusters[numbers], seed)
-            means, changes = means + [{**record, "chance": None} for record in more_means], changes + more_changes
-        measurements += [{"split": split, **record} for record in means]
-        tests += [{"test": "paired", "split": split, **record} for record in changes]
-        for (stream, layer), metric in itertools.product(everything, TESTED_BETWEEN):
-            if stream is not None:
-                gains[split, stream, layer, metric] = everything[stream, layer][metric] - everything[None, layer][metric]
-    if {"trained", "held_out"} <= splits.keys():
-        for split, stream, layer, metric in gains:
-            if split == "trained":
-                compared = compare_groups(gains["trained", stream, layer, metric], gains["held_out", stream, layer, metric], margin)
-                tests.append({"test": "welch", "split": DIFFERENCE, "adapter": stream, "layer": layer, "metric": metric, **compared})
+    measurements, tests = [], []
+    for (split, stream, layer), alignment in found.items():
+        which = {"split": split, "when": "before" if stream == base else "after", "adapter": stream, "layer": layer}
+        measurements += [{**which, **record} for record in _means(alignment, seed)]
+        if stream != base and (layers is None or layer in layers):
+            paired = {"test": "paired", "split": split, "adapter": stream, "layer": layer}
+            tests += [{**paired, **change} for change in _changes(found[split, base, layer], alignment, seed)]
+            if split == "trained" and ("held_out", stream, layer) in found:
+                welch = {"test": "welch", "split": DIFFERENCE, "adapter": stream, "layer": layer}
+                for metric in names("between"):
+                    trained, held_out = (_gain(found[part, base, layer], found[part, stream, layer], metric) for part in SPLITS)
+                    tests.append({**welch, "metric": metric, **compare_groups(trained, held_out, margin)})
     _correct_over_layers(tests)
     return measurements, tests
 
 
-def _assess(values: dict[tuple[str | None, Layer], dict[str, np.ndarray]], clusters: np.ndarray, seed: int) -> tuple[list, list]:
-    """Means and paired tests of per-pair values, by (stream, layer) and metric: all resampled alike, in one go."""
-    keys = [(stream, layer, metric) for (stream, layer), metrics in values.items() for metric in metrics]
-    matrix = np.stack([values[stream, layer][metric] for stream, layer, metric in keys])
-    number, n = len(np.unique(clusters)), matrix.shape[1]
-    lows, highs = bootstrap_interval(matrix, seed, clusters=clusters) if number > 1 else (np.full(len(keys), None),) * 2
-    means = [
-        {
-            "when": "before" if stream is None else "after",
-            "adapter": stream,
-            "layer": layer,
-            "metric": metric,
-            "value": float(row.mean()),
-            "low": None if low is None else float(low),
-            "high": None if high is None else float(high),
-            "n": n,
-            "clusters": number,
-        }
-        for (stream, layer, metric), row, low, high in zip(keys, matrix, lows, highs)
-    ]
-    tested = [key for key in keys if key[0] is not None and key[2] in TESTED]
-    before = np.stack([values[None, layer][metric] for _, layer, metric in tested])
-    after = np.stack([values[stream, layer][metric] for stream, layer, metric in tested])
-    changes = compare_rows(before, after, seed, clusters)
-    return means, [
-        {"adapter": stream, "layer": layer, "metric": metric, **change} for (stream, layer, metric), change in zip(tested, changes)
-    ]
+def _means(alignment: Alignment, seed: int) -> list[dict]:
+    records = []
+    for chosen, values, clusters in _of_same_pairs(alignment, names("recorded")):
+        for metric, record in zip(chosen, means_with_intervals(values, seed, clusters)):
+            records.append({"metric": metric, **record, "chance": alignment.chance(metric)})
+    return records
+
+
+def _changes(before: Alignment, after: Alignment, seed: int) -> list[dict]:
+    """The tests of each metric's change: all resampled alike."""
+    records = []
+    for (chosen, old, clusters), (_, new, _) in zip(*(_of_same_pairs(found, names("tested")) for found in (before, after))):
+        records += [{"metric": metric, **change} for metric, change in zip(chosen, compare_paired(old, new, seed, clusters))]
+    return records
+
+
+def _gain(before: Alignment, after: Alignment, metric: str) -> np.ndarray:
+    return after.per_pair(metric) - before.per_pair(metric)
+
+
+def _of_same_pairs(alignment: Alignment, chosen: tuple[str, ...]) -> list[tuple[list[str], np.ndarray, np.ndarray]]:
+    """Those that were measured: names, values [m, n] and clusters [n], of all pairs and, apart, of the pairs that have references."""
+    measured = {name: values for name in chosen if (values := MEASURES[name].per_pair(alignment)) is not None}
+    groups = [(list(measured), alignment.clusters)]
+    if alignment.referenced is not None:
+        few = [name for name in measured if name.startswith("ref_")]
+        rest = [name for name in measured if name not in few]
+        groups = [(rest, alignment.clusters), (few, alignment.clusters[alignment.referenced.pairs])]
+    return [(group, np.stack([measured[name] for name in group]), clusters) for group, clusters in groups]
 
 
 def _correct_over_layers(tests: list[dict]) -> None:
-    families: dict[tuple, list[dict]] = {}
-    for test in tests:
-        families.setdefault((test["test"], test["split"], test["adapter"], test["metric"]), []).append(test)
-    for (kind, *_), family in families.items():
-        correct(family, P_VALUES if kind == "paired" else ("p",))
-        if kind == "welch":
-            correct([test["equivalence"] for test in family], ("p",))
+    families = itertools.groupby(sorted(tests, key=_family), _family)
+    for (kind, *_), members in families:
+        family = list(members)
+        add_holm(family, P_VALUES if kind == "paired" else ("p",))
+        add_holm([test["equivalence"] for test in family if "equivalence" in test], ("p",))
+
+
+def _family(test: dict) -> tuple[str, ...]:
+    return tuple(str(test[key]) for key in ("test", "split", "adapter", "metric"))

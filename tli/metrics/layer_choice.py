@@ -5,28 +5,27 @@ from collections.abc import Mapping
 import numpy as np
 
 from tli.metrics.layers import LayerScan
+from tli.metrics.measures import SINK_ABOVE
 from tli.model.shape import Layer
-from tli.stats.bootstrap import bootstrap_interval, word_clusters
+from tli.stats.bootstrap import bootstrap_interval
 
-# from this share on a pooled word is mostly sink
-SINK_ABOVE = 0.5
 # a mismatched cosine of at least this part of the true one is as high
 AS_HIGH = 0.95
 
 
-def choose_layer(gaps: Mapping[Layer, np.ndarray], same: np.ndarray, seed: int) -> int:
+def choose_layer(gaps: Mapping[Layer, np.ndarray], clusters: np.ndarray, seed: int) -> int:
     """The layer to train at: that whose mean gap is surely the largest, by the lower end of its 95 % interval.
 
-    gaps   layer -> float64 [B], each pair's gap with the first position left out, of the base model on the pairs to choose by
-    same   int64 [E, 2], ``false_negative_pairs`` of these pairs
-    seed   of the bootstrap
+    gaps       layer -> float64 [B], each pair's gap with the first position left out, of the base model on the pairs to choose by
+    clusters   int64 [B], ``word_clusters`` of these pairs
+    seed       of the bootstrap
 
     Only layers 1..N can be trained at; among equals the first, which costs least. The lower end rather than the mean, so that a
     layer where a few pairs have a large gap does not win. Choose by trained pairs alone where held-out ones are to judge the result.
     """
     layers = sorted(layer for layer in gaps if isinstance(layer, int) and layer > 0)
     values = np.stack([gaps[layer] for layer in layers])
-    low, _ = bootstrap_interval(values, seed, clusters=word_clusters(values.shape[1], same))
+    low, _ = bootstrap_interval(values, seed, clusters=clusters)
     return layers[int(low.argmax())]
 
 
@@ -36,7 +35,7 @@ def choose_layer_by_cosine(cosine: Mapping[Layer, np.ndarray]) -> int:
 
 
 def sink_layers(scans: Mapping[tuple[str, Layer], LayerScan], stream: str) -> list[Layer]:
-    """Where the mean cosine with the first position pooled is the sink's: it is most of a word, lifts strangers as high as translations.
+    """Where the mean cosine with the first position pooled is the sink's: it is most of a word, lifts mismatched pairs as high.
 
     That is: over half of a pooled word's states by length; a mismatched cosine of at least .95 of the true one, and above the one
     that the same words have without it.

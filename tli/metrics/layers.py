@@ -21,17 +21,17 @@ from tli.data.packing import TokenisedWords
 from tli.data.pair_store import Pair
 from tli.metrics.alignment import cosines, csls, measure
 from tli.metrics.geometry import centred, geometry, standardised
+from tli.metrics.measures import MEASURES
 from tli.metrics.sink import token_lengths
 from tli.model.pooling import Pooling
 from tli.model.shape import Layer
-from tli.stats.bootstrap import bootstrap_interval, word_clusters
+from tli.stats.bootstrap import means_with_intervals
 
 VECTORS = ("word", "word_bos", "raw", "raw_bos")
-_BOTH_WAYS = tuple(f"{metric}{way}" for metric in ("p_at_1", "p_at_5", "mrr") for way in ("", "_forward", "_backward"))
 _COSINES = ("cosine", "mismatched", "gap")
 # what is measured of each kind of vector, pair by pair
 _MEASURED = {
-    "word": (*_COSINES, "auc", "mexa", *_BOTH_WAYS),
+    "word": (*_COSINES, "auc", "mexa", *(name for name in MEASURES if name.startswith(("p_at_", "mrr")))),
     "raw_bos": (*_COSINES, "auc", "p_at_1", "mrr"),
 }
 # a pair's tokens, of both words
@@ -45,11 +45,13 @@ class LayerScan:
     per_pair   (vectors, metric) -> float64 [B], whose mean is the metric
     chance     (vectors, metric) -> what it would be by chance, where that is known
     of_set     (vectors, metric) -> a value of all words together
+    clusters   int64 [B], ``word_clusters`` of the pairs
     """
 
     per_pair: dict[tuple[str, str], np.ndarray]
     chance: dict[tuple[str, str], float]
     of_set: dict[tuple[str, str], float]
+    clusters: np.ndarray
 
 
 def scan_layer(states: Tensor, batch: Batch, with_bos: Batch, pooling: Pooling, same: np.ndarray) -> LayerScan:
@@ -86,7 +88,7 @@ def scan_layer(states: Tensor, batch: Batch, with_bos: Batch, pooling: Pooling, 
             keep(vectors, metric, alignment.per_pair(metric), alignment.chance(metric))
         if vectors == "word":
             ways = csls(source, target, same)
-            hits, by_chance = (np.mean([getattr(way, name)(1) for way in ways], axis=0) for name in ("within", "within_chance"))
+            hits, by_chance = (np.mean([getattr(way, name)(1) for way in ways], axis=0) for name in ("hits_at", "hits_at_chance"))
             keep("word", "csls_p_at_1", hits, float(by_chance.mean()))
             keep_cosines("word", "centred_", centred(source), centred(target))
             keep_cosines("word", "standardised_", standardised(source), standardised(target))
@@ -97,42 +99,30 @@ def scan_layer(states: Tensor, batch: Batch, with_bos: Batch, pooling: Pooling, 
     # of tokens at right angles to the sink and to each other, the sink is all that two pooled words have in common
     keep("raw_bos", "sink_only", (sink / (sink.square() + squares).sqrt()).view(2, -1).prod(0).cpu().numpy())
     of_set["raw_bos", "norm_ratio"] = float(sink.mean() / (own.sum() / len(batch.indices)))
-    return LayerScan(per_pair, chance, of_set)
+    return LayerScan(per_pair, chance, of_set, alignment.clusters)
 
 
-def records(scans: Mapping[tuple[str, Layer], LayerScan], same: np.ndarray, seed: int) -> list[dict]:
+def records(scans: Mapping[tuple[str, Layer], LayerScan], seed: int) -> list[dict]:
     """One flat record per value: stream, layer, vectors, metric, value, its 95 % interval (low, high; None of a set), n and chance.
 
     The interval is the bootstrap's over pairs, those that share a word drawn together.
     """
     found = []
-    for place, scan in scans.items():
-        values = np.stack(list(scan.per_pair.values()))
-        pairs = values.shape[1]
-        ends = bootstrap_interval(values, seed, clusters=word_clusters(pairs, same))
-        for key, value, low, high in zip(scan.per_pair, values.mean(1), *ends, strict=True):
-            found.append(_record((*place, *key), value, low, high, pairs, scan.chance.get(key)))
+    for (stream, layer), scan in scans.items():
+        where = {"stream": stream, "layer": layer}
+        means = means_with_intervals(np.stack(list(scan.per_pair.values())), seed, scan.clusters)
+        for key, mean in zip(scan.per_pair, means, strict=True):
+            found.append({**where, **_record(key, mean, scan.chance.get(key))})
         for key, value in scan.of_set.items():
             if key != ("word", "cka_chance"):
                 by_chance = scan.of_set["word", "cka_chance"] if key == ("word", "cka") else None
-                found.append(_record((*place, *key), value, None, None, pairs, by_chance))
+                found.append({**where, **_record(key, {"value": value, "low": None, "high": None, "n": len(scan.clusters)}, by_chance)})
     return found
 
 
-def _record(key: tuple, value: float, low: float | None, high: float | None, n: int, chance: float | None) -> dict:
-    stream, layer, vectors, metric = key
-    ends = [None if end is None else float(end) for end in (low, high)]
-    return {
-        "stream": stream,
-        "layer": layer,
-        "vectors": vectors,
-        "metric": metric,
-        "value": float(value),
-        "low": ends[0],
-        "high": ends[1],
-        "n": n,
-        "chance": chance,
-    }
+def _record(key: tuple[str, str], mean: dict, chance: float | None) -> dict:
+    vectors, metric = key
+    return {"vectors": vectors, "metric": metric, **{name: mean[name] for name in ("value", "low", "high", "n")}, "chance": chance}
 
 
 def strata(pairs: Sequence[Pair], words: TokenisedWords) -> dict[str, np.ndarray]:
@@ -150,28 +140,24 @@ def strata(pairs: Sequence[Pair], words: TokenisedWords) -> dict[str, np.ndarray
     return found | {f"over {_TOKENS[-1][1]} tokens": tokens > _TOKENS[-1][1]}
 
 
-def stratum_records(
-    scans: Mapping[tuple[str, Layer], LayerScan], groups: Mapping[str, np.ndarray], same: np.ndarray, seed: int
-) -> list[dict]:
+def stratum_records(scans: Mapping[tuple[str, Layer], LayerScan], groups: Mapping[str, np.ndarray], seed: int) -> list[dict]:
     """The gap and P@1 of each group of pairs in each layer: records as of ``records``, and ``stratum``.
 
-    Candidates and strangers are the whole list, so that groups can be compared. A group that has no interval is left out.
+    Candidates and mismatched pairs are the whole list's, so that groups can be compared. A group that has no interval is left out.
     """
-    metrics, found = ("gap", "p_at_1"), []
-    clusters = word_clusters(next(len(group) for group in groups.values()), same)
-    keys = [(*place, "word", metric) for place in scans for metric in metrics]
-    values = np.stack([scans[key[:2]].per_pair[key[2:]] for key in keys])
+    found = []
+    clusters = next(iter(scans.values())).clusters
+    keys = [(place, ("word", metric)) for place in scans for metric in ("gap", "p_at_1")]
+    values = np.stack([scans[place].per_pair[key] for place, key in keys])
     for name, group in groups.items():
         if len(np.unique(clusters[group])) < 2:
             continue
-        mine = values[:, group]
-        ends = bootstrap_interval(mine, seed, clusters=clusters[group])
-        for key, value, low, high in zip(keys, mine.mean(1), *ends, strict=True):
-            by_chance = scans[key[:2]].chance.get(key[2:])
-            found.append({"stratum": name, **_record(key, value, low, high, int(group.sum()), by_chance)})
+        for ((stream, layer), key), mean in zip(keys, means_with_intervals(values[:, group], seed, clusters[group]), strict=True):
+            where = {"stratum": name, "stream": stream, "layer": layer}
+            found.append({**where, **_record(key, mean, scans[stream, layer].chance.get(key))})
     return found
 
 
-def of_stream(scans: Mapping[tuple[str, Layer], LayerScan], stream: str, vectors: str, metric: str) -> dict[Layer, np.ndarray]:
+def by_layer(scans: Mapping[tuple[str, Layer], LayerScan], stream: str, vectors: str, metric: str) -> dict[Layer, np.ndarray]:
     """A metric's values, pair by pair, of one stream's layers."""
     return {layer: scan.per_pair[vectors, metric] for (of, layer), scan in scans.items() if of == stream}

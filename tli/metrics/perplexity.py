@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tli.data.batch import Batch
+from tli.data.packing import sink_token
 from tli.model.checkpoint import Checkpoint, sight
 from tli.model.hidden_states import stream_layers
 from tli.model.lora import Adapter
@@ -27,8 +28,8 @@ from tli.runtime import ops
 from tli.runtime.device import Placement
 from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
-from tli.stats.bootstrap import bootstrap_interval
-from tli.stats.tests import compare_rows
+from tli.stats.bootstrap import means_with_intervals
+from tli.stats.tests import compare_paired
 
 DEFAULT_WIDTH = 256
 # positions whose logits are held at a time
@@ -72,7 +73,7 @@ def read_windows(path: str | os.PathLike, checkpoint: Checkpoint, width: int | N
     if not 2 <= width <= widest:
         raise TliError("--window", f"a window must be 2 to {widest} tokens wide, the model's own", width, "choose one in this range")
     tokenizer = checkpoint.tokenizer()
-    sink = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    sink = sink_token(tokenizer)
     # it would warn that the text is longer than the model's window
     found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     ids = np.array(found if most_tokens is None else found[: max(0, most_tokens)], np.int64)
@@ -101,12 +102,12 @@ def read_windows(path: str | os.PathLike, checkpoint: Checkpoint, width: int | N
 class NextTokens:
     """One stream's predictions at P positions, window after window: fp64 [P] each.
 
-    surprise          -log p(the token that follows), in nats
+    nll               -log p(the token that follows), in nats
     kl                KL(base || this stream)
     total_variation   1/2 sum |base - this stream|
     """
 
-    surprise: np.ndarray
+    nll: np.ndarray
     kl: np.ndarray
     total_variation: np.ndarray
 
@@ -168,7 +169,7 @@ def harm(predictions: Sequence[NextTokens], windows: TextWindows, seed: int) -> 
     base, *adapted = predictions
     records = []
     for stream in adapted:
-        change = compare_rows(base.surprise[None], stream.surprise[None], seed, owner)[0]
+        change = compare_paired(base.nll[None], stream.nll[None], seed, owner)[0]
         records.append(
             {
                 "perplexity": _perplexity(stream, owner, seed),
@@ -184,12 +185,12 @@ def harm(predictions: Sequence[NextTokens], windows: TextWindows, seed: int) -> 
 
 
 def _mean(values: np.ndarray, owner: np.ndarray, seed: int) -> dict:
-    low, high = (None, None) if owner[-1] == 0 else map(float, bootstrap_interval(values, seed, clusters=owner))
-    return {"value": float(values.mean()), "low": low, "high": high}
+    found = means_with_intervals(values[None], seed, owner)[0]
+    return {key: found[key] for key in ("value", "low", "high")}
 
 
 def _perplexity(stream: NextTokens, owner: np.ndarray, seed: int) -> dict:
-    return {end: _exp(value) for end, value in _mean(stream.surprise, owner, seed).items()}
+    return {end: _exp(value) for end, value in _mean(stream.nll, owner, seed).items()}
 
 
 def _exp(value: float | None) -> float | None:

@@ -27,21 +27,21 @@ class Retrieval:
         """Expected rank of the partner, from 1."""
         return self.above + 1 + self.tied / 2
 
-    def within(self, places: int) -> np.ndarray:
-        """Probability that the partner is among the first ``places``."""
-        return np.clip((places - self.above) / (self.tied + 1), 0.0, 1.0)
+    def hits_at(self, k: int) -> np.ndarray:
+        """Probability that the partner is among the first ``k``."""
+        return np.clip((k - self.above) / (self.tied + 1), 0.0, 1.0)
 
     @property
-    def reciprocal(self) -> np.ndarray:
+    def reciprocal_rank(self) -> np.ndarray:
         """Expected 1/rank: the mean of 1/r over the ranks that the tie leaves open."""
         harmonic = _harmonic(self.candidates.max())
         return (harmonic[self.above + self.tied + 1] - harmonic[self.above]) / (self.tied + 1)
 
-    def within_chance(self, places: int) -> np.ndarray:
-        return np.minimum(places / self.candidates, 1.0)
+    def hits_at_chance(self, k: int) -> np.ndarray:
+        return np.minimum(k / self.candidates, 1.0)
 
     @property
-    def reciprocal_chance(self) -> np.ndarray:
+    def reciprocal_rank_chance(self) -> np.ndarray:
         """``H_c / c``: the mean of 1/r when each rank r = 1..c is as likely."""
         return _harmonic(self.candidates.max())[self.candidates] / self.candidates
 

@@ -101,9 +101,9 @@ def cached_folder() -> pathlib.Path | None:
     return folder if _is_whole(folder) else None
 
 
-def locate(name: str) -> str:
-    """What to open a model by: the starter's folder for its name, any other name as it is."""
-    return str(starter_folder()) if name == NAME else name
+def locate(name: str | None) -> str:
+    """What to open a model by: the starter's folder for its name or none, any other name as it is."""
+    return str(starter_folder()) if name is None or name == NAME else name
 
 
 def _folder() -> pathlib.Path:

@@ -6,13 +6,14 @@ the retrieval beside it. The p-values shown are Holm's; what they were before is
 
 from __future__ import annotations
 
-import json
 import typing
 
-from tli.metrics.measures import DIFFERENCE
+from tli.metrics.measures import DIFFERENCE, MEASURES, SPLITS, names
 from tli.model.shape import Layer
-from tli.reports.tables import Table, as_markdown, once
-from tli.reports.wording import interval, number, p_value
+from tli.reports.glossary import how_to_read
+from tli.reports.run_tables import cells_of_test
+from tli.reports.tables import Table, as_markdown, once, to_repeat
+from tli.reports.wording import UNDEFINED, interval, is_significant, number, number_or_dash, p_value
 
 if typing.TYPE_CHECKING:
     import pathlib
@@ -20,25 +21,16 @@ if typing.TYPE_CHECKING:
 # with more layers than this the console's tables keep to one line a layer
 _FEW_LAYERS = 6
 _MOST_COMPARISONS = 20
-_SPLITS = {"trained": "trained", "held_out": "held out", "all": "all"}
-# the names of Hessel et al.: CLIP-S is CLIPScore
+_SPLITS = SPLITS | {"all": "all"}
+# a row of the values each, with the measures in its columns; the names of Hessel et al.: CLIP-S is CLIPScore
 _SCORES = {
     "cosine": ("cosine", "mismatched", "gap", "p_at_1", "mrr"),
     "CLIP-S": ("clipscore", "clipscore_mismatched", "clipscore_gap"),
     "RefCLIP-S": ("ref_clipscore", "ref_clipscore_mismatched", "ref_clipscore_gap"),
 }
-_SHOWN_TESTS = ("gap", "p_at_1", "mrr")
-_UNDEFINED = "-"
-
-_READING = """\
-How to read this. The *gap* is the mean score of true pairs minus that of mismatched pairs; a mean cosine or CLIPScore that rises
-for mismatched pairs as well is a shift of all words. *P@1* is how often the true partner is the nearest candidate, *MRR* the mean of
-1/rank, both directions averaged; *chance* is their value for ranks drawn by lot. Brackets are 95 % BCa bootstrap intervals; they and
-the sign-flip test take pairs that share a word together, t and Wilcoxon know of no such ties. Wilcoxon's p asks which way most pairs
-went, the others where their mean went: a few large gains or losses set them apart. All p are Holm's over the layers here. *d_z* is the
-mean gain over its scatter. *TOST*, two one-sided tests, asks whether trained and held-out gains differ by less than the margin: p < .05
-says so. *CLIP-S* is 2.5 times the cosine, none below 0; *RefCLIP-S* is its harmonic mean with the cosine of a target and the nearest of
-its own synonyms, which is high without any alignment of languages, so not even its gap is zero then."""
+# of the tests, those that a console has room for
+_FEW_TESTS = names("judged")[:3]
+_READING = how_to_read("gap", "retrieval", "intervals", "tests", "TOST", "CLIPScore", "RefCLIPScore")
 
 
 def tables_of_adapters(facts: dict, full: bool = False) -> list[Table]:
@@ -74,9 +66,9 @@ def tables_of_values(facts: dict) -> list[Table]:
     tests = [
         [
             *([g["group"]] if grouped else []),
-            _UNDEFINED if g["t"] is None else number(g["t"], digits=2),
+            number_or_dash(g["t"], digits=2),
             *(p_value(g[f"{p}_holm"]) for p in ("p_t", "p_wilcoxon", "p_sign_flip")),
-            _UNDEFINED if g["d_z"] is None else number(g["d_z"], digits=2),
+            number_or_dash(g["d_z"], digits=2),
         ]
         for g in groups
     ]
@@ -96,8 +88,7 @@ def markdown(title: str, tables: list[Table], facts: dict) -> str:
         parts += [f"## {table.title}", as_markdown(table)]
     parts += [_READING] if "adapters" in facts else []
     rest = {key: facts[key] for key in facts if key not in ("measurements", "tests", "harm", "groups", "between")}
-    parts += ["## To repeat it", "```json\n" + json.dumps(rest, indent=1, allow_nan=False) + "\n```"]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, to_repeat(rest)])
 
 
 def last_line_of_adapters(facts: dict, output: pathlib.Path) -> str:
@@ -132,7 +123,7 @@ def _groups_compared(facts: dict) -> Table:
     rows = []
     for test in shown:
         row = [f"{test['first']} - {test['second']}", _any_number(test["difference"]), _range(test)]
-        row += [_UNDEFINED if test["t"] is None else number(test["t"], digits=2), p_value(test["p_holm"])]
+        row += [number_or_dash(test["t"], digits=2), p_value(test["p_holm"])]
         rows.append(row + ([] if margin is None else [p_value(test["equivalence"]["p_holm"])]))
     return Table(title, ["", "difference", "95 % interval", "t", "Welch p"] + ([] if margin is None else ["TOST p"]), rows)
 
@@ -167,8 +158,8 @@ def _values(facts: dict, adapter: str, split: str, of: str, full: bool) -> Table
 def _change(before: dict, after: dict, with_interval: bool, full: bool) -> str:
     """A value before and after; below it, or in full beside each, the interval."""
     if full:
-        return " -> ".join(f"{number(r['value'])} {_interval(r)}" for r in (before, after))
-    below = f"\n{_interval(after)}" if with_interval else ""
+        return " -> ".join(f"{number(r['value'])} {interval(r)}" for r in (before, after))
+    below = f"\n{interval(after)}" if with_interval else ""
     return f"{number(before['value'])}→{number(after['value'])}{below}"
 
 
@@ -183,8 +174,9 @@ def _gains(facts: dict, adapter: str, splits: list[str], of: str, full: bool) ->
         for split in splits if few else splits[-1:]:
             here = [test for test in tests if (test["layer"], test["split"]) == (layer, split)]
             for test in here:
-                if full or test["metric"] in (_SHOWN_TESTS if few else ("gap",)):
-                    rows.append([_SPLITS[split] if few else str(layer), *([_metric(test["metric"])] if few else []), *_tested(test)])
+                if full or test["metric"] in (_FEW_TESTS if few else ("gap",)):
+                    first = [_SPLITS[split], MEASURES[test["metric"]].label] if few else [str(layer)]
+                    rows.append([*first, *cells_of_test(test, sign_flip=True)])
     head = ["pairs", ""] if few else ["layer"]
     what = "gain, after - before" if few else f"{_SPLITS[splits[-1]]} pairs: gain of the gap, after - before"
     columns = ["gain", "95 % interval", "t", "p", "Wilcoxon", "sign flip", "d_z"]
@@ -200,35 +192,24 @@ def _name(layer: Layer) -> str:
     return "output" if layer == "output" else f"layer {layer}"
 
 
-def _tested(test: dict) -> list[str]:
-    t, d_z = (_UNDEFINED if test[key] is None else number(test[key], digits=digits) for key, digits in (("t", 1), ("d_z", 2)))
-    return [
-        number(test["mean_gain"], "+"),
-        _interval(test),
-        t,
-        *(p_value(test[f"{p}_holm"]) for p in ("p_t", "p_wilcoxon", "p_sign_flip")),
-        d_z,
-    ]
-
-
 def _between(facts: dict, adapter: str, of: str, full: bool) -> Table:
     tests = [test for test in facts["tests"] if (test["test"], test["adapter"], test["split"]) == ("welch", adapter, DIFFERENCE)]
     margin = tests[0]["equivalence"]["margin"]
     rows = []
     for test in tests:
         if test["metric"] == "gap" or len(facts["layers"]) <= _FEW_LAYERS or full:
-            equal, differ = (p is not None and p < 0.05 for p in (test["equivalence"]["p_holm"], test["p_holm"]))
+            equal, differ = map(is_significant, (test["equivalence"]["p_holm"], test["p_holm"]))
             said = "alike" if equal else "differ" if differ else "undecided"
             if test["equivalence"]["p"] is None:
-                said = _UNDEFINED
+                said = UNDEFINED
             numbers = [
                 number(test["difference"], "+"),
-                _interval(test),
+                interval(test),
                 p_value(test["p_holm"]),
                 p_value(test["equivalence"]["p_holm"]),
                 said,
             ]
-            rows.append([str(test["layer"]), _metric(test["metric"]), *numbers])
+            rows.append([str(test["layer"]), MEASURES[test["metric"]].label, *numbers])
     rows.sort(key=lambda row: [str(layer) for layer in facts["layers"]].index(row[0]))
     title = f"{of}gain of trained pairs minus gain of held-out pairs; alike: by less than {margin:g} (TOST){_over(facts)}"
     return Table(title, ["layer", "", "difference", "95 % interval", "Welch p", "TOST p", "gains"], once(rows))
@@ -253,24 +234,12 @@ def _harm(facts: dict, adapter: str, of: str) -> Table:
         # the mean is always there, its interval may be None
         parts: list[typing.Any] = [None if record[key] is None else f"{record[key]:.{digits}f}" for key in ("value", "low", "high")]
         value, *ends = parts
-        rows.append([name, value, _UNDEFINED if None in ends else f"[{', '.join(ends)}]"])
+        rows.append([name, value, UNDEFINED if None in ends else f"[{', '.join(ends)}]"])
     return Table(f"{of}language model on {text['name']}: {part} tokens in {windows}", ["", "mean", "95 % interval"], rows)
 
 
-def _metric(metric: str) -> str:
-    """A metric's name where no row says which score it is of."""
-    for score, prefix in (("RefCLIPScore", "ref_clipscore"), ("CLIPScore", "clipscore")):
-        if metric.startswith(prefix):
-            return f"{score}{metric.removeprefix(prefix).replace('_', ', ')}"
-    return {"gap": "gap", "p_at_1": "P@1", "mrr": "MRR", "cosine": "cosine, true", "mismatched": "cosine, mismatched"}[metric]
-
-
-def _interval(record: dict) -> str:
-    return _UNDEFINED if record["low"] is None else interval(record)
-
-
 def _range(record: dict) -> str:
-    return _UNDEFINED if record["low"] is None else f"[{_any_number(record['low'])}, {_any_number(record['high'])}]"
+    return UNDEFINED if record["low"] is None else f"[{_any_number(record['low'])}, {_any_number(record['high'])}]"
 
 
 def _any_number(value: float) -> str:

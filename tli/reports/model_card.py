@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 
+from tli.metrics.measures import names
 from tli.model.shape import Layer
-from tli.reports.run_tables import LABELS, READING, hub_name, languages, rows_as_markdown, summary, value_rows
+from tli.reports.run_tables import READING, hub_name, languages, rows_as_markdown, summary, value_rows
 from tli.reports.wording import aligned_layer, compared_layers, place_name
 
 _LANGUAGE_CODES = {"swahili": "sw", "english": "en"}
@@ -23,7 +24,7 @@ def model_card(report: dict) -> str:
     parts = ["---\n" + "\n".join(front) + "\n---", f"# {base}: {languages(report)} words aligned at {place_name(layer)}", summary(report)]
     parts += ["## What the numbers show", report["verdict"]]
     for place in compared_layers(report, report["measurements"]):
-        parts += [f"### {place_name(place).capitalize()}", rows_as_markdown(value_rows(report, place, tuple(LABELS), " "))]
+        parts += [f"### {place_name(place).capitalize()}", rows_as_markdown(value_rows(report, place, names("headline"), " "))]
     parts += [
         READING,
         "## How to load it",

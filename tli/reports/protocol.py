@@ -5,14 +5,24 @@ Each sentence is a rule about numbers in the tables, and says nothing that they 
 
 from __future__ import annotations
 
-import json
 import textwrap
 import typing
 
 from tli.metrics.measures import SPLITS
-from tli.reports.tables import Table, as_markdown
+from tli.reports.glossary import how_to_read
+from tli.reports.tables import Table, as_markdown, to_repeat
 from tli.reports.tables import show as show_tables
-from tli.reports.wording import find_gain, find_value, number, p_value, signed_gain
+from tli.reports.wording import (
+    find_gain,
+    find_value,
+    is_shift,
+    is_significant,
+    number,
+    p_value,
+    side,
+    side_of_chance,
+    signed_gain,
+)
 
 if typing.TYPE_CHECKING:
     import rich.console
@@ -25,10 +35,7 @@ PUBLISHED: dict[str, typing.Any] = {
     "pilot": {"0": 0.3153, "1": 0.9808, "2": 0.99998, "31": 0.9876},
 }
 _COLUMNS = {"cosine": "cosine,\ntrue", "mismatched": "cosine,\nmism.", "gap": "gap", "p_at_1": "P@1", "mrr": "MRR"}
-# a rise of the cosine of which less than this part is gap is called a shift of all words
-_SHIFT_BELOW = 1 / 3
 _CHANGED = 0.0005
-_LEVEL = 0.05
 # rows in which there is nothing to learn
 _CONTROLS = ("shuffled", "random-weights")
 _TITLE_COLUMNS = 20
@@ -38,14 +45,14 @@ def sentence(row: dict, first: dict) -> str:
     """What a row's switch makes of the number, beside the ``first`` row, the paper's protocol."""
     if row["way"] == "everywhere":
         return _sentence_everywhere(row["check"])
-    true, strangers = (_way(row, metric) for metric in ("cosine", "mismatched"))
+    true, mismatched = (_way(row, metric) for metric in ("cosine", "mismatched"))
     if row["way"] == "null":
         ranks = f"trained pairs' retrieval is {_side(row, 'trained')}"
-        return f"True pairs have the cosine {true} and strangers {strangers}, without a model or a meaning; {ranks}."
+        return f"True pairs have the cosine {true} and mismatched ones {mismatched}, without a model or a meaning; {ranks}."
     values = [[find_value(of, "trained", when, of["layer"], "cosine")["value"] for when in ("before", "after")] for of in (row, first)]
     as_before = all(abs(mine - by_default) < _CHANGED for mine, by_default in zip(*values))
     beside = ", as in the first row," if as_before else f" (first row: {_way(first, 'cosine')})"
-    goes = f"Trained pairs' cosine goes {true}{'' if row['name'] == first['name'] else beside} and strangers' {strangers}"
+    goes = f"Trained pairs' cosine goes {true}{'' if row['name'] == first['name'] else beside} and mismatched pairs' {mismatched}"
     return f"{goes}: {_kind(row)}; retrieval ends {_side(row, 'trained')}, that of held-out pairs {_side(row, 'held_out')}."
 
 
@@ -64,9 +71,9 @@ def verdict(rows: list[dict]) -> str:
     """What all rows together show: how far one choice moves the number, and in how many the controls move with it."""
     measured = [row for row in rows if row["way"] in ("report", "measured")]
     after = sorted((find_value(row, "trained", "after", row["layer"], "cosine")["value"], row["title"]) for row in measured)
-    significant = [row for row in measured if find_gain(row, row["layer"], "cosine", "trained")["p_t"] < _LEVEL]
+    significant = [row for row in measured if is_significant(find_gain(row, row["layer"], "cosine", "trained")["p_t"])]
     controls = [row["title"] for row in significant if row["name"] in _CONTROLS]
-    rose = [row["title"] for row in measured if find_gain(row, row["layer"], "gap", "held_out")["low"] > 0]
+    rose = [row["title"] for row in measured if side(find_gain(row, row["layer"], "gap", "held_out")) == "above"]
     (lowest, low), (highest, high) = after[0], after[-1]
     return (
         f"One choice moves the trained pairs' cosine after training from {number(lowest)} ({low}) to {number(highest)} ({high}). "
@@ -85,12 +92,13 @@ def _way(row: dict, metric: str, split: str = "trained") -> str:
 def _kind(row: dict) -> str:
     """What the change of the trained pairs' cosine is, in the light of their gap's."""
     cosine, gap = (find_gain(row, row["layer"], metric, "trained") for metric in ("cosine", "gap"))
-    if cosine["low"] <= 0 <= cosine["high"]:
+    if side(cosine) == "at":
         kind = "no sure change"
-    elif cosine["high"] < 0:
-        kind = "strangers fell further" if gap["low"] > 0 else "true pairs fell further" if gap["high"] < 0 else "a fall of all words"
+    elif side(cosine) == "below":
+        further = {"above": "mismatched pairs fell further", "below": "true pairs fell further", "at": "a fall of all words"}
+        kind = further[side(gap)]
     else:
-        kind = "a shift of all words" if gap["mean_gain"] < _SHIFT_BELOW * cosine["mean_gain"] else "true pairs rose above strangers"
+        kind = "a shift of all words" if is_shift(cosine, gap) else "true pairs rose above mismatched ones"
     return f"{kind}, the gap changing by {signed_gain(gap)}"
 
 
@@ -98,8 +106,7 @@ def _side(row: dict, split: str) -> str:
     """On which side of chance the split's retrieval is in the end."""
     found = (find_value(row, split, when, row["layer"], "mrr") for when in ("before", "after"))
     *_, last = (record for record in found if record is not None)
-    side = "above" if last["low"] > last["chance"] else "below" if last["high"] < last["chance"] else "at"
-    return f"{side} chance (MRR {_way(row, 'mrr', split)}, chance {number(last['chance'])})"
+    return f"{side_of_chance(last)} chance (MRR {_way(row, 'mrr', split)}, chance {number(last['chance'])})"
 
 
 def show(report: dict, console: rich.console.Console) -> None:
@@ -129,8 +136,7 @@ def markdown(report: dict) -> str:
     parameters = {row["name"]: row["parameters"] for row in report["rows"]}
     facts = {**{key: report[key] for key in ("config", "model", "pairs", "versions", "machine")}, "adapter_parameters": parameters}
     parts += ["## What each switch makes of the number", "\n".join(rows), _READING]
-    parts += ["## To repeat it", "`python -m tli.study protocol`", "```json\n" + json.dumps(facts, indent=1) + "\n```"]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, to_repeat(facts, "`python -m tli.study protocol`")])
 
 
 def _title(report: dict, split: str) -> str:
@@ -152,6 +158,7 @@ def _rows(report: dict, split: str, arrow: str) -> list[list[str]]:
         for metric in _COLUMNS:
             found = [find_value(row, split, when, row["layer"], metric) for when in ("before", "after")]
             found = [record for record in found if record is not None]
+            # with as many digits as the values
             last = f" [{number(found[-1]['low'])}, {number(found[-1]['high'])}]" if arrow != "\n" else ""
             cells.append(arrow.join(number(record["value"]) for record in found) + last)
         tests = (find_gain(row, row["layer"], metric, split) for metric in ("cosine", "gap"))
@@ -175,16 +182,13 @@ _PILOT = ", ".join(f"{value} at hidden state {layer}" for layer, value in PUBLIS
 _READING = f"""\
 ## How to read this
 
-Each cell is before -> after training; brackets are 95 % bootstrap intervals over pairs (BCa, 2,000 resamples) of the last number. *Cosine,
-mism.* is the mean cosine of mismatched pairs, a word with the words of other meaning; the *gap* is true less mismatched. *P@1* is how
-often the true partner is the nearest candidate, *MRR* the mean of 1/rank, both of the two directions; *chance* is their value for ranks
-drawn by lot. *p* is the paired t-test's, after against before: on the cosine as the paper has it, and on the gap. It is not corrected for
-the number of rows.
+{how_to_read("gap", "retrieval", "intervals")} Each cell is before -> after training, its bracket that of the last number. *p* is the paired
+t-test's, after against before: on the cosine as the paper has it, and on the gap; it is not corrected for the number of rows.
 
-A cosine that rises for strangers as much as for translations is a shift of all words, however small its p: a t-test on the cosine cannot
-tell the two apart; the gap and the ranks can. The paper published the cosines of true pairs of another model, {PUBLISHED["model"]},
-on {PUBLISHED["trained"]["n"]} and {PUBLISHED["held_out"]["n"]} other pairs; they stand here for their size, not to be met by this model.
-Its pilot, with BOS pooled and before training, gave {_PILOT}.
+A cosine that rises for mismatched pairs as much as for translations is a shift of all words, however small its p: a t-test on the cosine
+cannot tell the two apart; the gap and the ranks can. The paper published the cosines of true pairs of another model,
+{PUBLISHED["model"]}, on {PUBLISHED["trained"]["n"]} and {PUBLISHED["held_out"]["n"]} other pairs; they stand here for their size, not to
+be met by this model. Its pilot, with BOS pooled and before training, gave {_PILOT}.
 
 Rows that change the measurement alone measure an adapter anew, and the base with it. *Adapters in all blocks* is not trained to the end:
 where a loss reads hidden state L no gradient reaches a block above it, which was checked by some steps of the whole model beside the

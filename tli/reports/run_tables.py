@@ -1,36 +1,17 @@
-"""The tables of one training run, and how they are to be read: for report.md, the console and the model card."""
+"""The tables of one training run: for report.md, the console and the model card."""
 
 from __future__ import annotations
 
 import pathlib
 import re
 
-from tli.metrics.measures import SPLITS
+from tli.metrics.measures import MEASURES, SPLITS, names
 from tli.model.shape import Layer
+from tli.reports.glossary import how_to_read
 from tli.reports.tables import Table, as_markdown, once
-from tli.reports.wording import find_value, interval, number, p_value
+from tli.reports.wording import find_value, interval, number, number_or_dash, p_value
 
-LABELS = {
-    "gap": "gap",
-    "p_at_1": "P@1",
-    "mrr": "MRR",
-    "cosine": "cosine, true",
-    "mismatched": "cosine, mismatched",
-    "sink_share": "sink share",
-}
-TESTED = ("gap", "p_at_1", "mrr", "cosine", "mismatched")
-# trained and held-out retrieval have different numbers of candidates; their gains are not comparable
-TESTED_BETWEEN = ("gap", "cosine")
-
-
-READING = """\
-How to read this. The *gap* is the mean cosine of true pairs minus that of mismatched pairs. *P@1* is how often the true partner is the
-nearest candidate, *MRR* the mean of 1/rank; both are means of the two directions unless one is named. *Chance* is their value for ranks
-drawn by lot from as many candidates; trained and held-out lists differ in length, so in chance, too. The *sink share* is the part of a
-word's states, by norm, that the first position would make up if it were pooled. A mean cosine that rises for mismatched pairs as well is
-a shift of all words. Brackets are 95 % bootstrap intervals over pairs (BCa, 2,000 resamples); one without width means that all pairs
-agree, not that the value is certain. The p-values are not corrected for their number: the held-out gap where the loss was is the question,
-the rest is context. The control for all of it is the same run with `--shuffle-pairs`."""
+READING = how_to_read("gap", "retrieval", "lists", "sink share", "intervals", "tests", "control")
 
 
 def summary(report: dict) -> str:
@@ -46,7 +27,7 @@ def summary(report: dict) -> str:
 
 def _samples(report: dict) -> str:
     """What is said of splits of which a random part was measured."""
-    sizes = {record["split"]: record["n"] for record in report["measurements"]}
+    sizes = {record["split"]: record["n"] for record in report["measurements"] if record["metric"] == "gap"}
     parts = [f"{n:,} {SPLITS[split]}" for split, n in sizes.items() if n < report["pairs"][split]]
     return f" (measured: a random sample, {' and '.join(parts)})" if parts else ""
 
@@ -71,14 +52,22 @@ def value_rows(report: dict, layer: Layer, metrics: tuple[str, ...], between: st
 
 
 def gain_rows(report: dict, layer: Layer) -> list[list[str]]:
+    """A head and the tests of each headline measure: each split's gain, and the difference of the two."""
+    shown = names("headline")
     rows = [["", "pairs", "gain", "95 % interval", "t", "p", "Wilcoxon", "d_z"]]
-    for test in sorted((t for t in report["tests"] if t["layer"] == layer), key=lambda t: TESTED.index(t["metric"])):
-        paired = test["test"] == "paired"
-        ranks = [p_value(test["p_wilcoxon"]), "inf" if test["d_z"] is None else number(test["d_z"], digits=2)] if paired else ["", ""]
-        t, p = "inf" if test["t"] is None else number(test["t"], digits=1), p_value(test["p_t"] if paired else test["p"])
-        gain = number(test["mean_gain" if paired else "difference"], "+")
-        rows.append([LABELS[test["metric"]], SPLITS.get(test["split"], "difference"), gain, interval(test), t, p, *ranks])
+    here = [test for test in report["tests"] if test["layer"] == layer and test["metric"] in shown]
+    for test in sorted(here, key=lambda test: shown.index(test["metric"])):
+        rows.append([MEASURES[test["metric"]].label, SPLITS.get(test["split"], "difference"), *cells_of_test(test)])
     return once(rows)
+
+
+def cells_of_test(test: dict, sign_flip: bool = False) -> list[str]:
+    """Gain, interval, t, p, Wilcoxon's p, the sign flips' if asked for, d_z; of a difference of two splits the first four."""
+    if test["test"] == "welch":
+        return [number(test["difference"], "+"), interval(test), number_or_dash(test["t"], digits=1), p_value(test["p_holm"]), "", ""]
+    p_values = ["p_t", "p_wilcoxon"] + ["p_sign_flip"] * sign_flip
+    numbers = [number(test["mean_gain"], "+"), interval(test), number_or_dash(test["t"], digits=1)]
+    return numbers + [p_value(test[f"{name}_holm"]) for name in p_values] + [number_or_dash(test["d_z"], digits=2)]
 
 
 def rows_as_markdown(rows: list[list[str]]) -> str:
@@ -86,10 +75,10 @@ def rows_as_markdown(rows: list[list[str]]) -> str:
 
 
 def _label(report: dict, metric: str) -> str:
-    source, target = report["config"]["source"], report["config"]["target"]
+    label, source, target = MEASURES[metric].label, report["config"]["source"], report["config"]["target"]
     if metric.endswith("_forward"):
-        return f"{LABELS[metric.removesuffix('_forward')]}, {source} to {target}"
-    return f"{LABELS[metric.removesuffix('_backward')]}, {target} to {source}" if metric.endswith("_backward") else LABELS[metric]
+        return f"{label}, {source} to {target}"
+    return f"{label}, {target} to {source}" if metric.endswith("_backward") else label
 
 
 def languages(report: dict) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import shlex
 import typing
 
+from tli.metrics.measures import MEASURES
 from tli.model.shape import Layer
 from tli.reports.tables import Table
 from tli.reports.tables import show as show_tables
-from tli.reports.wording import interval, number, place_name
+from tli.reports.wording import interval, number, place_name, side, side_of_chance
 
 if typing.TYPE_CHECKING:
     import rich.console
@@ -19,21 +20,21 @@ if typing.TYPE_CHECKING:
 # a rise of the mismatched cosine that is worth a sentence
 _SHIFT_ABOVE = 0.1
 _NORMS = {"final": "through the final norm", "rms": "over their root mean square", "none": "as they are"}
-# measures of vectors with BOS left out, and the heads of their columns
-_SHOWN = {
-    "auc": "\nAUC",
-    "p_at_1": "\nP@1",
-    "p_at_5": "\nP@5",
-    "mrr": "\nMRR",
-    "csls_p_at_1": "CSLS\nP@1",
-    "mexa": "\nMEXA",
-    "cka": "\nCKA",
-    "cka_chance": "by\nchance",
-    "centred_gap": "cent.\ngap",
-    "standardised_gap": "stand.\ngap",
-    "iso_score": "Iso-\nScore",
-    "random_cosine": "rand.\ncos",
-}
+# measures of vectors with BOS left out; CKA has its chance beside it
+_SHOWN = (
+    "auc",
+    "p_at_1",
+    "p_at_5",
+    "mrr",
+    "csls_p_at_1",
+    "mexa",
+    "cka",
+    "cka_chance",
+    "centred_gap",
+    "standardised_gap",
+    "iso_score",
+    "random_cosine",
+)
 
 
 def verdict(report: dict) -> str:
@@ -45,7 +46,7 @@ def verdict(report: dict) -> str:
 def _choice(report: dict) -> str:
     found, chosen = _index(report, "base"), report["choice"]
     gap, true, mismatched = found["gap", "word", "gap"], *(found["paper", "raw_bos", name] for name in ("cosine", "mismatched"))
-    by_gap = f"{number(gap['value'], '+', 4)} {interval(gap)}{'' if gap['low'] > 0 else '; at no layer is it surely above zero'}"
+    by_gap = f"{number(gap['value'], '+', 4)} {interval(gap)}{'' if side(gap) == 'above' else '; at no layer is it surely above zero'}"
     by_cosine = f"{number(true['value'], digits=5)}, and {number(mismatched['value'], digits=5)} for mismatched pairs"
     if chosen["gap"] == chosen["paper"]:
         both = f"Both rules choose layer {chosen['gap']}: the gap with BOS left out ({by_gap}), and the"
@@ -59,17 +60,17 @@ def _choice(report: dict) -> str:
 def _alignment(report: dict) -> str:
     layer, found = report["choice"]["gap"], _index(report, "base")
     auc, rank, hit = (found["gap", "word", name] for name in ("auc", "mrr", "p_at_1"))
-    side = "above" if rank["low"] > rank["chance"] else "below" if rank["high"] < rank["chance"] else "at"
     text = (
         f"At layer {layer} of the base a true pair is nearer than a mismatched one with a probability of {number(auc['value'])} "
-        f"{interval(auc)} (.5 by chance), and retrieval is {side} chance: MRR {number(rank['value'], digits=4)} {interval(rank)} against "
+        f"{interval(auc)} (.5 by chance), and retrieval is {side_of_chance(rank)} chance: MRR {number(rank['value'], digits=4)} "
+        f"{interval(rank)} against "
         f"{number(rank['chance'], digits=4)}, P@1 {number(hit['value'], digits=4)} against {number(hit['chance'], digits=4)}."
     )
     gaps = {r["stratum"]: r for r in report["strata"] if (r["stream"], r["layer"], r["metric"]) == ("base", layer, "gap")}
     if not {"loan words", "no loan words"} <= gaps.keys():
         return text
     loans, others = (f"{number(r['value'], '+', 4)} {interval(r)}" for r in (gaps["loan words"], gaps["no loan words"]))
-    spelling = ": spelling may be all of it" * (gaps["loan words"]["low"] > 0 >= gaps["no loan words"]["low"])
+    spelling = ": spelling may be all of it" * (side(gaps["loan words"]) == "above" != side(gaps["no loan words"]))
     return f"{text} The gap is {loans} among loan words and {others} among the others{spelling}."
 
 
@@ -78,12 +79,12 @@ def _sink(report: dict, stream: str) -> str:
     if not of_sink:
         return ""
     worst = max(of_sink, key=lambda layer: found[layer, "raw_bos", "mismatched"]["value"])
-    pooled, strangers, alone = (number(found[worst, "raw_bos", name]["value"], digits=5) for name in ("cosine", "mismatched", "sink_only"))
+    pooled, mismatched, alone = (number(found[worst, "raw_bos", name]["value"], digits=5) for name in ("cosine", "mismatched", "sink_only"))
     words, apart = (number(found[worst, "raw", name]["value"]) for name in ("cosine", "mismatched"))
     return (
         f"Warning{', with the adapter' * (stream == 'adapter')}: with BOS pooled, the mean cosine is the sink's at {_ranges(of_sink)}. At "
         f"{place_name(worst)} the sink is {found[worst, 'raw_bos', 'sink_share']['value']:.0%} of a pooled word; true pairs have {pooled} "
-        f"and mismatched ones {strangers}, where words with nothing in common but this sink would have {alone}. Without it they have "
+        f"and mismatched ones {mismatched}, where words with nothing in common but this sink would have {alone}. Without it they have "
         f"{words} and {apart}."
     )
 
@@ -98,8 +99,8 @@ def _with_adapter(report: dict) -> str:
     rise = {layer: adapter[layer, "word", "mismatched"]["value"] - base[layer, "word", "mismatched"]["value"] for layer in _layers(report)}
     most = max(rise, key=rise.__getitem__)
     if rise[most] > _SHIFT_ABOVE:
-        strangers = " to ".join(number(found[most, "word", "mismatched"]["value"]) for found in (base, adapter))
-        text += f" Mismatched pairs' mean cosine rises from {strangers} at {place_name(most)}: there all words are drawn together."
+        mismatched = " to ".join(number(found[most, "word", "mismatched"]["value"]) for found in (base, adapter))
+        text += f" Mismatched pairs' mean cosine rises from {mismatched} at {place_name(most)}: there all words are drawn together."
     if report["config"]["split"] == "all":
         text += " Pairs that it was trained on are not left out here; --split held_out does."
     return text
@@ -158,15 +159,18 @@ def _cosine_rows(report: dict, stream: str) -> list[list[str]]:
 
 def _alignment_rows(report: dict, stream: str) -> list[list[str]]:
     found = _index(report, stream)
-    digits = {name: 4 if name in ("p_at_1", "p_at_5", "mrr", "csls_p_at_1", "mexa") else 3 for name in _SHOWN}
-    rows = [["layer", *_SHOWN.values()]]
-    for layer in _layers(report):
-        values = {name: found[layer, "word", name]["value"] for name in _SHOWN if name != "cka_chance"}
-        values = {name: values.get(name, found[layer, "word", "cka"]["chance"]) for name in _SHOWN}
-        rows.append([_marked(report, layer), *(_short(value, digits[name]) for name, value in values.items())])
-    by_chance = {name: found["gap", "word", name]["chance"] for name in _SHOWN if not name.startswith("cka")}
-    rows.append(["chance", *("" if by_chance.get(name) is None else _short(by_chance[name], digits[name]) for name in _SHOWN)])
-    return rows
+
+    def cell(layer: Layer, metric: str, part: str) -> str:
+        if metric == "cka_chance":
+            metric, part = "cka", "chance"
+        value = found[layer, "word", metric][part]
+        return "" if value is None else _short(value, MEASURES[metric].digits)
+
+    heads = [MEASURES[metric].column or f"\n{MEASURES[metric].label}" if metric != "cka_chance" else "by\nchance" for metric in _SHOWN]
+    rows = [["layer", *heads]]
+    rows += [[_marked(report, layer), *(cell(layer, metric, "value") for metric in _SHOWN)] for layer in _layers(report)]
+    by_chance = ["" if metric.startswith("cka") else cell("gap", metric, "chance") for metric in _SHOWN]
+    return [*rows, ["chance", *by_chance]]
 
 
 def _stratum_rows(report: dict, stream: str, layer: Layer) -> list[list[str]]:

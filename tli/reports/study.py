@@ -6,22 +6,23 @@ measured before training, by chance, and after training on shuffled pairs.
 
 from __future__ import annotations
 
-import json
 import pathlib
 import typing
 
 import numpy as np
 
+from tli.metrics.measures import MEASURES, names
 from tli.model.shape import Layer
 from tli.reports.figures.study import draw_costs, draw_ranks
 from tli.reports.figures.style import save_figure
-from tli.reports.tables import Table, as_markdown, once
+from tli.reports.glossary import how_to_read
+from tli.reports.tables import Table, as_markdown, once, to_repeat
 from tli.reports.tables import show as show_tables
-from tli.reports.wording import aligned_layer, find_value, interval, number, p_value, place_name
+from tli.reports.wording import aligned_layer, find_value, interval, is_significant, number, number_or_dash, p_value, place_name
 from tli.runtime import cpu
-from tli.runtime.files import write_text
+from tli.runtime.files import SCHEMA, write_json, write_text
 from tli.stats.across_runs import compare_arms, rank_trend, seed_interval
-from tli.stats.tests import correct
+from tli.stats.tests import add_holm
 
 if typing.TYPE_CHECKING:
     import rich.console
@@ -31,23 +32,13 @@ if typing.TYPE_CHECKING:
 FILES = ("results.json", "report.md", "rank.png", "cost.png")
 # where an arm's loss was: layer L or the output
 ALIGNED = "aligned"
-METRICS = ("clipscore", "clipscore_mismatched", "clipscore_gap", "gap", "p_at_1", "mrr", "cosine", "mismatched")
-# what arms and ranks are judged by
-_JUDGED = ("mrr", "gap", "p_at_1", "clipscore_gap")
-_LABELS = {"clipscore_gap": "CLIPScore's gap", "gap": "gap", "p_at_1": "P@1", "mrr": "MRR"}
+# what cells record of each layer; a study's list has no references
+METRICS = tuple(name for name in names("tested") if not name.startswith("ref_"))
 _ARMS = {"early": "early arm", "full": "full arm"}
-_CLEAR = 0.05
 # a last loss above this part of chance's
 _LITTLE_LEARNT = 0.9
 
-_READING = """\
-How to read this. Each value is a mean over seeds, its bracket the 95 % Student interval over them: a seed draws the split, the order, the
-adapters' start and the dropout, so the interval is about all of these. *CLIP-S*, CLIPScore, is 2.5 times the cosine, none below 0; beside
-it stands its value for mismatched pairs. *Gap* is the mean cosine of true pairs minus that of mismatched ones. *P@1* is how often the true
-partner is the nearest candidate, *MRR* the mean of 1/rank, both directions averaged. *Page* asks whether a value rises or falls with the
-rank, seeds being blocks; *Spearman* correlates it with log2 R and takes all runs for independent. The arms are compared seed by seed
-(paired t); Holm's correction runs over the ranks. *Shuffled* is the same training on mismatched pairs: what still rises there is not
-alignment."""
+_READING = how_to_read("seeds", "CLIPScore", "gap", "retrieval", "trends", "arms", "shuffled")
 
 
 def search_record(rate: float, report: dict) -> dict:
@@ -102,12 +93,13 @@ def assemble(config: dict, search: dict[str, dict], reports: list[tuple[Cell, di
         (arm, place, metric): np.array([over_seeds((arm, rank, False), "held_out", "after", place, metric) for rank in ranks]).T
         for arm in arms
         for place in (*places, ALIGNED)
-        for metric in _JUDGED
+        for metric in names("judged")
     }
     trends = [
         {"arm": arm, "layer": place, "metric": metric, **rank_trend(of_runs, ranks)} for (arm, place, metric), of_runs in held_out.items()
     ]
     return {
+        "schema": SCHEMA,
         "config": config,
         "model": first["model"],
         "pairs": {key: first["pairs"][key] for key in ("trained", "held_out")},
@@ -131,12 +123,12 @@ def _compare(held_out: dict, arms: list[str], ranks: list[int], places: tuple) -
         return []
     found = []
     for place in places:
-        for metric in _JUDGED:
+        for metric in names("judged"):
             columns = zip(held_out["early", place, metric].T, held_out["full", place, metric].T)
             family = [
                 {"rank": rank, "layer": place, "metric": metric, **compare_arms(early, full)} for rank, (early, full) in zip(ranks, columns)
             ]
-            correct(family, ("p",))
+            add_holm(family, ("p",))
             found += family
     return found
 
@@ -154,7 +146,7 @@ def _control(runs: dict, arms: list[str], seeds: list[int], rank: int, over_seed
         for arm in arms
         if (arm, rank, False, seeds[0]) in runs
         for place in places
-        for metric in _JUDGED
+        for metric in names("judged")
     ]
 
 
@@ -218,7 +210,7 @@ def _trend_sentence(results: dict, arm: str) -> str:
     p, name = (trend["p_page"], "Page's") if trend["p_page"] is not None else (trend["p_rho"], "Spearman's")
     if p is None:
         return f"{said}too few runs to speak of a trend."
-    found = f"it {'rises' if trend['rho'] > 0 else 'falls'} with the rank" if p < _CLEAR else "no trend over the ranks was found"
+    found = f"it {'rises' if trend['rho'] > 0 else 'falls'} with the rank" if is_significant(p) else "no trend over the ranks was found"
     return f"{said}{found} ({name} p {p_value(p)}, rho {number(trend['rho'], '+', 2)})."
 
 
@@ -227,7 +219,7 @@ def _arms_sentence(results: dict, place: Layer) -> str:
     where = "each where its loss was" if place == ALIGNED else f"both at {place_name(place)}"
     if not family:
         return f"The arms, {where}, cannot be compared with so few seeds."
-    clear = [c for c in family if c["p_holm"] < _CLEAR]
+    clear = [c for c in family if is_significant(c["p_holm"])]
     if not clear:
         smallest = p_value(min(c["p_holm"] for c in family))
         return f"Between the arms, {where}, no difference of held-out MRR was found at any rank (smallest p after Holm {smallest})."
@@ -251,7 +243,7 @@ def _control_sentence(results: dict, arm: str) -> str:
     said = f"Trained on shuffled pairs, the {_ARMS[arm]}'s at rank {rank} is {_with_interval(value)}"
     if found["p"] is None:
         return f"{said}."
-    if found["p"] < _CLEAR and found["difference"] > 0:
+    if is_significant(found["p"]) and found["difference"] > 0:
         return f"{said}: {number(found['difference'])} less than on true pairs (p {p_value(found['p'])}), and that part is alignment."
     return f"{said}: not shown to be less than on true pairs (p {p_value(found['p'])})."
 
@@ -322,7 +314,7 @@ def _value_table(results: dict, layer: Layer, full: bool) -> Table:
     losses = [_ARMS[arm] for arm in results["search"] if _place(results, arm, ALIGNED) == layer]
     title = f"{place_name(layer).capitalize()}{''.join(f', where the loss of the {arm} is' for arm in losses)}: held-out pairs; "
     title += f"chance: P@1 {chance['p_at_1']:.2g}, MRR {chance['mrr']:.2g}"
-    return Table(title, ["rank", "CLIP-S,\ntrue", "CLIP-S,\nmism.", "gap", "P@1", "MRR", "trained\nP@1"], rows)
+    return Table(title, ["rank", *(MEASURES[metric].column or MEASURES[metric].label for metric in columns), "trained\nP@1"], rows)
 
 
 def _trend_table(results: dict) -> Table:
@@ -331,8 +323,8 @@ def _trend_table(results: dict) -> Table:
         rows.append([_ARMS[arm]])
         for trend in results["trends"]:
             if trend["arm"] == arm and trend["layer"] != ALIGNED:
-                rho = "-" if trend["rho"] is None else number(trend["rho"], "+", 2)
-                rows.append([str(trend["layer"]), _LABELS[trend["metric"]], rho, p_value(trend["p_rho"]), p_value(trend["p_page"])])
+                rho = number_or_dash(trend["rho"], "+", 2)
+                rows.append([str(trend["layer"]), MEASURES[trend["metric"]].label, rho, p_value(trend["p_rho"]), p_value(trend["p_page"])])
     head = ["layer", "held-out", "Spearman's rho", "p", "Page's p"]
     return Table("Trend over the ranks", head, once(rows))
 
@@ -343,11 +335,10 @@ def _comparison_table(results: dict) -> Table:
         if c["metric"] in ("mrr", "gap"):
             key = (c["layer"], c["metric"])
             if key != above:
-                rows.append([f"{c['layer']}, {_LABELS[c['metric']]}"])
+                rows.append([f"{c['layer']}, {MEASURES[c['metric']].label}"])
             above = key
-            bracket = "-" if c["low"] is None else interval(c)
-            t = "-" if c["t"] is None else number(c["t"], digits=1)
-            rows.append([str(c["rank"]), number(c["difference"], "+"), bracket, t, p_value(c["p"]), p_value(c["p_holm"])])
+            t = number_or_dash(c["t"], digits=1)
+            rows.append([str(c["rank"]), number(c["difference"], "+"), interval(c), t, p_value(c["p"]), p_value(c["p_holm"])])
     title = "Early arm minus full arm, held-out pairs, by layer; aligned: each arm where its loss was"
     return Table(title, ["rank", "difference", "95 % interval", "t", "p", "Holm"], rows)
 
@@ -391,7 +382,7 @@ def write(folder: pathlib.Path, results: dict) -> None:
     save_figure(folder / "rank.png", draw_ranks(results))
     save_figure(folder / "cost.png", draw_costs(results))
     write_text(folder / "report.md", markdown(results))
-    write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_json(folder / "results.json", results)
 
 
 def markdown(results: dict) -> str:
@@ -409,7 +400,7 @@ def markdown(results: dict) -> str:
     rest = {key: results[key] for key in ("config", "model", "pairs", "steps", "versions", "machine")}
     # where it lay says nothing to others
     rest["config"] = {name: value for name, value in config.items() if name not in ("output", "json", "cells")}
-    return "\n\n".join([*parts, "## To repeat it", "```json\n" + json.dumps(rest, indent=1, allow_nan=False) + "\n```"]) + "\n"
+    return "\n\n".join([*parts, to_repeat(rest)])
 
 
 def _model_name(results: dict) -> str:

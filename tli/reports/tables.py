@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 
 if typing.TYPE_CHECKING:
@@ -39,6 +40,12 @@ def as_markdown(table: Table) -> str:
     rows = [row + [""] * (len(table.head) - len(row)) for row in [table.head, *table.rows]]
     lines = ["| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|").strip() for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" + "|---:" * (len(table.head) - 1) + "|", *lines[1:]])
+
+
+def to_repeat(facts: dict, *said: str) -> str:
+    """The last section of a report: what a repetition needs, as JSON, after what is ``said`` of it."""
+    block = "```json\n" + json.dumps(facts, indent=1, allow_nan=False) + "\n```"
+    return "\n\n".join(["## To repeat it", *said, block]) + "\n"
 
 
 def once(rows: list[list[str]]) -> list[list[str]]:

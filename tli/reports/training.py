@@ -8,23 +8,22 @@ where a user of the whole model would feel it; the loss was at one of the two. `
 
 from __future__ import annotations
 
-import json
 import pathlib
 import typing
 
-from tli.metrics.alignment import RETRIEVAL, Alignment, measurements
-from tli.metrics.measures import DIFFERENCE, SPLITS
+from tli.metrics.alignment import Alignment
+from tli.metrics.comparison import summarize
+from tli.metrics.measures import names
 from tli.model.shape import Layer
 from tli.reports.figures.style import save_figure
 from tli.reports.figures.training import draw_distributions, draw_layers
 from tli.reports.model_card import model_card
-from tli.reports.run_tables import LABELS, READING, TESTED, TESTED_BETWEEN, gain_rows, languages, rows_as_markdown, summary, value_rows
-from tli.reports.tables import Table
+from tli.reports.run_tables import READING, gain_rows, languages, rows_as_markdown, summary, value_rows
+from tli.reports.tables import Table, to_repeat
 from tli.reports.tables import show as show_tables
 from tli.reports.verdict import verdict
 from tli.reports.wording import aligned_layer, compared_layers, place_name
-from tli.runtime.files import write_text
-from tli.stats import tests as significance
+from tli.runtime.files import write_json, write_text
 
 if typing.TYPE_CHECKING:
     import rich.console
@@ -55,7 +54,7 @@ def write_report(
     save_figure(folder / "layers.png", draw_layers(report))
     write_text(folder / "report.md", markdown(report))
     write_text(folder / "README.md", model_card(report))
-    write_text(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_json(folder / "report.json", report)
     show(report, console)
     return report
 
@@ -68,21 +67,11 @@ def clear(folder: str | pathlib.Path) -> None:
 
 def assemble(run: dict, alignments: dict[tuple[str, str, Layer], Alignment]) -> dict:
     """The facts of the run, and of them all: ``measurements`` in every layer, ``tests`` at L and ``output``, ``verdict``."""
-    seed = run["config"]["seed"]
-    records = [record for key, alignment in alignments.items() for record in measurements(alignment, *key, seed)]
-    tests = []
-    for layer in compared_layers(run, records):
-        gains = {}
-        for split in [s for s in SPLITS if (s, "after", layer) in alignments]:
-            before, after = (alignments[split, when, layer] for when in ("before", "after"))
-            for metric in TESTED:
-                values = before.per_pair(metric), after.per_pair(metric)
-                gains[split, metric] = values[1] - values[0]
-                compared = significance.compare_paired(*values, seed)
-                tests.append({"test": "paired", "split": split, "layer": layer, "metric": metric, **compared})
-        for metric in TESTED_BETWEEN if ("held_out", "gap") in gains else ():
-            compared = significance.welch(gains["trained", metric], gains["held_out", metric])
-            tests.append({"test": "welch", "split": DIFFERENCE, "layer": layer, "metric": metric, **compared})
+    layers = [run["config"]["layer"], "output"]
+    records, tests = summarize(alignments, run["config"]["seed"], base="before", layers=layers)
+    for record in (*records, *tests):
+        # there is one
+        del record["adapter"]
     report = {**run, "measurements": records, "tests": tests}
     return {**report, "verdict": verdict(report)}
 
@@ -102,8 +91,8 @@ def show(report: dict, console: rich.console.Console) -> None:
     console.print()
     for layer in compared_layers(report, report["measurements"]):
         name, between = place_name(layer).capitalize(), " " if wide else "\n"
-        values = shown(f"{name}: mean and 95 % interval", value_rows(report, layer, tuple(LABELS), between))
-        gains = shown(f"{name}: gain, after - before (paired t; difference: Welch's t)", gain_rows(report, layer))
+        values = shown(f"{name}: mean and 95 % interval", value_rows(report, layer, names("headline"), between))
+        gains = shown(f"{name}: gain, after - before (paired t; difference: Welch's; p by Holm)", gain_rows(report, layer))
         show_tables([values, gains], console, padding=int(wide))
     console.print(Text(report["verdict"]))
 
@@ -116,13 +105,13 @@ def markdown(report: dict) -> str:
         "## Verdict",
         report["verdict"],
     ]
-    rows = ("gap", *RETRIEVAL, "cosine", "mismatched", "sink_share")
+    # with each direction of retrieval, which the console leaves out
+    rows = tuple(name for name in names("recorded") if not name.startswith(("clipscore", "ref_clipscore")))
     for layer in compared_layers(report, report["measurements"]):
         parts += [f"## {place_name(layer).capitalize()}", rows_as_markdown(value_rows(report, layer, rows, " "))]
         parts += ["Gain, after - before:", rows_as_markdown(gain_rows(report, layer))]
     parts += [READING, "## Figures", "![Cosines of true and mismatched pairs](distributions.png)", "![Gap and MRR by layer](layers.png)"]
     facts = {key: report[key] for key in report if key not in ("measurements", "tests", "verdict")}
     machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["machine"].items())
-    parts += ["## To repeat it", f"The same settings give the same adapter, byte for byte, on the same machine alone: {machine}."]
-    parts += ["```json\n" + json.dumps(facts, indent=1, allow_nan=False) + "\n```"]
-    return "\n\n".join(parts) + "\n"
+    same = f"The same settings give the same adapter, byte for byte, on the same machine alone: {machine}."
+    return "\n\n".join([*parts, to_repeat(facts, same)])

@@ -5,13 +5,22 @@ Each sentence is a rule about numbers in the tables, and says nothing that they 
 
 from __future__ import annotations
 
-from tli.metrics.measures import DIFFERENCE, SPLITS
+from tli.metrics.measures import DIFFERENCE, SINK_ABOVE, SPLITS
 from tli.model.shape import Layer
-from tli.reports.wording import compared_layers, find_gain, find_value, interval, number, p_value, place_name, signed_gain
+from tli.reports.wording import (
+    compared_layers,
+    find_gain,
+    find_value,
+    interval,
+    is_shift,
+    number,
+    p_value,
+    place_name,
+    side,
+    side_of_chance,
+    signed_gain,
+)
 
-# a rise of the cosine of which less than this part is gap is called a shift of all words
-_SHIFT_BELOW = 1 / 3
-_SINK_ABOVE = 0.5
 _FEW_PAIRS = 30
 _LOSS_AT_CHANCE = 0.99
 
@@ -49,47 +58,48 @@ def _carries_over(report: dict, layer: Layer) -> str:
         return f"{where}, no pairs were held out: nothing here shows whether words outside the training list were aligned."
     few = f" Only {gap['n']} pairs are held out, so these intervals are rough." if gap["n"] < _FEW_PAIRS else ""
     moved = f"{signed_gain(gap)} to {number(find_value(report, 'held_out', 'after', layer, 'gap')['value'])}"
-    if gap["low"] > 0 and mrr["low"] > 0:
+    gap_side, mrr_side = side(gap), side(mrr)
+    if gap_side == mrr_side == "above":
         rank = find_value(report, "held_out", "after", layer, "mrr")
         reach = "the alignment reaches words that training never saw"
-        if rank["low"] <= rank["chance"]:
+        if side_of_chance(rank) != "above":
             reach = "too little to lift retrieval above chance"
         elif report["shuffled"]:
             reach = "without one true pair to learn from"
         return f"{where}, the held-out gap rose by {moved} and the held-out MRR by {signed_gain(mrr)}: {reach}.{few}"
-    if gap["low"] > 0:
+    if gap_side == "above":
         why = "words moved apart, but true partners were not found more easily. A gap that grows alone is a change of scale"
         return f"{where}, the held-out gap rose by {moved}, but the held-out MRR did not rise ({signed_gain(mrr)}): {why}.{few}"
-    if gap["high"] < 0:
+    if gap_side == "below":
         return f"{where}, the held-out gap fell by {moved}: training did harm to words that it never saw.{few}"
     change = (
         f"the change of the held-out gap, {signed_gain(gap)}, may be zero"
-        if gap["low"] < gap["high"]
+        if gap["low"] is None or gap["low"] < gap["high"]
         else "the held-out gap did not change"
     )
-    if mrr["low"] > 0:
+    if mrr_side == "above":
         return f"{where}, {change}, though the held-out MRR rose by {signed_gain(mrr)}.{few}"
     return f"{where}, {change}: nothing is shown to reach words that training never saw.{few}"
 
 
 def _by_heart(report: dict, layer: Layer) -> str:
     between, trained, held_out = (find_gain(report, layer, "gap", split) for split in (DIFFERENCE, *SPLITS))
-    if between is None or not (trained["low"] > 0 or held_out["low"] > 0):
+    if between is None or "above" not in (side(trained), side(held_out)):
         return ""
     gains = f"Trained pairs' gap changed by {signed_gain(trained)}, held-out pairs' by {signed_gain(held_out)}"
-    difference = f"{signed_gain(between)} (Welch's p {p_value(between['p'])})"
-    if between["low"] > 0:
+    difference = f"{signed_gain(between)} (Welch's p {p_value(between['p_holm'])})"
+    if side(between) == "above":
         return f"{gains}: the difference, {difference}, was learnt by heart and stays with the trained words."
-    if between["high"] < 0:
+    if side(between) == "below":
         return f"{gains}: held-out pairs gained more than trained ones, by {difference}."
     return f"{gains}: the difference, {difference}, may be zero, so trained words have no lead over new ones."
 
 
 def _shift(report: dict, layer: Layer, split: str) -> str:
     cosine, mismatched, gap = (find_gain(report, layer, metric, split) for metric in ("cosine", "mismatched", "gap"))
-    if cosine is None or cosine["low"] <= 0 or gap["mean_gain"] >= _SHIFT_BELOW * cosine["mean_gain"]:
+    if cosine is None or not is_shift(cosine, gap):
         return ""
-    kind = "mostly a global shift" if gap["low"] > 0 else "a global shift, not alignment"
+    kind = "mostly a global shift" if side(gap) == "above" else "a global shift, not alignment"
     return (
         f"The mean cosine of {SPLITS[split].replace(' ', '-')} true pairs rose by {signed_gain(cosine)}, "
         f"and so did that of mismatched pairs, by {signed_gain(mismatched)}: {kind}."
@@ -98,19 +108,18 @@ def _shift(report: dict, layer: Layer, split: str) -> str:
 
 def _retrieval(report: dict, layer: Layer, split: str) -> str:
     after = find_value(report, split, "after", layer, "mrr")
-    if after is None or (split == "trained" and after["low"] > after["chance"]):
+    if after is None or (split == "trained" and side_of_chance(after) == "above"):
         return ""
-    side = "above" if after["low"] > after["chance"] else "below" if after["high"] < after["chance"] else "at"
     before = find_value(report, split, "before", layer, "mrr")
     numbers = f"MRR {number(after['value'])} {interval(after)} against {number(after['chance'])}"
     name = SPLITS[split].capitalize().replace(" ", "-")
-    return f"{name} retrieval is {side} chance ({numbers}; before training {number(before['value'])})."
+    return f"{name} retrieval is {side_of_chance(after)} chance ({numbers}; before training {number(before['value'])})."
 
 
 def _sink(report: dict, layer: Layer) -> str:
     measured, trained = report["config"]["eval_pool_bos"], report["config"]["pool_bos"]
     share = max((r["value"] for r in report["measurements"] if r["metric"] == "sink_share" and r["layer"] == layer), default=0.0)
-    if share <= _SINK_ABOVE or not (measured or trained):
+    if share <= SINK_ABOVE or not (measured or trained):
         return ""
     if measured:
         return (

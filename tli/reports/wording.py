@@ -14,6 +14,14 @@ from tli.model.shape import Layer
 Found = dict[str, Any] | Any
 
 
+# what cannot be told from so few or so equal values
+UNDEFINED = "-"
+# a rise of the cosine of which less than this part is gap is called a shift of all words
+SHIFT_BELOW = 1 / 3
+# p-values below this are called a difference
+SIGNIFICANT = 0.05
+
+
 def compared_layers(run: dict, records: list[dict]) -> list[Layer]:
     """The layers that tables and tests are about: L, and ``output`` where it was measured."""
     return [run["config"]["layer"], *(["output"] if any(r["layer"] == "output" for r in records) else [])]
@@ -39,6 +47,26 @@ def place_name(layer: Layer) -> str:
     return "the output" if layer == "output" else f"layer {layer}"
 
 
+def side(record: dict, level: float = 0.0) -> str:
+    """``above``, ``below`` or ``at``: where a record's 95 % interval lies against a level; without an interval it is ``at``."""
+    if record["low"] is None:
+        return "at"
+    return "above" if record["low"] > level else "below" if record["high"] < level else "at"
+
+
+def side_of_chance(record: dict) -> str:
+    return side(record, record["chance"])
+
+
+def is_shift(cosine: dict, gap: dict) -> bool:
+    """Whether true pairs' mean cosine surely rose and little of the rise is gap: all words were drawn together."""
+    return side(cosine) == "above" and gap["mean_gain"] < SHIFT_BELOW * cosine["mean_gain"]
+
+
+def is_significant(p: float | None) -> bool:
+    return p is not None and p < SIGNIFICANT
+
+
 def number(value: float, sign: str = "", digits: int = 3) -> str:
     """A value as the tables write it."""
     # a cosine of .99998 must not be shown as 1, nor -.0001 as -0
@@ -46,8 +74,14 @@ def number(value: float, sign: str = "", digits: int = 3) -> str:
     return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
 
 
+def number_or_dash(value: float | None, sign: str = "", digits: int = 3) -> str:
+    return UNDEFINED if value is None else number(value, sign, digits)
+
+
 def interval(record: dict) -> str:
-    """The 95 % interval of a measurement or a test, in brackets."""
+    """The 95 % interval of a measurement or a test, in brackets; a dash where there is none."""
+    if record["low"] is None:
+        return UNDEFINED
     low, high = (re.sub(r"^(-?)0", r"\1", f"{round(record[end], 3) + 0.0:.3f}") for end in ("low", "high"))
     return f"[{low}, {high}]"
 
@@ -59,4 +93,4 @@ def signed_gain(test: dict) -> str:
 
 def p_value(p: float | None) -> str:
     """A p-value: three decimals, or its order of magnitude where that is small; a dash for a test that could not be made."""
-    return "-" if p is None else "<1e-300" if p < 1e-300 else f"{p:.0e}" if p < 1e-3 else f"{p:.3f}"
+    return UNDEFINED if p is None else "<1e-300" if p < 1e-300 else f"{p:.0e}" if p < 1e-3 else f"{p:.3f}"

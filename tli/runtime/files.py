@@ -2,14 +2,18 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from tli.runtime.errors import TliError, disk_errors
 
+# "schema" in every report and --json output: raised when a key goes or changes its meaning
+SCHEMA = 1
 _HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -51,6 +55,11 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path``, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, facts: dict[str, Any]) -> None:
+    """Write ``facts``, plain JSON values without a NaN, to ``path``, completely or not at all."""
+    write_text(path, json.dumps(facts, indent=1, allow_nan=False) + "\n")
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -57,4 +57,4 @@ def compare_arms(first: Sequence[float], second: Sequence[float]) -> dict:
         return {"difference": float(first[0] - second[0]), "low": None, "high": None, "n": 1, "t": None, "p": None}
     interval = seed_interval(paired_differences(second, first))
     t, p = paired_t(second, first)
-    return {"difference": interval.pop("value"), **interval, "t": t, "p": None if t is None else p}
+    return {"difference": interval.pop("value"), **interval, "t": t, "p": p}

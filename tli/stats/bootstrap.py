@@ -69,6 +69,17 @@ def bootstrap_interval(
     return ends[0], ends[1]
 
 
+def means_with_intervals(values: np.ndarray, seed: int, clusters: np.ndarray) -> list[dict]:
+    """Each row's mean with its 95 % interval as a record: value, low, high, n, clusters; low and high are None of a single cluster.
+
+    values     [m, n], n >= 1
+    clusters   int64 [n], as for ``bootstrap_interval``
+    """
+    n, number = values.shape[1], len(np.unique(clusters))
+    ends = np.stack(bootstrap_interval(values, seed, clusters=clusters), axis=1).tolist() if number > 1 else [(None, None)] * len(values)
+    return [{"value": float(mean), "low": low, "high": high, "n": n, "clusters": number} for mean, (low, high) in zip(values.mean(1), ends)]
+
+
 def sign_flip(gains: np.ndarray, seed: int, clusters: np.ndarray | None = None) -> np.ndarray:
     """Two-sided p of the sign-flip permutation test: how often a gain as large would come up if each were as likely a loss.
 

@@ -18,7 +18,7 @@ import numpy as np
 from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
 from tli.stats.bootstrap import sample_std
-from tli.stats.tests import P_VALUES, compare_groups, compare_rows, correct, paired_differences
+from tli.stats.tests import P_VALUES, add_holm, compare_groups, compare_paired, paired_differences
 
 # what R, pandas, SQL and people write where there is no value
 _MISSING = {"", "na", "n/a", "null", "none", "-"}
@@ -101,18 +101,18 @@ def compare_table(table: PairedTable, seed: int = 0, margin: float | None = None
         here = labels == name
         before, after = table.before[here], table.after[here]
         clusters = None if table.cluster is None else np.unique(table.cluster[here].astype(str), return_inverse=True)[1]
-        change = compare_rows(before[None], after[None], seed, clusters)[0]
+        change = compare_paired(before[None], after[None], seed, clusters)[0]
         means = {"mean_before": float(before.mean()), "mean_after": float(after.mean())}
         groups.append({"group": None if table.group is None else name, **means, **change})
         gains[name] = paired_differences(before, after) if len(before) > 1 else after - before
     _require_testable(gains)
-    correct(groups, P_VALUES)
+    add_holm(groups, P_VALUES)
     between = []
     for first, second in itertools.combinations(gains, 2):
         between.append({"first": first, "second": second, **compare_groups(gains[first], gains[second], margin)})
-    correct(between, ("p",))
+    add_holm(between, ("p",))
     if margin is not None:
-        correct([record["equivalence"] for record in between], ("p",))
+        add_holm([record["equivalence"] for record in between], ("p",))
     return {"groups": groups, "between": between}
 
 

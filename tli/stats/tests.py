@@ -5,9 +5,9 @@ the same pair after it, so the tests are paired; trained and held-out pairs are 
 Pairs that share a word are not independent: given their ``clusters``, the bootstrap and the sign-flip test take such pairs
 together. The t tests and Wilcoxon's know of no clusters. A p-value is corrected for the number of tests by ``holm`` alone,
 and none says how large an effect is: that is ``effect_size``.
-Values without spread have definite answers (no change: p = 1; the same change everywhere: p = 0, and t and d_z, which would be
-infinite, are None), so that no NaN ever reaches a report. ``compare_rows`` and ``compare_groups``, which gather all that is asked
-of a change, say None for whatever so few or so equal values cannot tell, that p of 0 included.
+Values without spread have definite answers, so that no NaN ever reaches a report: no change is p = 1, and the same change everywhere,
+which has no scatter to be held against, is None. ``compare_paired`` and ``compare_groups`` gather all that is asked of a change, with
+None for whatever so few values cannot tell.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from tli.runtime.errors import TliError
-from tli.stats.bootstrap import ROUNDING, bootstrap_interval, finite, sample_std, sign_flip
+from tli.stats.bootstrap import ROUNDING, finite, means_with_intervals, sample_std, sign_flip
 
-# of a record of ``compare_rows``
+# of a record of ``compare_paired``
 P_VALUES = ("p_t", "p_wilcoxon", "p_sign_flip")
 
 
-def paired_t(before: np.ndarray | Sequence[float], after: np.ndarray | Sequence[float]) -> tuple[float | None, float]:
+def paired_t(before: np.ndarray | Sequence[float], after: np.ndarray | Sequence[float]) -> tuple[float | None, float | None]:
     """``t = mean(d) / (sd(d) / sqrt(n))`` of d = after - before, and its two-sided p on n - 1 degrees of freedom.
 
     before, after   [n], n >= 2
@@ -107,41 +107,39 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def correct(records: Sequence[dict], names: Sequence[str]) -> None:
+def add_holm(records: Sequence[dict], names: Sequence[str]) -> None:
     """Put beside each named p-value, as ``<name>_holm``, what Holm's correction over all the records makes of it."""
     for name in names:
         for record, corrected in zip(records, holm([record[name] for record in records])):
             record[f"{name}_holm"] = corrected
 
 
-def compare_rows(before: np.ndarray, after: np.ndarray, seed: int, clusters: np.ndarray | None = None) -> list[dict]:
-    """All that is asked of each row's change, clusters heeded where a test can; None for what the values cannot tell.
+def compare_paired(before: np.ndarray, after: np.ndarray, seed: int, clusters: np.ndarray | None = None) -> list[dict]:
+    """All that is asked of each row's change: mean gain, interval, paired t, Wilcoxon, sign flip, d_z; None for what values cannot tell.
 
     before, after   [m, n], n >= 1
-    clusters        int64 [n] or None, as for ``bootstrap_interval``
+    clusters        int64 [n] or None, as for ``bootstrap_interval``: heeded by the interval and the sign-flip test
 
-    A change that is the same everywhere has no scatter to hold it against, so its t, its p and its d_z are None; its
-    sign-flip test still counts the pairs.
+    Of a change that is the same everywhere t, its p and d_z are None; the sign-flip test still counts the pairs.
     """
     n = before.shape[1]
-    number = n if clusters is None else len(np.unique(clusters))
-    empty = dict.fromkeys(("low", "high", "t", "p_t", "p_wilcoxon", "p_sign_flip", "d_z"))
+    clusters = np.arange(n) if clusters is None else clusters
     if n < 2:
-        return [{"n": n, "clusters": number, "mean_gain": float(gain), **empty} for gain in (after - before).mean(1)]
+        unknown = dict.fromkeys(("low", "high", "t", "p_t", "p_wilcoxon", "p_sign_flip", "d_z"))
+        return [{"n": n, "clusters": n, "mean_gain": float(gain), **unknown} for gain in (after - before).mean(1)]
     gains = np.stack([paired_differences(*values) for values in zip(before, after)])
-    lows, highs = bootstrap_interval(gains, seed, clusters=clusters) if number > 1 else (np.full(len(gains), None),) * 2
     records = []
-    for row, low, high, p in zip(gains, lows, highs, sign_flip(gains, seed, clusters)):
+    for row, mean, p in zip(gains, means_with_intervals(gains, seed, clusters), sign_flip(gains, seed, clusters)):
         t, p_t = paired_t(np.zeros(n), row)
         records.append(
             {
                 "n": n,
-                "clusters": number,
-                "mean_gain": float(row.mean()),
-                "low": None if low is None else float(low),
-                "high": None if high is None else float(high),
+                "clusters": mean["clusters"],
+                "mean_gain": mean["value"],
+                "low": mean["low"],
+                "high": mean["high"],
                 "t": t,
-                "p_t": None if t is None else p_t,
+                "p_t": p_t,
                 "p_wilcoxon": wilcoxon(np.zeros(n), row),
                 "p_sign_flip": float(p),
                 "d_z": effect_size(np.zeros(n), row),
@@ -160,33 +158,11 @@ def compare_groups(first: np.ndarray, second: np.ndarray, margin: float | None) 
     record |= dict.fromkeys(("low", "high", "t", "df", "p"))
     if min(len(first), len(second)) >= 2:
         record = welch(first, second)
-        if record["t"] is None:
-            record["p"] = None
     if margin is not None:
         testable = min(len(first), len(second)) >= 2
         found = equivalence(first, second, margin) if testable else {"margin": margin, "low": None, "high": None, "p": None}
         record["equivalence"] = {key: found[key] for key in ("margin", "low", "high", "p")}
     return record
-
-
-def compare_paired(before: np.ndarray, after: np.ndarray, seed: int) -> dict:
-    """All that is asked of one change: mean gain with its bootstrap interval, paired t, Wilcoxon and effect size.
-
-    before, after   [n], n >= 2
-    """
-    gains = paired_differences(before, after)
-    low, high = bootstrap_interval(gains, seed)
-    t, p_t = paired_t(before, after)
-    return {
-        "n": len(gains),
-        "mean_gain": float(gains.mean()),
-        "low": float(low),
-        "high": float(high),
-        "t": t,
-        "p_t": p_t,
-        "p_wilcoxon": wilcoxon(before, after),
-        "d_z": effect_size(before, after),
-    }
 
 
 def _welch_parts(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
@@ -201,11 +177,11 @@ def _welch_parts(first: np.ndarray, second: np.ndarray) -> tuple[float, float, f
     return difference, error, freedom
 
 
-def _t_test(mean: float, error: float, freedom: float) -> tuple[float | None, float]:
+def _t_test(mean: float, error: float, freedom: float) -> tuple[float | None, float | None]:
     from scipy.special import stdtr
 
     if error == 0:
-        return (None, 0.0) if mean else (0.0, 1.0)
+        return (None, None) if mean else (0.0, 1.0)
     return float(mean / error), float(2 * stdtr(freedom, -abs(mean / error)))
 
 
