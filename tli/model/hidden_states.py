@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from tli.data.batch import Batch
 from tli.model.checkpoint import Checkpoint
-from tli.model.decoder import block_tensors, load_block, load_norm, run, shell
+from tli.model.decoder import block_tensors, load_block, load_norm, run, shell, use_eager_attention
 from tli.model.lora import Adapter, detach
+from tli.runtime import cpu
 from tli.runtime.device import Placement
 from tli.runtime.environment import return_freed_memory
 
@@ -95,6 +96,9 @@ def stream_layers(
         None, or, where shards are absent, why the pass ended before ``output``.
     """
     whole = shell(checkpoint, checkpoint.blocks, rows, placement)
+    # eager attention holds width x width for each head: of a text's windows too much to be the faster way alone
+    if placement.attention == "eager" and not cpu.attends("sdpa", placement.facts["dtype"]):
+        use_eager_attention(whole)
     available, reason = _available(checkpoint, whole)
     width = batch.input_ids.shape[1]
 
