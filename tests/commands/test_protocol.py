@@ -137,7 +137,7 @@ def test_measuring_anew_with_nothing_switched_gives_the_report_again(finished, m
             other[key] for key in ("split", "when", "layer", "metric", "n")
         ]
         assert mine["value"] == pytest.approx(other["value"], abs=1e-6)
-    for mine, other in zip(anew["tests"], sorted(told["tests"], key=lambda t: (t["split"] != "trained", t["metric"])), strict=True):
+    for mine, other in zip(*(sorted(of["tests"], key=lambda t: (t["split"], t["metric"])) for of in (anew, told)), strict=True):
         assert (mine["split"], mine["metric"]) == (other["split"], other["metric"])
         assert mine["mean_gain"] == pytest.approx(other["mean_gain"], abs=1e-6)
     # and something switched gives other numbers, of the same words
