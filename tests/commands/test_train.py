@@ -158,7 +158,7 @@ def test_shuffling_teaches_no_true_pair_and_measures_true_ones(settings, tmp_pat
     assert "control run" in shuffled["verdict"]
     before = [[m for m in facts["measurements"] if m["when"] == "before"] for facts in (true, shuffled)]
     assert before[0] == before[1]
-    partners = train_module._partners(54, TrainConfig(shuffle_pairs=True))
+    partners = train_module._mismatched(54, seed=0)
     assert sorted(partners) == list(range(54))
     assert not (partners == np.arange(54)).any()
 
@@ -170,12 +170,12 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
 
     config = TrainConfig(**settings)
     words = train_module._tokenise(config, open_checkpoint(settings["model"]), [pairs])
-    own, placement = np.arange(len(pairs)), place("cpu", "auto")
+    placement = place("cpu", "auto")
     # pairs 7, 20 and 4 come to share a gloss with 0, 0 and 3
     shared = [dataclasses.replace(pair, synonyms=(pairs[{7: 0, 20: 0, 4: 3}.get(i, i)].target,)) for i, pair in enumerate(pairs)]
     edges = {tuple(edge) for edge in word_pairs.false_negative_pairs(shared).tolist()}
     assert edges == {(0, 7), (7, 0), (0, 20), (20, 0), (7, 20), (20, 7), (3, 4), (4, 3)}
-    batches, sizes, found = BatchLoader(config, words, own, shared, placement), [], 0
+    batches, sizes, found = BatchLoader(words, shared, placement, batch=config.batch), [], 0
     orders = np.array_split(np.random.default_rng([config.seed, 0, 0]).permutation(len(pairs)), 5)
     for ((batch,), same), numbers in zip(batches.epoch(0), orders, strict=True):
         sizes.append((len(batch.indptr) - 1) // 2)
@@ -189,15 +189,15 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
     assert passes[0] == passes[1] != passes[2]
     assert [batch.input_ids.tolist() for (batch,), _ in batches.epoch(0, skip=3)] == passes[0][3:]
     # mismatched pairs: a source's glosses are those that it is taught with
-    partners = train_module._partners(len(pairs), dataclasses.replace(config, shuffle_pairs=True))
+    partners = train_module._mismatched(len(pairs), seed=0)
     taught = [dataclasses.replace(shared[own], source=pair.source) for pair, own in zip(pairs, partners, strict=True)]
-    wide = BatchLoader(dataclasses.replace(config, batch=30), words, partners, shared, placement)
+    wide = BatchLoader(words, shared, placement, batch=30, partners=partners)
     edges, found_wrong = {tuple(edge) for edge in word_pairs.false_negative_pairs(taught).tolist()}, 0
     for (_, same), numbers in zip(wide.epoch(0), np.array_split(np.concatenate(orders), 2), strict=True):
         assert {(numbers[i], numbers[j]) for i, j in same.tolist()} == {(i, j) for i, j in edges if {i, j} <= {*numbers}}
         found_wrong += len(same)
     assert found_wrong
-    (_, same), *_ = BatchLoader(dataclasses.replace(config, batch=60), words, own, shared, placement).epoch(0)
+    (_, same), *_ = BatchLoader(words, shared, placement, batch=60).epoch(0)
     assert len(same) == 8 > found
 
 

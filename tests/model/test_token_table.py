@@ -5,7 +5,6 @@ import pytest
 import torch
 from tli_kernels.token_table import TokenTable
 
-from tli.config import TrainConfig
 from tli.data.loader import BatchLoader
 from tli.data.packing import tokenise
 from tli.data.word_pairs import read_pairs
@@ -26,7 +25,6 @@ def gradients(
     model: str, word_list: str, tabled: bool, chosen: Ops, loss: str = "infonce", targets: str = "all-linear", weights: str = "full", **more
 ):
     """The first batch's loss and the adapters' gradients, by the ops ``chosen``."""
-    config = TrainConfig(model=model, pairs=word_list, batch=16, targets=targets, loss=loss, weights=weights, rank=4)
     checkpoint, pairs = open_checkpoint(model), read_pairs(word_list, "swahili", "english")
     placement = Placement(torch.float32, torch.device("cpu"), weights, chosen)
     words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
@@ -41,7 +39,7 @@ def gradients(
         adapter.lora_B.data.normal_(std=0.1, generator=generator)
         adapter.seed = seed
     pool, objective = pooling("final", checkpoint, placement.device, chosen), Objective(loss, 0.1, 0.4, chosen)
-    (part,), same = next(iter(BatchLoader(config, words, np.arange(len(pairs)), pairs, placement).epoch(0)))
+    (part,), same = next(iter(BatchLoader(words, pairs, placement, batch=16).epoch(0)))
     value = objective(pool(run(decoder.train(), part), part), same)
     value.backward()
     return value, {path: (adapter.lora_A.grad, adapter.lora_B.grad) for path, adapter in lora.adapters(decoder).items()}

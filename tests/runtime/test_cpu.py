@@ -7,7 +7,6 @@ import pathlib
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from tli_kernels import cpu
@@ -270,10 +269,9 @@ def test_loss_and_gradients_in_bfloat16_are_as_true_as_transformers_own(make_mod
     """Truth: the same weights, rounded to bf16 once, in fp64."""
     if not processor.runs(ops.Matmul.named(matmul), "bfloat16"):
         pytest.skip("this processor has no such product")
-    model, checkpoint = str(make_model(family)), open_checkpoint(str(make_model(family)))
+    checkpoint = open_checkpoint(str(make_model(family)))
     pairs = read_pairs(str(word_list), "swahili", "english")
     words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
-    config = TrainConfig(model=model, pairs=str(word_list), batch=30)
 
     def found(dtype: torch.dtype, fast: bool) -> list[torch.Tensor]:
         chosen = ops.on_cpu(ops.Matmul.named(matmul)) if fast else ops.REFERENCE
@@ -285,7 +283,7 @@ def test_loss_and_gradients_in_bfloat16_are_as_true_as_transformers_own(make_mod
         generator = torch.Generator().manual_seed(0)
         for adapter in lora.adapters(decoder).values():
             adapter.lora_B.data.normal_(std=0.05, generator=generator)
-        batches = BatchLoader(config, words, np.arange(len(pairs)), pairs, Placement(dtype, torch.device("cpu")))
+        batches = BatchLoader(words, pairs, Placement(dtype, torch.device("cpu")), batch=30)
         (part,), same = next(iter(batches.epoch(0)))
         pool = pooling("final", checkpoint, torch.device("cpu"))
         loss = Objective("infonce", 0.1, 0.4)(pool(run(decoder.train(), part), part), same)

@@ -1,6 +1,7 @@
 """A step that is recorded and replayed is the step as it is written: its batch, rate and dropout come out of memory."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from tli.model.pooling import pooling
 from tli.runtime import ops
 from tli.runtime.device import Placement, place
 from tli.runtime.errors import TliError
-from tli.training.step import CapturedStep, TrainStep, _padded
+from tli.training.loss import Objective
+from tli.training.step import CapturedStep, OptimiserSettings, TrainStep, _padded
 
 pytestmark = pytest.mark.slow
 
@@ -31,36 +33,35 @@ class Replayed(TrainStep):
         self.record = True
 
     def _recorded(self, parts, same):
-        recording = CapturedStep(self, [part.clone() for part in parts], same.clone(), torch.zeros(()))
+        recording = CapturedStep(self, [part.clone() for part in parts], same.clone(), torch.zeros(2))
         recording.graph = type("Graph", (), {"replay": lambda _: self._again(recording)})()
         return recording
 
     def _again(self, recording):
-        loss = self._gradients(recording.parts, recording.same)
-        self._update(loss)
-        recording.loss.copy_(loss)
+        recording.measured.copy_(self._update(self._gradients(recording.parts, recording.same)))
 
 
 def make(stepper, model: str, word_list: str, placement: Placement, **options):
-    """A stepper over a model of two blocks, and the batches of an epoch of 20 pairs."""
-    config = TrainConfig(model=model, pairs=word_list, **{"rank": 4, "batch": 7, "dropout": 0.0, "warmup": 2, "epochs": 3, **options})
+    """A stepper over a model of two blocks, and the batches of an epoch of 20 pairs; ``options`` in place of those of a training."""
+    config = TrainConfig(**{"batch": 7, "dropout": 0.0, "warmup": 2, "epochs": 3, **options})
     checkpoint, pairs = open_checkpoint(model), list(read_pairs(word_list, "swahili", "english"))[:20]
     words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
     decoder = truncate(checkpoint, 2, words.rows, placement)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0, targets=config.targets, dropout=config.dropout))
     pool = pooling("final", checkpoint, placement.device, placement.ops)
-    batches = BatchLoader(config, words, np.arange(len(pairs)), pairs, placement)
-    return stepper(config, decoder.train(), lambda part: pool(run(decoder, part), part), batches.total, placement), batches
+    batches = BatchLoader(words, pairs, placement, batch=config.batch, epochs=config.epochs, micro_batch=config.micro_batch)
+    objective = Objective(config.loss, config.temperature, config.margin, placement.ops)
+    optimiser = OptimiserSettings(config.lr, config.weight_decay, config.clip, config.warmup, config.schedule, batches.total)
+    return stepper(decoder.train(), lambda part: pool(run(decoder, part), part), objective, optimiser), batches
 
 
-def taken(steps: TrainStep, batches: BatchLoader) -> list[float]:
-    """The losses of two epochs' steps."""
-    losses = []
-    for epoch in range(2):
-        for parts, same in prefetch(batches.epoch(epoch), batches.placement.device):
-            steps.take(epoch * batches.per_epoch + len(losses) % batches.per_epoch, parts, same)
-            losses += steps.finished(wait=True)
-    return losses
+def taken(steps: TrainStep, batches: BatchLoader) -> list[tuple[float, float, float]]:
+    """Loss, learning rate and gradient norm of two epochs' steps."""
+    results = []
+    for position, batch in enumerate(prefetch(itertools.islice(batches.steps(), 2 * batches.per_epoch), batches.placement.device)):
+        steps.take(position, *batch)
+        results += map(dataclasses.astuple, steps.finished(wait=True))
+    return results
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_a_replay_drops_other_entries_each_time_and_every_shape_has_its_recordin
     losses = []
     for position in (3, 4, 4):
         steps.take(position, parts, same)
-        losses += list(steps.finished())[-1:]
+        losses.append(list(steps.finished())[-1].loss)
     assert losses[0] != losses[1] == losses[2]
     steps.take(5, others, other_same)
     shapes = {tuple(tensor.shape for tensor in tensors_of(*_padded(*batch))) for batch in ((parts, same), (others, other_same))}
@@ -184,5 +185,5 @@ def test_on_a_gpu_a_loss_that_is_not_finite_changes_nothing_from_then_on(make_mo
     before = [parameter.detach().clone() for parameter in steps.parameters]
     steps.decoder.embed_tokens.weight[0] = float("nan")
     steps.take(5, parts, same)
-    assert not np.isfinite(list(steps.finished(wait=True))[-1])
+    assert not np.isfinite(list(steps.finished(wait=True))[-1].loss)
     assert all(torch.equal(one, other) for one, other in zip(before, steps.parameters, strict=True))

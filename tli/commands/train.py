@@ -8,9 +8,11 @@ that was killed and resumed passes through the same numbers as one that was not,
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import pathlib
+import typing
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,7 +26,7 @@ from tli.metrics import layer_choice
 from tli.metrics.layer_pass import align_layers
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint, model_facts, open_checkpoint, sight
-from tli.model.decoder import build_decoder, require_layer
+from tli.model.decoder import build_decoder, require_layer, run, run_hooked
 from tli.model.pooling import Pooling, pooling, resolve_token_norm
 from tli.reports import memory
 from tli.reports import training as training_report
@@ -34,9 +36,18 @@ from tli.runtime.console import layer_bar
 from tli.runtime.device import Placement, place
 from tli.runtime.files import prepare_output_dir, sha256
 from tli.training.loop import fit
+from tli.training.loss import Objective
 from tli.training.memory import budget
-from tli.training.memory import profile as profiling
+from tli.training.memory.estimate import Run
+from tli.training.memory.profile import Profile
 from tli.training.state import Progress, TrainingState
+from tli.training.step import OptimiserSettings, TrainStep
+
+if typing.TYPE_CHECKING:
+    from tli.model.decoder import Decoder
+
+# options that change nothing about the numbers: a resumed run may differ in them
+_FREE_OPTIONS = ("output", "overwrite", "resume", "no_report", "profile", "json")
 
 
 def train(config: TrainConfig) -> dict:
@@ -54,8 +65,7 @@ def train(config: TrainConfig) -> dict:
     console = Console(stderr=True, highlight=False)
     output = pathlib.Path(config.output).expanduser()
     trained, held_out = _read_pairs(config)
-    partners = _partners(len(trained), config)
-    state = TrainingState(output, config, trained)
+    state = TrainingState(output, {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}, trained)
     if not (config.resume and state.exists()):
         prepare_output_dir(output, config.overwrite)
 
@@ -65,30 +75,23 @@ def train(config: TrainConfig) -> dict:
     # what is measured is measured exactly
     exact = place(config.device, config.dtype, config.weights, config.impl)
 
-    adapter = lora.LoRAConfig(
-        rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout, rslora=config.rslora, init=config.init
-    )
-    token_norm = resolve_token_norm(config.token_norm, checkpoint)
-    if token_norm != config.token_norm and token_norm == "rms":
-        console.print("token states are normalised by plain RMS: the model's final norm lies in a shard that is not needed otherwise")
-    pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
-    if config.layer == "auto":
-        config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, words, trained, pool, exact, console))
-    # auto has been replaced by the layer that it chose
-    assert config.layer != "auto"
-    batches = BatchLoader(config, words, partners, trained, placement)
-    require_layer(checkpoint, config.layer)
-    needed = budget.needed(config, checkpoint, words, len(trained), token_norm, placement)
-    budget.require_room(needed, placement)
-    profile = profiling.Profile(placement.device) if config.profile else None
-    decoder = build_decoder(config, checkpoint, words.rows, placement)
-    lora.inject(decoder, adapter, None if config.arm == "full" else range(config.layer), seed=config.seed)
-    base_model = config.model or starter.NAME
+    # from here on the options say what is done where they left it open
+    config = dataclasses.replace(config, token_norm=_choose_token_norm(config, checkpoint, console))
+    pool = pooling(config.token_norm, checkpoint, placement.device, placement.ops)
+    layer = _choose_layer(config, checkpoint, words, trained, pool, exact, console) if config.layer == "auto" else config.layer
+    config = dataclasses.replace(config, layer=layer)
 
-    # the output is normalised already
-    at_loss = pool.at("output") if config.arm == "full" else pool
-    progress = fit(config, decoder, batches, at_loss, state, console, profile)
-    lora.save(decoder, adapter, output, base_model)
+    batches = _load_batches(config, words, trained, placement)
+    require_layer(checkpoint, layer)
+    needed = _require_memory(config, checkpoint, words, len(trained), placement)
+    profile = Profile(placement.device) if config.profile else None
+    decoder = build_decoder(checkpoint, words.rows, placement, arm=config.arm, layer=layer, checkpointing=config.checkpointing)
+    adapter = _inject_adapters(config, decoder, layer)
+
+    step = _training_step(config, decoder, pool, layer, batches.total, placement)
+    progress = state.restore(step.adapters, step.optimiser) if config.resume else Progress()
+    fit(step, batches, state, progress, console, profile)
+    lora.save(decoder, adapter, output, config.model or starter.NAME)
     training_report.clear(output)
     if progress.step < batches.total:
         console.print(
@@ -96,15 +99,13 @@ def train(config: TrainConfig) -> dict:
         )
         raise KeyboardInterrupt
 
-    # what was done, where the options left it open
-    done_config = dataclasses.replace(config, token_norm=token_norm)
-    facts = _facts(done_config, checkpoint, decoder, placement, trained, held_out, output, progress)
+    facts = _facts(config, checkpoint, decoder, layer, placement, trained, held_out, output, progress)
     facts["machine"]["measured_in"] = str(exact.dtype).removeprefix("torch.")
     if profile is not None:
         facts["memory"] = memory.measured(needed, profile, decoder, batches.bytes(), output, console)
     if not config.no_report:
         streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
-        splits = _splits(trained, held_out, config.seed)
+        splits = {"trained": _measured(trained, 0, config.seed), "held_out": _measured(held_out, len(trained), config.seed)}
         # the embeddings, each block, and the output
         with layer_bar(console, checkpoint.blocks + 2) as done:
             alignments, facts["missing_output"] = align_layers(checkpoint, words, splits, pool, exact, streams, config.eval_pool_bos, done)
@@ -122,16 +123,6 @@ def _read_pairs(config: TrainConfig) -> tuple[Pairs, Pairs]:
     held_out = word_pairs.read_pairs(config.held_out_pairs, config.source, config.target)
     word_pairs.check_disjoint(pairs, held_out)
     return pairs, held_out
-
-
-def _partners(pairs: int, config: TrainConfig) -> np.ndarray:
-    """Whose target each trained source is taught with: its own, or, shuffled, that of the next one around a random ring."""
-    if not config.shuffle_pairs:
-        return np.arange(pairs)
-    ring = np.random.default_rng([config.seed, 1]).permutation(pairs)
-    partners = np.empty(pairs, np.int64)
-    partners[ring] = np.roll(ring, 1)
-    return partners
 
 
 def _place(config: TrainConfig, state: TrainingState, console) -> Placement:
@@ -156,6 +147,14 @@ def _tokenise(config: TrainConfig, checkpoint: Checkpoint, splits: Sequence[Pair
     return words.with_all_rows(checkpoint.config.vocab_size) if config.all_rows else words
 
 
+def _choose_token_norm(config: TrainConfig, checkpoint: Checkpoint, console) -> str:
+    """The token norm that ``auto`` means here."""
+    token_norm = resolve_token_norm(config.token_norm, checkpoint)
+    if token_norm != config.token_norm and token_norm == "rms":
+        console.print("token states are normalised by plain RMS: the model's final norm lies in a shard that is not needed otherwise")
+    return token_norm
+
+
 def _choose_layer(
     config: TrainConfig,
     checkpoint: Checkpoint,
@@ -175,9 +174,63 @@ def _choose_layer(
     return chosen
 
 
-def _splits(trained: Pairs, held_out: Pairs, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The true pairs of each split, also where mismatched ones were taught, and those among them that mean the same."""
-    return {"trained": _measured(trained, 0, seed), "held_out": _measured(held_out, len(trained), seed)}
+def _load_batches(config: TrainConfig, words: TokenisedWords, trained: Pairs, placement: Placement) -> BatchLoader:
+    """The run's batches: of true pairs or, as a control, of mismatched ones."""
+    return BatchLoader(
+        words,
+        trained,
+        placement,
+        batch=config.batch,
+        epochs=config.epochs,
+        micro_batch=config.micro_batch,
+        pool_bos=config.pool_bos,
+        seed=config.seed,
+        partners=_mismatched(len(trained), config.seed) if config.shuffle_pairs else None,
+    )
+
+
+def _mismatched(pairs: int, seed: int) -> np.ndarray:
+    """Partners that are never a source's own: of each source, the target of the next one around a random ring."""
+    ring = np.random.default_rng([seed, 1]).permutation(pairs)
+    partners = np.empty(pairs, np.int64)
+    partners[ring] = np.roll(ring, 1)
+    return partners
+
+
+def _require_memory(config: TrainConfig, checkpoint: Checkpoint, words: TokenisedWords, trained: int, placement: Placement) -> Run:
+    """What the run needs of memory; raises ``TliError`` where it is not there."""
+    needed = budget.needed(
+        checkpoint,
+        words,
+        trained,
+        placement,
+        batch=config.batch,
+        micro_batch=config.micro_batch,
+        pool_bos=config.pool_bos,
+        token_norm=config.token_norm != "none",
+        **{name: getattr(config, name) for name in ("arm", "layer", "rank", "targets", "dropout", "checkpointing")},
+    )
+    budget.require_room(needed, placement)
+    return needed
+
+
+def _inject_adapters(config: TrainConfig, decoder: "Decoder", layer: int) -> lora.LoRAConfig:
+    """Put adapters into the blocks that the arm trains."""
+    adapter = lora.LoRAConfig(
+        rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout, rslora=config.rslora, init=config.init
+    )
+    lora.inject(decoder, adapter, None if config.arm == "full" else range(layer), seed=config.seed)
+    return adapter
+
+
+def _training_step(config: TrainConfig, decoder: "Decoder", pool: Pooling, layer: int, total: int, placement: Placement) -> TrainStep:
+    """The arm's states, pooled, under the run's loss and optimiser."""
+    states = functools.partial(run_hooked, layer=layer) if config.arm == "full-hook" else run
+    # the output is normalised already
+    pool = pool.at("output") if config.arm == "full" else pool
+    objective = Objective(config.loss, config.temperature, config.margin, placement.ops)
+    optimiser = OptimiserSettings(config.lr, config.weight_decay, config.clip, config.warmup, config.schedule, total)
+    return TrainStep(decoder, lambda batch: pool(states(decoder, batch), batch), objective, optimiser, config.seed)
 
 
 def _measured(pairs: Pairs, first: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -189,7 +242,8 @@ def _measured(pairs: Pairs, first: int, seed: int) -> tuple[np.ndarray, np.ndarr
 def _facts(
     config: TrainConfig,
     checkpoint: Checkpoint,
-    decoder,
+    decoder: "Decoder",
+    layer: int,
     placement: Placement,
     trained: Pairs,
     held_out: Pairs,
@@ -199,13 +253,11 @@ def _facts(
     """What the run was: plain JSON values, for the report."""
     file = output / lora.ADAPTER_FILE
     list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
-    # auto has been replaced by the layer that it chose
-    assert config.layer != "auto"
     per_batch = len(trained) / -(-len(trained) // config.batch)
     return {
         "config": as_dict(config),
         "model": model_facts(
-            config.model or starter.NAME, checkpoint, checkpoint.sha256(config.layer if config.arm == "early" else checkpoint.blocks)
+            config.model or starter.NAME, checkpoint, checkpoint.sha256(layer if config.arm == "early" else checkpoint.blocks)
         ),
         "pairs": {"trained": len(trained), "held_out": len(held_out), "name": list_file.name, "sha256": sha256(list_file)},
         "adapter": {"sha256": sha256(file), "parameters": sum(p.numel() for p in lora.trainable(decoder)), "bytes": file.stat().st_size},

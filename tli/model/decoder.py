@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from tli.config import TrainConfig
 from tli.data.batch import Batch
 from tli.model.checkpoint import Checkpoint
 from tli.model.token_table import tabulate
@@ -230,28 +229,27 @@ def enable_gradient_checkpointing(decoder: "Decoder") -> None:
         block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
 
 
-def build_decoder(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> "Decoder":
-    """The arm's model, still without adapters: it ends at ``config.layer``, or is whole.
+def build_decoder(
+    checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement, *, arm: str, layer: int, checkpointing: bool = False
+) -> "Decoder":
+    """The arm's model, still without adapters: truncated at ``layer``, or whole.
 
     Args:
-        config:      arm, layer, impl and checkpointing count
-        checkpoint:  an open checkpoint
-        rows:        int64 [V] token ids whose embedding rows are kept; None keeps all
-        placement:   dtype, device and rounding of the weights
+        checkpoint:     an open checkpoint
+        rows:           int64 [V] token ids whose embedding rows are kept; None keeps all
+        placement:      dtype, device and rounding of the weights
+        arm:            "early", "full" or "full-hook"
+        layer:          L, from 1 to the checkpoint's number of blocks
+        checkpointing:  gradient checkpointing
 
     Raises:
         TliError: as ``truncate`` and ``whole``.
     """
-    # auto has been replaced by the layer that it chose
-    assert config.layer != "auto"
-    if config.arm == "early":
-        decoder = truncate(checkpoint, config.layer, rows, placement)
-    else:
-        require_layer(checkpoint, config.layer)
-        decoder = whole(checkpoint, rows, placement)
+    require_layer(checkpoint, layer)
+    decoder = truncate(checkpoint, layer, rows, placement) if arm == "early" else whole(checkpoint, rows, placement)
     tabulate(decoder)
     if placement.attention == "eager":
         use_eager_attention(decoder)
-    if config.checkpointing:
+    if checkpointing:
         enable_gradient_checkpointing(decoder)
     return decoder

@@ -1,26 +1,22 @@
-"""What an interrupted run keeps so that it can go on after a kill: adapters, moments, the losses so far."""
+"""Checkpoint of an interrupted run, to resume from: adapters, AdamW's moments, the losses so far."""
 
 import dataclasses
 import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from tli.config import TrainConfig
 from tli.data.pair_store import Pairs
 from tli.model.lora import LoRALinear
-from tli.runtime.cli import as_dict
 from tli.runtime.errors import TliError
 from tli.runtime.files import replacing
 
 STATE_FILE = "training_state.safetensors"
-# options that change nothing about the numbers: a resumed run may differ in them
-_FREE_OPTIONS = ("output", "overwrite", "resume", "no_report", "profile", "json")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MACHINE_FACTS = ("dtype", "matmul", "attention")
 
@@ -48,13 +44,17 @@ class Progress:
 class TrainingState:
     """The file from which an interrupted run goes on: adapters, AdamW's moments and the losses so far.
 
-    It carries a fingerprint of the configuration and of the trained pairs, so that no other run goes on from it.
+    It carries a fingerprint of the options and of the trained pairs, so that no other run goes on from it.
+
+    Args:
+        folder:   the run's output
+        options:  those that decide the run's numbers, plain JSON values by name
+        trained:  the trained pairs
     """
 
-    def __init__(self, folder: pathlib.Path, config: TrainConfig, trained: Pairs):
+    def __init__(self, folder: pathlib.Path, options: Mapping[str, object], trained: Pairs):
         self.path = folder / STATE_FILE
-        numbers = {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}
-        digest = hashlib.sha256(json.dumps(numbers).encode())
+        digest = hashlib.sha256(json.dumps(dict(options)).encode())
         for record in trained.records():
             digest.update(record)
         self.fingerprint = digest.hexdigest()
