@@ -166,6 +166,23 @@ def test_a_loss_that_is_not_finite_changes_nothing(make_model, word_list):
     assert all(torch.equal(one, other) for one, other in zip(before, steps.parameters, strict=True))
 
 
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_a_result_tells_the_learning_rate_and_the_norm_of_the_gradients_before_they_are_clipped(make_model, word_list, clip):
+    steps, batches = make(TrainStep, str(make_model("llama")), str(word_list), place("cpu", "float32"), clip=clip, lr=3e-3)
+    parts, same = next(batches.epoch(0))
+    truth = []
+    for position in range(2):
+        steps._gradients(parts, same)
+        truth.append(sum(parameter.grad.double().square().sum() for parameter in steps.parameters).sqrt().item())
+        steps.take(position, parts, same)
+        clipped = sum(parameter.grad.double().square().sum() for parameter in steps.parameters).sqrt().item()
+        assert clipped == pytest.approx(clip or truth[-1], rel=1e-3)
+    results = list(steps.finished())
+    assert [result.grad_norm for result in results] == pytest.approx(truth, rel=1e-5)
+    # two steps of warm-up
+    assert [result.lr for result in results] == pytest.approx([1.5e-3, 3e-3])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("weights", ["full", "nf4"])
 def test_graphs_on_a_gpu_take_the_steps_as_written(make_model, word_list, weights):

@@ -40,6 +40,7 @@ from tli.training.loss import Objective
 from tli.training.memory import budget
 from tli.training.memory.estimate import Run
 from tli.training.memory.profile import Profile
+from tli.training.run_logger import holds_only_logs, open_loggers, require_tensorboard
 from tli.training.state import Progress, TrainingState
 from tli.training.step import OptimiserSettings, TrainStep
 
@@ -47,7 +48,7 @@ if typing.TYPE_CHECKING:
     from tli.model.decoder import Decoder
 
 # options that change nothing about the numbers: a resumed run may differ in them
-_FREE_OPTIONS = ("output", "overwrite", "resume", "no_report", "profile", "json")
+_FREE_OPTIONS = ("output", "overwrite", "resume", "no_report", "profile", "tensorboard", "json")
 
 
 def train(config: TrainConfig) -> dict:
@@ -64,10 +65,12 @@ def train(config: TrainConfig) -> dict:
 
     console = Console(stderr=True, highlight=False)
     output = pathlib.Path(config.output).expanduser()
+    if config.tensorboard:
+        require_tensorboard()
     trained, held_out = _read_pairs(config)
     state = TrainingState(output, {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}, trained)
     if not (config.resume and state.exists()):
-        prepare_output_dir(output, config.overwrite)
+        prepare_output_dir(output, config.overwrite or (config.resume and holds_only_logs(output)))
 
     checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
     words = _tokenise(config, checkpoint, [trained, held_out])
@@ -90,7 +93,8 @@ def train(config: TrainConfig) -> dict:
 
     step = _training_step(config, decoder, pool, layer, batches.total, placement)
     progress = state.restore(step.adapters, step.optimiser) if config.resume else Progress()
-    fit(step, batches, state, progress, console, profile)
+    with open_loggers(output, progress.step, config.tensorboard) as loggers:
+        fit(step, batches, state, progress, loggers, console, profile)
     lora.save(decoder, adapter, output, config.model or starter.NAME)
     training_report.clear(output)
     if progress.step < batches.total:

@@ -2,17 +2,27 @@
 
 import contextlib
 import time
+from collections.abc import Sequence
 
 from tli.data.loader import BatchLoader, prefetch
 from tli.runtime.console import stop_signals, training_bar
 from tli.training.memory.profile import Profile
+from tli.training.run_logger import RunLogger
 from tli.training.state import Progress, TrainingState
 from tli.training.step import TrainStep, require_finite
 
 _SAVE_EVERY_S = 20.0
 
 
-def fit(step: TrainStep, batches: BatchLoader, state: TrainingState, progress: Progress, console, profile: Profile | None = None) -> None:
+def fit(
+    step: TrainStep,
+    batches: BatchLoader,
+    state: TrainingState,
+    progress: Progress,
+    loggers: Sequence[RunLogger],
+    console,
+    profile: Profile | None = None,
+) -> None:
     """Take the steps from ``progress`` on, and count them in it; a signal to stop ends the run after the step that it comes in."""
     began = saved = time.monotonic() - progress.seconds
     step.decoder.train()
@@ -26,7 +36,10 @@ def fit(step: TrainStep, batches: BatchLoader, state: TrainingState, progress: P
             for result in step.finished(wait=save):
                 require_finite(progress.step, result.loss)
                 progress.add(result.loss, time.monotonic() - began)
+                for logger in loggers:
+                    logger.log({"epoch": progress.step / batches.per_epoch, **vars(result)}, progress.step)
                 show(progress.step, result.loss, words=sum(len(part.indptr) - 1 for part in parts))
+            # after its steps were logged: a resumed run logs those that come after them
             if save:
                 state.save(step.adapters, step.optimiser, progress)
                 saved = time.monotonic()
