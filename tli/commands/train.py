@@ -12,8 +12,8 @@ import functools
 import math
 import operator
 import pathlib
-import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,7 +44,7 @@ from tli.training.run_logger import holds_only_logs, open_loggers, require_tenso
 from tli.training.state import Progress, TrainingState
 from tli.training.step import OptimiserSettings, TrainStep
 
-if typing.TYPE_CHECKING:
+if TYPE_CHECKING:
     from tli.model.decoder import Decoder
 
 # options that change nothing about the numbers: a resumed run may differ in them
@@ -58,38 +58,37 @@ def train(config: TrainConfig) -> dict:
         What ``report.json`` holds; with ``no_report`` the facts of the run without measurements.
 
     Raises:
-        TliError: for whatever a user can cause; nothing that existed before is lost.
+        TliError: for whatever a user can cause; an adapter and a report that existed before are not lost.
         KeyboardInterrupt: after a stop by Ctrl-C; the adapter so far, and what ``resume`` needs, are saved.
     """
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
     output = pathlib.Path(config.output).expanduser()
-    if config.tensorboard:
-        require_tensorboard()
     trained, held_out = _read_pairs(config)
-    state = TrainingState(output, {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}, trained)
-    if not (config.resume and state.exists()):
-        prepare_output_dir(output, config.overwrite or (config.resume and holds_only_logs(output)))
+    state = _claim_output(config, output, trained)
 
     checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
     words = _tokenise(config, checkpoint, [trained, held_out])
     placement = _place(config, state, console)
+    config = _choose_token_norm(config, checkpoint, console)
+    pool = pooling(config.token_norm, checkpoint, placement.device, placement.ops)
     # what is measured is measured exactly
     exact = place(config.device, config.dtype, config.weights, config.impl)
-
+    measure = functools.partial(_measure_layers, checkpoint, words, pool, exact, console)
+    layer = _choose_layer(measure, trained, config.seed, console) if config.layer == "auto" else config.layer
     # from here on the options say what is done where they left it open
-    config = dataclasses.replace(config, token_norm=_choose_token_norm(config, checkpoint, console))
-    pool = pooling(config.token_norm, checkpoint, placement.device, placement.ops)
-    layer = _choose_layer(config, checkpoint, words, trained, pool, exact, console) if config.layer == "auto" else config.layer
     config = dataclasses.replace(config, layer=layer)
 
-    batches = _load_batches(config, words, trained, placement)
+    partners = _mismatched(len(trained), config.seed) if config.shuffle_pairs else None
+    sampling = _options(config, "batch", "epochs", "micro_batch", "pool_bos", "seed")
+    batches = BatchLoader(words, trained, placement, partners=partners, **sampling)
     require_layer(checkpoint, layer)
     needed = _require_memory(config, checkpoint, words, len(trained), placement)
     profile = Profile(placement.device) if config.profile else None
-    decoder = build_decoder(checkpoint, words.rows, placement, arm=config.arm, layer=layer, checkpointing=config.checkpointing)
-    adapter = _inject_adapters(config, decoder, layer)
+    decoder = build_decoder(checkpoint, words.rows, placement, **_options(config, "arm", "layer", "checkpointing"))
+    adapter = lora.LoRAConfig(**_options(config, "rank", "alpha", "targets", "dropout", "rslora", "init"))
+    lora.inject(decoder, adapter, None if config.arm == "full" else range(layer), config.seed)
 
     step = _training_step(config, decoder, pool, layer, batches.total, placement)
     progress = state.restore(step.adapters, step.optimiser) if config.resume else Progress()
@@ -108,15 +107,18 @@ def train(config: TrainConfig) -> dict:
     if profile is not None:
         facts["memory"] = memory.measured(needed, profile, decoder, batches.bytes(), output, console)
     if not config.no_report:
-        streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
         splits = {"trained": _measured(trained, 0, config.seed), "held_out": _measured(held_out, len(trained), config.seed)}
-        # the embeddings, each block, and the output
-        with layer_bar(console, checkpoint.blocks + 2) as done:
-            alignments, facts["missing_output"] = align_layers(checkpoint, words, splits, pool, exact, streams, config.eval_pool_bos, done)
+        streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
+        alignments, facts["missing_output"] = measure(splits, streams, config.eval_pool_bos)
         facts = training_report.write_report(output, facts, alignments, console)
     state.discard()
     console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     return facts
+
+
+def _options(config: TrainConfig, *names: str) -> dict[str, Any]:
+    """These options, for what takes them under the same names."""
+    return {name: getattr(config, name) for name in names}
 
 
 def _read_pairs(config: TrainConfig) -> tuple[Pairs, Pairs]:
@@ -127,6 +129,16 @@ def _read_pairs(config: TrainConfig) -> tuple[Pairs, Pairs]:
     held_out = word_pairs.read_pairs(config.held_out_pairs, config.source, config.target)
     word_pairs.check_disjoint(pairs, held_out)
     return pairs, held_out
+
+
+def _claim_output(config: TrainConfig, output: pathlib.Path, trained: Pairs) -> TrainingState:
+    """The output folder, made or claimed, and in it the state that an interrupted run may have left."""
+    if config.tensorboard:
+        require_tensorboard()
+    state = TrainingState(output, {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}, trained)
+    if not (config.resume and state.exists()):
+        prepare_output_dir(output, config.overwrite or (config.resume and holds_only_logs(output)))
+    return state
 
 
 def _place(config: TrainConfig, state: TrainingState, console) -> Placement:
@@ -151,46 +163,31 @@ def _tokenise(config: TrainConfig, checkpoint: Checkpoint, splits: Sequence[Pair
     return words.with_all_rows(checkpoint.config.vocab_size) if config.all_rows else words
 
 
-def _choose_token_norm(config: TrainConfig, checkpoint: Checkpoint, console) -> str:
-    """The token norm that ``auto`` means here."""
+def _choose_token_norm(config: TrainConfig, checkpoint: Checkpoint, console) -> TrainConfig:
+    """The options with the token norm that ``auto`` means here."""
     token_norm = resolve_token_norm(config.token_norm, checkpoint)
     if token_norm != config.token_norm and token_norm == "rms":
         console.print("token states are normalised by plain RMS: the model's final norm lies in a shard that is not needed otherwise")
-    return token_norm
+    return dataclasses.replace(config, token_norm=token_norm)
 
 
-def _choose_layer(
-    config: TrainConfig,
-    checkpoint: Checkpoint,
-    words: TokenisedWords,
-    trained: Pairs,
-    pool: Pooling,
-    placement: Placement,
-    console,
-) -> int:
-    """The layer for ``auto``, by the trained pairs alone: held-out ones are to judge what comes of it."""
-    splits = {"trained": _measured(trained, 0, config.seed)}
+def _measure_layers(
+    checkpoint: Checkpoint, words: TokenisedWords, pool: Pooling, exact: Placement, console, splits, streams, pool_bos: bool = False
+):
+    """``align_layers`` with a bar: the alignment of each split at each layer, and what was absent if the output could not be reached."""
+    # the embeddings, each block, and the output
     with layer_bar(console, checkpoint.blocks + 2) as done:
-        alignments, _ = align_layers(checkpoint, words, splits, pool, placement, {"before": None}, done=done)
+        return align_layers(checkpoint, words, splits, pool, exact, streams, pool_bos, done)
+
+
+def _choose_layer(measure: Callable, trained: Pairs, seed: int, console) -> int:
+    """The layer for ``auto``, by the trained pairs alone: held-out ones are to judge what comes of it."""
+    splits = {"trained": _measured(trained, 0, seed)}
+    alignments, _ = measure(splits, {"before": None})
     gaps = {layer: alignment.per_pair("gap") for (_, _, layer), alignment in alignments.items()}
-    chosen = layer_choice.choose_layer(gaps, splits["trained"][1], config.seed)
+    chosen = layer_choice.choose_layer(gaps, splits["trained"][1], seed)
     console.print(f"layer {chosen}: that is where the trained pairs' gap is surely the largest before training")
     return chosen
-
-
-def _load_batches(config: TrainConfig, words: TokenisedWords, trained: Pairs, placement: Placement) -> BatchLoader:
-    """The run's batches: of true pairs or, as a control, of mismatched ones."""
-    return BatchLoader(
-        words,
-        trained,
-        placement,
-        batch=config.batch,
-        epochs=config.epochs,
-        micro_batch=config.micro_batch,
-        pool_bos=config.pool_bos,
-        seed=config.seed,
-        partners=_mismatched(len(trained), config.seed) if config.shuffle_pairs else None,
-    )
 
 
 def _mismatched(pairs: int, seed: int) -> np.ndarray:
@@ -203,28 +200,10 @@ def _mismatched(pairs: int, seed: int) -> np.ndarray:
 
 def _require_memory(config: TrainConfig, checkpoint: Checkpoint, words: TokenisedWords, trained: int, placement: Placement) -> Run:
     """What the run needs of memory; raises ``TliError`` where it is not there."""
-    needed = budget.needed(
-        checkpoint,
-        words,
-        trained,
-        placement,
-        batch=config.batch,
-        micro_batch=config.micro_batch,
-        pool_bos=config.pool_bos,
-        token_norm=config.token_norm != "none",
-        **{name: getattr(config, name) for name in ("arm", "layer", "rank", "targets", "dropout", "checkpointing")},
-    )
+    options = _options(config, "arm", "layer", "rank", "targets", "dropout", "batch", "micro_batch", "checkpointing", "pool_bos")
+    needed = budget.needed(checkpoint, words, trained, placement, token_norm=config.token_norm != "none", **options)
     budget.require_room(needed, placement)
     return needed
-
-
-def _inject_adapters(config: TrainConfig, decoder: "Decoder", layer: int) -> lora.LoRAConfig:
-    """Put adapters into the blocks that the arm trains."""
-    adapter = lora.LoRAConfig(
-        rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout, rslora=config.rslora, init=config.init
-    )
-    lora.inject(decoder, adapter, None if config.arm == "full" else range(layer), seed=config.seed)
-    return adapter
 
 
 def _training_step(config: TrainConfig, decoder: "Decoder", pool: Pooling, layer: int, total: int, placement: Placement) -> TrainStep:
@@ -232,8 +211,8 @@ def _training_step(config: TrainConfig, decoder: "Decoder", pool: Pooling, layer
     states = functools.partial(run_hooked, layer=layer) if config.arm == "full-hook" else run
     # the output is normalised already
     pool = pool.at("output") if config.arm == "full" else pool
-    objective = Objective(config.loss, config.temperature, config.margin, placement.ops)
-    optimiser = OptimiserSettings(config.lr, config.weight_decay, config.clip, config.warmup, config.schedule, total)
+    objective = Objective(**_options(config, "loss", "temperature", "margin"), ops=placement.ops)
+    optimiser = OptimiserSettings(**_options(config, "lr", "weight_decay", "clip", "warmup", "schedule"), total=total)
     return TrainStep(decoder, lambda batch: pool(states(decoder, batch), batch), objective, optimiser, config.seed)
 
 
