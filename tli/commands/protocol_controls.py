@@ -1,4 +1,4 @@
-"""What a protocol's controls are made of: a model without training, a null model without a model, and adapters that cannot learn."""
+"""The protocol's controls: a model with random weights, a null model of random vectors, and adapters that no gradient reaches."""
 
 import functools
 import pathlib
@@ -29,9 +29,9 @@ def tokenise_pairs(checkpoint: Checkpoint, pairs: Sequence[Pair], prefix: str) -
 
 
 def save_random_model(checkpoint: Checkpoint, folder: pathlib.Path, seed: int) -> None:
-    """Write to ``folder`` a checkpoint of the same architecture and tokenizer, with weights as if its training were yet to begin.
+    """Write to ``folder`` a checkpoint of the same architecture and tokenizer, with freshly initialised weights.
 
-    They are transformers' own start, drawn with the config's ``initializer_range``. The folder is complete or absent.
+    They are transformers' own initialisation, with the config's ``initializer_range``. The folder is complete or absent.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -56,8 +56,8 @@ def sink_only(words: TokenisedWords, width: int, length: float, seed: int) -> tu
     width    D
     length   k, of the shared vector
 
-    m and n are the tokens of the two words; random directions are at right angles on average. Which pairs are true is known to
-    nothing in it.
+    m and n are the tokens of the two words; random directions are at right angles on average. Nothing in it knows which pairs
+    are true.
 
     Returns:
         Word vectors of sources and targets, fp64 [B, D] each, and the formula's cosine of each pair, float64 [B].
@@ -73,10 +73,10 @@ def sink_only(words: TokenisedWords, width: int, length: float, seed: int) -> tu
 
 
 def adapters_everywhere(options: dict, checkpoint: Checkpoint, pairs: Sequence[Pair]) -> dict:
-    """Whether adapters in all blocks learn what those below the layer do: some steps of both, from the same start, side by side.
+    """Whether adapters in all blocks learn what those below the layer do: some steps of both, from the same start.
 
-    The whole model, a hook at the layer and adapters in every block, takes the steps of the truncated model. Above the layer no
-    gradient comes, so B stays 0 there, and nothing that the layer's state depends on differs.
+    The whole model, with a hook at the layer and adapters in every block, takes the truncated model's steps. No gradient reaches the
+    adapters above the layer, so their B stays 0, and nothing that the layer's state depends on differs.
 
     Args:
         options:     of ``tli.train``

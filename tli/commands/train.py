@@ -1,4 +1,4 @@
-"""``python -m tli.train``: align word pairs at layer L with LoRA adapters, and measure what came of it.
+"""``python -m tli.train``: align word pairs at layer L with LoRA adapters, and measure the result.
 
 Reads top to bottom: pairs -> tokens -> the model with adapters -> steps -> the adapter's files -> the report. By default the model
 ends at layer L; the arms that it is compared with run the whole model (``tli/model/decoder.py``).
@@ -142,7 +142,7 @@ def _claim_output(config: TrainConfig, output: pathlib.Path, trained: Pairs) -> 
 
 
 def _place(config: TrainConfig, state: TrainingState, console) -> Placement:
-    """Where and how the run trains: the dtype that is fastest, if the options leave it open, or as the run that goes on was begun."""
+    """Device, dtype and ops for training: the fastest dtype if the options leave it open, or what an interrupted run was begun with."""
     begun = state.begun_with() if config.resume else {}
     # the reference ops are for comparing every bit
     fast = config.dtype == "auto" and config.impl == "auto"
@@ -181,7 +181,7 @@ def _measure_layers(
 
 
 def _choose_layer(measure: Callable, trained: Pairs, seed: int, console) -> int:
-    """The layer for ``auto``, by the trained pairs alone: held-out ones are to judge what comes of it."""
+    """The layer for ``auto``, chosen by the trained pairs alone: held-out ones must judge the result."""
     splits = {"trained": _measured(trained, 0, seed)}
     alignments, _ = measure(splits, {"before": None})
     gaps = {layer: alignment.per_pair("gap") for (_, _, layer), alignment in alignments.items()}
@@ -199,7 +199,7 @@ def _mismatched(pairs: int, seed: int) -> np.ndarray:
 
 
 def _require_memory(config: TrainConfig, checkpoint: Checkpoint, words: TokenisedWords, trained: int, placement: Placement) -> Run:
-    """What the run needs of memory; raises ``TliError`` where it is not there."""
+    """The memory that the run needs; raises ``TliError`` where that is not available."""
     options = _options(config, "arm", "layer", "rank", "targets", "dropout", "batch", "micro_batch", "checkpointing", "pool_bos")
     needed = budget.needed(checkpoint, words, trained, placement, token_norm=config.token_norm != "none", **options)
     budget.require_room(needed, placement)
@@ -217,7 +217,7 @@ def _training_step(config: TrainConfig, decoder: "Decoder", pool: Pooling, layer
 
 
 def _measured(pairs: Pairs, first: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers, from ``first`` on, of the pairs that are measured: all, or a sample; and those among them that mean the same."""
+    """Numbers, from ``first`` on, of the pairs that are measured, all or a sample; and the false negatives among them."""
     numbers = word_pairs.sample(pairs, seed)
     return first + numbers, word_pairs.false_negative_pairs(pairs.subset(numbers))
 
@@ -251,7 +251,7 @@ def _facts(
             "first_step_at": progress.first_step_at,
             "loss_first": progress.losses[0],
             "loss_last": progress.losses[-1],
-            # of a batch in which nothing is told apart
+            # of a batch whose pairs all look alike
             "chance_loss": math.log(per_batch) if config.loss == "infonce" else None,
             "peak_bytes": environment.peak_bytes(),
         },

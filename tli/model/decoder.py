@@ -1,12 +1,12 @@
-"""The frozen decoder: transformers' own blocks, cut after block L, or whole with hidden state L caught by a forward hook.
+"""The frozen decoder: transformers' own blocks, truncated after block L, or all of them with hidden state L captured by a forward hook.
 
-``hidden_states[L]`` is the residual stream after L blocks and *before* any final norm, so the norm at the end of the shell
-becomes an identity. (A transformers model made with ``num_hidden_layers=L`` applies it: its last state is another quantity.) Nothing
-is built, read or computed behind block L.
+``hidden_states[L]`` is the residual stream after L blocks and *before* any final norm, so the truncated decoder's final norm is an
+identity. (A transformers model made with ``num_hidden_layers=L`` applies its norm: its last state is another quantity.) Nothing
+beyond block L is built, read or computed.
 
 The arms that it is compared with run the whole model. ``full`` runs every block and aligns the output, after the final norm, with
-adapters in all blocks. ``full-hook`` runs every block, too, but its loss reads hidden state L, caught on its way, and its adapters lie
-below: what those who train an early layer with other tools do, and what must give the losses and gradients of the model that ends at L.
+adapters in all blocks. ``full-hook`` runs every block, too, but its loss reads hidden state L, captured by a hook, and its adapters lie
+below: this is how an early layer is trained with other tools, and it must give the losses and gradients of the truncated model.
 Blocks, linear layers, embedding rows and packed words are the truncated model's own, so the arms differ in nothing else.
 """
 
@@ -32,7 +32,7 @@ from tli.runtime.ops import Ops
 if typing.TYPE_CHECKING:
 
     class Decoder(nn.Module):
-        """What is used of transformers' decoder, whose class is the family's own; ``nn.Module`` says of an attribute nothing."""
+        """The part of transformers' decoder that is used here; its class is the family's own, and ``nn.Module`` types no attribute."""
 
         config: typing.Any
         layers: typing.Any
@@ -114,9 +114,9 @@ def _config(checkpoint: Checkpoint, blocks: int) -> typing.Any:
     config.num_hidden_layers = blocks
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = list(checkpoint.config.layer_types[:blocks])
-    # what it says of the checkpoint's bytes is done with when they are read
+    # it describes the checkpoint's files, which are dequantised as they are read
     config.quantization_config = None
-    # one row stands in until the kept rows take its place
+    # a placeholder row, until the kept rows replace it
     config.vocab_size, config.pad_token_id = 1, None
     # SDPA has no soft-capping: Gemma 2 needs the eager form
     config._attn_implementation = "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"
@@ -154,7 +154,7 @@ def load_norm(checkpoint: Checkpoint, decoder: "Decoder", placement: Placement) 
 
 
 def _placed(tensor: Tensor | ops.NF4Weight, placement: Placement, linear: bool) -> nn.Parameter | ops.NF4Weight:
-    """A frozen tensor of the checkpoint as the model holds it."""
+    """A tensor of the checkpoint, frozen, on the model's device and in its dtype or NF4."""
     if placement.weights == "nf4" and linear and not isinstance(tensor, ops.NF4Weight):
         try:
             # bf16 is what a 4-bit model is made from
@@ -173,7 +173,7 @@ def _placed(tensor: Tensor | ops.NF4Weight, placement: Placement, linear: bool) 
 
 
 def block_tensors(block: nn.Module, index: int) -> dict[str, tuple[str, nn.Parameter]]:
-    """Of each parameter of a block: its name in the checkpoint -> (its name in the block, the parameter)."""
+    """A block's parameters by name in the checkpoint: name -> (name in the block, parameter)."""
     return {f"layers.{index}.{local}": (local, parameter) for local, parameter in block.named_parameters()}
 
 
@@ -202,7 +202,7 @@ def whole(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement)
 
 @contextlib.contextmanager
 def caught(block: nn.Module) -> Iterator[list[Tensor]]:
-    """The states that ``block`` gives while the context is open; its hook is gone afterwards, whatever happened inside."""
+    """Capture the outputs of ``block`` by a forward hook while the context is open; the hook is removed whatever happens inside."""
     states = []
     handle = block.register_forward_hook(lambda module, arguments, output: states.append(output))
     try:

@@ -23,7 +23,7 @@ _MACHINE_FACTS = ("dtype", "matmul", "attention")
 
 @dataclasses.dataclass
 class Progress:
-    """The loss at each step done, the seconds that the steps took, and the Unix time at which the run's first was done."""
+    """The loss of each step done, the seconds that the steps took, and the Unix time at which the first was done."""
 
     losses: list[float] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
@@ -58,11 +58,11 @@ class TrainingState:
         for record in trained.records():
             digest.update(record)
         self.fingerprint = digest.hexdigest()
-        # ``Placement.facts`` of the run: what it computes in and with, where its options leave that open
+        # ``Placement.facts`` of the run: its dtype, matmul and attention, where the options leave them open
         self.begun_on: dict[str, str] = {}
 
     def begun_with(self) -> dict[str, str]:
-        """``Placement.facts`` of the interrupted run, so that it goes on with them; none without one."""
+        """``Placement.facts`` of the interrupted run, which a resumed one keeps; empty without a file."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata()
@@ -80,7 +80,7 @@ class TrainingState:
         self.path.unlink(missing_ok=True)
 
     def save(self, adapters: dict[str, LoRALinear], optimiser: torch.optim.AdamW, progress: Progress) -> None:
-        """Write the state as it is between two steps, whole or not at all."""
+        """Write the state between two steps, completely or not at all."""
         tensors = {"losses": torch.tensor(progress.losses, dtype=torch.float64)}
         for name, parameter in _named(adapters):
             tensors[name] = parameter.detach()
@@ -92,7 +92,7 @@ class TrainingState:
             temporary.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
 
     def restore(self, adapters: dict[str, LoRALinear], optimiser: torch.optim.AdamW) -> Progress:
-        """Put the state back; without a file, a run that was killed before its first save starts anew.
+        """Restore adapters and optimiser; without a file, the run was killed before its first save and starts anew.
 
         Raises:
             TliError: the file is of a run with other options or pairs, or is damaged.
