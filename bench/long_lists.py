@@ -128,7 +128,7 @@ def measure_here(options: str, steps: str) -> None:
     from tli.data.packing import tokenise
     from tli.model import lora
     from tli.model.checkpoint import open_checkpoint, sight
-    from tli.model.decoder import run, truncate
+    from tli.model.decoder import load_truncated_decoder, run
     from tli.model.pooling import pooling
     from tli.runtime.device import place
     from tli.training.loss import Objective
@@ -170,15 +170,15 @@ def measure_here(options: str, steps: str) -> None:
     with stage("pack"):
         for _ in batches.epoch(0):
             pass
-    decoder = truncate(checkpoint, config.layer, words.rows, placement).train()
+    decoder = load_truncated_decoder(checkpoint, config.layer, words.rows, placement).train()
     lora.inject(decoder, lora.LoRAConfig(rank=config.rank, alpha=config.alpha), seed=config.seed)
     pool, objective = pooling("final", checkpoint, placement.device), Objective(config.loss, config.temperature, config.margin)
     step = TrainStep(decoder, lambda part: pool(run(decoder, part), part), objective, OptimiserSettings(config.lr), config.seed)
     # the first step allocates
     taken = 0
     for number, (parts, same) in enumerate(itertools.islice(batches.steps(), 1 + int(steps))):
-        step.take(number, parts, same)
-        list(step.finished())
+        step(number, parts, same)
+        list(step.pop_results())
         if number == 0:
             began = time.process_time()
         else:

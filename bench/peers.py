@@ -148,13 +148,13 @@ class Tli(Subject):
 
     def loss(self) -> Tensor:
         (((batch,), same),) = self.batches.epoch(self.taken)
-        return self.stepper.objective(self.stepper.vectors_of(batch), same)
+        return self.stepper.objective(self.stepper.embed(batch), same)
 
     def step(self) -> float:
         ((parts, same),) = self.batches.epoch(self.taken)
-        self.stepper.take(self.taken, parts, same)
+        self.stepper(self.taken, parts, same)
         self.taken += 1
-        (result,) = self.stepper.finished(wait=True)
+        (result,) = self.stepper.pop_results(wait=True)
         return result.loss
 
     def nodes(self) -> int:

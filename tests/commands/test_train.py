@@ -30,7 +30,7 @@ from tli.runtime.cli import parse
 from tli.runtime.errors import TliError, run_command
 from tli.training.run_logger import METRICS_FILE
 from tli.training.state import STATE_FILE
-from tli.training.step import rate
+from tli.training.step import lr_multiplier
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 REPORT_FILES = {"README.md", "report.json", "report.md", "distributions.png", "layers.png"}
@@ -209,14 +209,14 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
 
 
 def test_the_rate_warms_up_and_decays():
-    rates = [rate(step, 100, 10, "linear") for step in range(100)]
+    rates = [lr_multiplier(step, 100, 10, "linear") for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert np.diff(rates[10:]) == pytest.approx(np.full(89, -1 / 90))
     assert 0 < rates[-1] < 0.02
-    cosine = [rate(step, 100, 10, "cosine") for step in range(10, 100)]
+    cosine = [lr_multiplier(step, 100, 10, "cosine") for step in range(10, 100)]
     assert cosine == pytest.approx([(1 + math.cos(math.pi * i / 90)) / 2 for i in range(90)])
-    assert {rate(step, 100, 0, "constant") for step in range(100)} == {1.0}
-    assert all(0 < rate(step, 5, 50, "linear") <= 0.1 for step in range(5))
+    assert {lr_multiplier(step, 100, 0, "constant") for step in range(100)} == {1.0}
+    assert all(0 < lr_multiplier(step, 5, 50, "linear") <= 0.1 for step in range(5))
 
 
 def test_from_tli_import_train_is_the_function_and_the_command():

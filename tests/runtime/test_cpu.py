@@ -19,7 +19,7 @@ from tli.data.packing import tokenise
 from tli.data.word_pairs import read_pairs
 from tli.model import lora, token_table
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import run, truncate, use_eager_attention
+from tli.model.decoder import load_truncated_decoder, run, use_eager_attention
 from tli.model.pooling import pooling
 from tli.runtime import cpu as processor
 from tli.runtime import ops
@@ -275,7 +275,7 @@ def test_loss_and_gradients_in_bfloat16_are_as_true_as_transformers_own(make_mod
 
     def found(dtype: torch.dtype, fast: bool) -> list[torch.Tensor]:
         chosen = ops.on_cpu(ops.Matmul.named(matmul)) if fast else ops.REFERENCE
-        decoder = truncate(checkpoint, 2, words.rows, Placement(torch.bfloat16, torch.device("cpu"), ops=chosen)).to(dtype)
+        decoder = load_truncated_decoder(checkpoint, 2, words.rows, Placement(torch.bfloat16, torch.device("cpu"), ops=chosen)).to(dtype)
         if fast:
             token_table.tabulate(decoder)
             use_eager_attention(decoder)
@@ -324,14 +324,14 @@ def stopped(make_model, word_list, tmp_path, monkeypatch):
         with monkeypatch.context() as patched:
             from tli.training.step import TrainStep
 
-            take = TrainStep.take
+            take = TrainStep.__call__
 
             def stopping(self, position, *batch):
                 take(self, position, *batch)
                 if position == 6:
                     os.kill(os.getpid(), 2)
 
-            patched.setattr(TrainStep, "take", stopping)
+            patched.setattr(TrainStep, "__call__", stopping)
             with pytest.raises(KeyboardInterrupt):
                 train(TrainConfig(**options))
         assert (tmp_path / "stopped" / STATE_FILE).is_file()

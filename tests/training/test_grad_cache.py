@@ -10,7 +10,7 @@ from tli.data.packing import tokenise
 from tli.data.word_pairs import read_pairs
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import run, truncate
+from tli.model.decoder import load_truncated_decoder, run
 from tli.model.pooling import pooling
 from tli.runtime.device import place
 from tli.training import grad_cache
@@ -26,7 +26,7 @@ class Step:
         checkpoint, placement = open_checkpoint(model), place("cpu", "float32")
         pairs = read_pairs(word_list, "swahili", "english")
         words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
-        self.decoder = truncate(checkpoint, 2, words.rows, placement)
+        self.decoder = load_truncated_decoder(checkpoint, 2, words.rows, placement)
         lora.inject(self.decoder, lora.LoRAConfig(rank=4, alpha=8.0, dropout=dropout))
         generator = torch.Generator().manual_seed(0)
         for adapter in lora.adapters(self.decoder).values():

@@ -106,8 +106,8 @@ def adapters_everywhere(options: dict, checkpoint: Checkpoint, pairs: Sequence[P
             decoder, lambda part: pool(states(decoder, part), part), objective, optimiser, options["seed"], check_gradients=False
         )
         for position, batch in enumerate(batches.steps()):
-            step.take(position, *batch)
-        return step.adapters, [result.loss for result in step.finished(wait=True)]
+            step(position, *batch)
+        return step.adapters, [result.loss for result in step.pop_results(wait=True)]
 
     (below, losses), (everywhere, other_losses) = trained("early"), trained("full-hook")
     factors = [(getattr(below[path], name), getattr(everywhere[path], name)) for path in below for name in ("lora_A", "lora_B")]

@@ -83,13 +83,14 @@ class BatchLoader:
         return sum(tensor.nbytes for tensor in [*tensors, *held])
 
     def _batch(self, pairs: np.ndarray) -> Step:
-        parts = [self._part(part) for part in np.array_split(pairs, -(-len(pairs) // (self.micro_batch or len(pairs))))]
+        count = -(-len(pairs) // (self.micro_batch or len(pairs)))
+        micro_batches = [self._micro_batch(numbers) for numbers in np.array_split(pairs, count)]
         sources, targets = self.pairs.keys(pairs), self.pairs.keys(self.partners[pairs])
         # row by row, as the fused losses walk them
         same = false_negative_edges(WordHashes(sources.sources, targets.indptr, targets.glosses))
-        return parts, torch.from_numpy(same).to(self.placement.device)
+        return micro_batches, torch.from_numpy(same).to(self.placement.device)
 
-    def _part(self, pairs: np.ndarray) -> Batch:
+    def _micro_batch(self, pairs: np.ndarray) -> Batch:
         targets = self.partners[pairs] + len(self.words) // 2
         packed = self.words.pack(np.concatenate([pairs, targets]), self.pool_bos, width_step=self.placement.width_step)
         return to_batch(packed, self.placement.dtype, self.placement.device)
@@ -114,14 +115,14 @@ def prefetch(steps: Iterable[Step], device: torch.device) -> Iterator[Step]:
         made = worker.submit(make)
         while (result := made.result()) is not None:
             made = worker.submit(make)
-            (parts, same), event = result
+            (micro_batches, same), event = result
             here = torch.cuda.current_stream(device)
             here.wait_event(event)
-            for tensor in tensors_of(parts, same):
+            for tensor in tensors_of(micro_batches, same):
                 # its memory may be reused only when this stream is done with it
                 tensor.record_stream(here)
-            yield parts, same
+            yield micro_batches, same
 
 
-def tensors_of(parts: list[Batch], same: Tensor) -> list[Tensor]:
-    return [tensor for part in parts for tensor in part.tensors()] + [same]
+def tensors_of(micro_batches: list[Batch], same: Tensor) -> list[Tensor]:
+    return [tensor for micro_batch in micro_batches for tensor in micro_batch.tensors()] + [same]

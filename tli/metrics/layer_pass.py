@@ -41,7 +41,7 @@ def align_layers(
         words:       all words, sources of all pairs first, then targets
         splits:      name -> (int64 pair numbers, their ``false_negative_pairs``); words of no other pair are looked at
         pooling:     token states -> word states; at ``output``, where states are normalised already, without its norm
-        placement:   as for ``truncate``
+        placement:   as for ``load_truncated_decoder``
         streams:     name -> adapter, or None for the base
         pool_bos:    pool the sink, too
         done:        called when a layer is measured
@@ -165,7 +165,7 @@ def scan_layers(
         words:       all words, sources of all pairs first, then targets
         same:        ``false_negative_pairs`` of the pairs
         pooling:     token states -> word states, for ``word`` and ``word_bos``
-        placement:   as for ``truncate``
+        placement:   as for ``load_truncated_decoder``
         streams:     name -> adapter, or None for the base
         done:        called when a layer is measured
         width:       of the bins that words are packed in; changes nothing but the time

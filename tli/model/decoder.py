@@ -55,7 +55,7 @@ def run(decoder: nn.Module, batch: Batch) -> Tensor:
     return outputs.last_hidden_state.flatten(0, 1)
 
 
-def truncate(checkpoint: Checkpoint, layer: int, rows: np.ndarray | None, placement: Placement) -> "Decoder":
+def load_truncated_decoder(checkpoint: Checkpoint, layer: int, rows: np.ndarray | None, placement: Placement) -> "Decoder":
     """transformers' decoder with the first ``layer`` blocks alone: its last hidden state is ``hidden_states[layer]``.
 
     Args:
@@ -71,7 +71,7 @@ def truncate(checkpoint: Checkpoint, layer: int, rows: np.ndarray | None, placem
         TliError: a layer out of range, a missing or misshapen tensor, an unreadable shard.
     """
     require_layer(checkpoint, layer)
-    decoder = shell(checkpoint, layer, rows, placement)
+    decoder = init_empty_decoder(checkpoint, layer, rows, placement)
     for index in range(layer):
         load_block(checkpoint, decoder.layers[index], index, placement)
     decoder.norm = nn.Identity()
@@ -86,7 +86,7 @@ def require_layer(checkpoint: Checkpoint, layer: int) -> None:
         )
 
 
-def shell(checkpoint: Checkpoint, blocks: int, rows: np.ndarray | None, placement: Placement) -> "Decoder":
+def init_empty_decoder(checkpoint: Checkpoint, blocks: int, rows: np.ndarray | None, placement: Placement) -> "Decoder":
     """transformers' decoder with its embedding rows read, ``blocks`` blocks without memory, and its final norm unread."""
     from transformers import AutoModel
 
@@ -177,15 +177,15 @@ def block_tensors(block: nn.Module, index: int) -> dict[str, tuple[str, nn.Param
     return {f"layers.{index}.{local}": (local, parameter) for local, parameter in block.named_parameters()}
 
 
-def whole(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> "Decoder":
+def load_full_decoder(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> "Decoder":
     """transformers' decoder with all its blocks and its final norm: its last hidden state is ``output``.
 
     Each tensor is read once, and no more than one block is held twice while it is.
 
     Args:
         checkpoint:  an open checkpoint
-        rows:        as for ``truncate``
-        placement:   as for ``truncate``
+        rows:        as for ``load_truncated_decoder``
+        placement:   as for ``load_truncated_decoder``
 
     Returns:
         The decoder, frozen and in evaluation mode. Adapters go into it in place.
@@ -193,7 +193,7 @@ def whole(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement)
     Raises:
         TliError: an absent shard, a missing or misshapen tensor.
     """
-    decoder = shell(checkpoint, checkpoint.blocks, rows, placement)
+    decoder = init_empty_decoder(checkpoint, checkpoint.blocks, rows, placement)
     for index, block in enumerate(decoder.layers):
         load_block(checkpoint, block, index, placement)
     load_norm(checkpoint, decoder, placement)
@@ -201,7 +201,7 @@ def whole(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement)
 
 
 @contextlib.contextmanager
-def caught(block: nn.Module) -> Iterator[list[Tensor]]:
+def capture_output(block: nn.Module) -> Iterator[list[Tensor]]:
     """Capture the outputs of ``block`` by a forward hook while the context is open; the hook is removed whatever happens inside."""
     states = []
     handle = block.register_forward_hook(lambda module, arguments, output: states.append(output))
@@ -213,7 +213,7 @@ def caught(block: nn.Module) -> Iterator[list[Tensor]]:
 
 def run_hooked(decoder: "Decoder", batch: Batch, layer: int) -> Tensor:
     """Hidden state ``layer`` of each node, [T, D] as from ``run``, out of a pass through all blocks."""
-    with caught(decoder.layers[layer - 1]) as states:
+    with capture_output(decoder.layers[layer - 1]) as states:
         run(decoder, batch)
     return states[0].flatten(0, 1)
 
@@ -243,10 +243,12 @@ def build_decoder(
         checkpointing:  gradient checkpointing
 
     Raises:
-        TliError: as ``truncate`` and ``whole``.
+        TliError: as ``load_truncated_decoder`` and ``load_full_decoder``.
     """
     require_layer(checkpoint, layer)
-    decoder = truncate(checkpoint, layer, rows, placement) if arm == "early" else whole(checkpoint, rows, placement)
+    decoder = (
+        load_truncated_decoder(checkpoint, layer, rows, placement) if arm == "early" else load_full_decoder(checkpoint, rows, placement)
+    )
     tabulate(decoder)
     if placement.attention == "eager":
         use_eager_attention(decoder)

@@ -27,18 +27,18 @@ def fit(
     began = saved = time.monotonic() - progress.seconds
     step.decoder.train()
     with stop_signals() as stop, training_bar(console, batches.total) as show:
-        for position, (parts, same) in enumerate(prefetch(batches.steps(progress.step), batches.placement.device), progress.step):
+        for position, (micro_batches, same) in enumerate(prefetch(batches.steps(progress.step), batches.placement.device), progress.step):
             final = position == batches.total - 1
             with profile.recorded(step.parameters, state.path.parent) if profile and final else contextlib.nullcontext():
-                step.take(position, parts, same)
+                step(position, micro_batches, same)
             last = final or stop.is_set()
             save = last or time.monotonic() - saved > _SAVE_EVERY_S
-            for result in step.finished(wait=save):
+            for result in step.pop_results(wait=save):
                 require_finite(progress.step, result.loss)
                 progress.add(result.loss, time.monotonic() - began)
                 for logger in loggers:
                     logger.log({"epoch": progress.step / batches.per_epoch, **vars(result)}, progress.step)
-                show(progress.step, result.loss, words=sum(len(part.indptr) - 1 for part in parts))
+                show(progress.step, result.loss, words=sum(len(packed.indptr) - 1 for packed in micro_batches))
             # after its steps were logged: a resumed run logs those that come after them
             if save:
                 state.save(step.adapters, step.optimiser, progress)

@@ -26,7 +26,7 @@ from tli.training import grad_cache
 from tli.training.loss import Objective
 from tli.training.memory.profile import FORWARD, LOSS, OPTIMISER
 
-_STEPS_BEFORE_RECORDING = 3
+_STEPS_BEFORE_CAPTURE = 3
 # entries and false negatives are padded to multiples of these
 _ENTRIES_STEP, _SAME_STEP = 256, 16
 _MOST_SHAPES = 32
@@ -68,7 +68,7 @@ class CapturedStep:
     """A CUDA graph of one step, the batch that it reads, and where it leaves the loss and the gradient norm, fp32 [2]."""
 
     graph: torch.cuda.CUDAGraph
-    parts: list[Batch]
+    micro_batches: list[Batch]
     same: Tensor
     measured: Tensor
 
@@ -78,7 +78,7 @@ class TrainStep:
 
     Args:
         decoder:          the model, with adapters
-        vectors_of:       packed words -> their embeddings, fp32 [2b, D]
+        embed:            packed words -> their embeddings, fp32 [2b, D]
         objective:        the loss; with fused ops, which take a padded batch, steps on a GPU are captured and replayed
         optimiser:        settings of AdamW, its schedule and the clipping
         seed:             of dropout
@@ -88,18 +88,18 @@ class TrainStep:
     def __init__(
         self,
         decoder: nn.Module,
-        vectors_of: Callable[[Batch], Tensor],
+        embed: Callable[[Batch], Tensor],
         objective: Objective,
         optimiser: OptimiserSettings,
         seed: int = 0,
         check_gradients: bool = True,
     ):
-        self.decoder, self.vectors_of, self.objective, self.settings = decoder, vectors_of, objective, optimiser
+        self.decoder, self.embed, self.objective, self.settings = decoder, embed, objective, optimiser
         self.seed, self.check_gradients = seed, check_gradients
         self.adapters, self.parameters = lora.adapters(decoder), lora.trainable(decoder)
         self.device = self.parameters[0].device
         self.on_gpu = self.device.type == "cuda"
-        self.record = self.on_gpu and objective.ops.kind == "fused"
+        self.use_cuda_graphs = self.on_gpu and objective.ops.kind == "fused"
         self.dropout = any(adapter.dropout > 0 for adapter in self.adapters.values())
         self.seeds = torch.zeros(len(self.adapters), dtype=torch.int64, device=self.device)
         for adapter, own_seed in zip(self.adapters.values(), self.seeds.split(1), strict=True):
@@ -112,30 +112,30 @@ class TrainStep:
             # fused AdamW reads it by getattr, as torch.amp's scaler sets it; the class does not declare it
             self.optimiser.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.taken = 0
-        self.recordings: dict[tuple, CapturedStep] = {}
-        self.graph_pool = torch.cuda.graph_pool_handle() if self.record else None
+        self.graphs: dict[tuple, CapturedStep] = {}
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.use_cuda_graphs else None
         self.pending_results: collections.deque[tuple[float, Tensor, torch.cuda.Event | None]] = collections.deque()
 
-    def take(self, position: int, parts: list[Batch], same: Tensor) -> None:
-        """Take step ``position`` (0, 1, ...) of the run; its result comes out of ``finished``.
+    def __call__(self, position: int, micro_batches: list[Batch], same: Tensor) -> None:
+        """Take step ``position`` (0, 1, ...) of the run; its result comes out of ``pop_results``.
 
         Args:
-            position:  of the step in the run
-            parts:     the batch in micro-batches
-            same:      int64 [E, 2], the batch's false negatives: pairs that mean the same
+            position:       of the step in the run
+            micro_batches:  of the batch
+            same:           int64 [E, 2], the batch's false negatives: pairs that mean the same
 
         Raises:
             TliError: in the run's first two steps, an adapter without a gradient; on a CPU, a loss that is not finite.
         """
         lr = self._prepare(position)
-        if self.record:
-            parts, same = _padded(parts, same)
-        shape = tuple(tensor.shape for tensor in tensors_of(parts, same))
-        early = self.taken < _STEPS_BEFORE_RECORDING or position < 2
-        if self.record and not early and (shape in self.recordings or len(self.recordings) < _MOST_SHAPES):
-            measured = self._replay(shape, parts, same)
+        if self.use_cuda_graphs:
+            micro_batches, same = _padded(micro_batches, same)
+        shape = tuple(tensor.shape for tensor in tensors_of(micro_batches, same))
+        early = self.taken < _STEPS_BEFORE_CAPTURE or position < 2
+        if self.use_cuda_graphs and not early and (shape in self.graphs or len(self.graphs) < _MOST_SHAPES):
+            measured = self._replay(shape, micro_batches, same)
         else:
-            loss = self._gradients(parts, same)
+            loss = self._gradients(micro_batches, same)
             if not self.on_gpu:
                 require_finite(position, loss.item())
             if position < 2 and self.check_gradients:
@@ -144,7 +144,7 @@ class TrainStep:
         self._send(lr, measured)
         self.taken += 1
 
-    def finished(self, wait: bool = False) -> Iterator[StepResult]:
+    def pop_results(self, wait: bool = False) -> Iterator[StepResult]:
         """The results, in the order of the steps, that have arrived since the last call; all of them if ``wait``."""
         while self.pending_results:
             lr, measured, event = self.pending_results[0]
@@ -159,7 +159,7 @@ class TrainStep:
     def _prepare(self, position: int) -> float:
         """Set the step's learning rate and each adapter's dropout seed, without waiting for a GPU; returns the learning rate."""
         settings = self.settings
-        lr = settings.lr * rate(position, settings.total, settings.warmup, settings.schedule)
+        lr = settings.lr * lr_multiplier(position, settings.total, settings.warmup, settings.schedule)
         for group in self.optimiser.param_groups:
             if self.on_gpu:
                 group["lr"].copy_(torch.tensor(lr).pin_memory(), non_blocking=True)
@@ -171,13 +171,13 @@ class TrainStep:
             self.seeds.copy_(seeds.pin_memory() if self.on_gpu else seeds, non_blocking=True)
         return lr
 
-    def _gradients(self, parts: list[Batch], same: Tensor) -> Tensor:
+    def _gradients(self, micro_batches: list[Batch], same: Tensor) -> Tensor:
         self.optimiser.zero_grad()
-        return grad_cache.backward(parts, self._embed, lambda embeddings: self._loss(embeddings, same))
+        return grad_cache.backward(micro_batches, self._embed, lambda embeddings: self._loss(embeddings, same))
 
-    def _embed(self, part: Batch) -> Tensor:
+    def _embed(self, micro_batch: Batch) -> Tensor:
         with record_function(FORWARD):
-            return self.vectors_of(part)
+            return self.embed(micro_batch)
 
     def _loss(self, embeddings: Tensor, same: Tensor) -> Tensor:
         with record_function(LOSS):
@@ -194,22 +194,22 @@ class TrainStep:
             self.optimiser.step()
             return torch.stack([loss, grad_norm])
 
-    def _replay(self, shape: tuple, parts: list[Batch], same: Tensor) -> Tensor:
-        if shape not in self.recordings:
-            self.recordings[shape] = self._recorded(parts, same)
-        recording = self.recordings[shape]
-        for memory, fresh in zip(tensors_of(recording.parts, recording.same), tensors_of(parts, same), strict=True):
+    def _replay(self, shape: tuple, micro_batches: list[Batch], same: Tensor) -> Tensor:
+        if shape not in self.graphs:
+            self.graphs[shape] = self._capture(micro_batches, same)
+        captured = self.graphs[shape]
+        for memory, fresh in zip(tensors_of(captured.micro_batches, captured.same), tensors_of(micro_batches, same), strict=True):
             memory.copy_(fresh)
-        recording.graph.replay()
-        return recording.measured
+        captured.graph.replay()
+        return captured.measured
 
-    def _recorded(self, parts: list[Batch], same: Tensor) -> CapturedStep:
-        graph, parts, same = torch.cuda.CUDAGraph(), [part.clone() for part in parts], same.clone()
+    def _capture(self, micro_batches: list[Batch], same: Tensor) -> CapturedStep:
+        graph, micro_batches, same = torch.cuda.CUDAGraph(), [micro_batch.clone() for micro_batch in micro_batches], same.clone()
         with torch.cuda.graph(graph, pool=self.graph_pool):
-            measured = self._update(self._gradients(parts, same))
+            measured = self._update(self._gradients(micro_batches, same))
         # the gradients are the graph's own
         self.optimiser.zero_grad()
-        return CapturedStep(graph, parts, same, measured)
+        return CapturedStep(graph, micro_batches, same, measured)
 
     def _send(self, lr: float, measured: Tensor) -> None:
         """Queue a step's result; from a GPU its copy to the CPU is not waited for."""
@@ -222,7 +222,7 @@ class TrainStep:
         self.pending_results.append((lr, arrived, event))
 
 
-def rate(step: int, total: int, warmup: int, schedule: str) -> float:
+def lr_multiplier(step: int, total: int, warmup: int, schedule: str) -> float:
     """The learning-rate schedule: the share of the peak at step 0, 1, ...; linear warm-up, then linear or cosine decay towards 0."""
     if step < warmup:
         return (step + 1) / warmup
@@ -238,7 +238,9 @@ def require_finite(position: int, loss: float) -> None:
         raise TliError(f"step {position + 1}", "the loss must be finite", loss, "lower --lr, or check the model's weights")
 
 
-def _padded(parts: list[Batch], same: Tensor) -> Step:
+def _padded(micro_batches: list[Batch], same: Tensor) -> Step:
     """The same batch in one of few shapes. A false negative may be listed more than once."""
     missing = -len(same) % _SAME_STEP
-    return [part.padded(_ENTRIES_STEP) for part in parts], torch.cat([same, same[-1:].expand(missing, 2)]) if missing else same
+    if missing:
+        same = torch.cat([same, same[-1:].expand(missing, 2)])
+    return [micro_batch.padded(_ENTRIES_STEP) for micro_batch in micro_batches], same
