@@ -58,7 +58,7 @@ class TliEager(Tli):
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
-        self.stepper.record = False
+        self.stepper.use_cuda_graphs = False
 
 
 class TliFull(Tli):

@@ -121,7 +121,6 @@ def _write_model(folder: pathlib.Path) -> None:
 
 def measure_here(options: str, steps: str) -> None:
     """What the process of one list does."""
-    import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     from tli.data import word_pairs
@@ -129,12 +128,12 @@ def measure_here(options: str, steps: str) -> None:
     from tli.data.packing import tokenise
     from tli.model import lora
     from tli.model.checkpoint import open_checkpoint, sight
-    from tli.model.decoder import run, truncate
+    from tli.model.decoder import load_truncated_decoder, run
     from tli.model.pooling import pooling
     from tli.runtime.device import place
-    from tli.training import grad_cache
     from tli.training.loss import Objective
     from tli.training.state import TrainingState
+    from tli.training.step import OptimiserSettings, TrainStep
 
     config, seconds, own = TrainConfig(**json.loads(options)), {}, {}
     checkpoint, placement = open_checkpoint(config.model), place("cpu", "float32")
@@ -163,25 +162,23 @@ def measure_here(options: str, steps: str) -> None:
     with stage("split"):
         trained, held_out = word_pairs.split_pairs(pairs, config.held_out, config.seed)
     with stage("hash"):
-        TrainingState(pathlib.Path(), config, trained)
+        TrainingState(pathlib.Path(), as_dict(config), trained)
     with stage("tokenise"):
         texts = itertools.chain(*((getattr(pair, side) for pair in part) for side in ("source", "target") for part in (trained, held_out)))
         words = tokenise(tokenizer, texts, sight(checkpoint), config.prefix)
-    batches = BatchLoader(config, words, np.arange(len(trained)), trained, placement)
+    batches = BatchLoader(words, trained, placement, batch=config.batch, epochs=1 + int(steps), seed=config.seed)
     with stage("pack"):
         for _ in batches.epoch(0):
             pass
-    decoder = truncate(checkpoint, config.layer, words.rows, placement).train()
+    decoder = load_truncated_decoder(checkpoint, config.layer, words.rows, placement).train()
     lora.inject(decoder, lora.LoRAConfig(rank=config.rank, alpha=config.alpha), seed=config.seed)
-    parameters, objective = lora.trainable(decoder), Objective(config.loss, config.temperature, config.margin)
-    pool, optimiser = pooling("final", checkpoint, placement.device), torch.optim.AdamW(parameters, lr=config.lr)
-    endless = itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
+    pool, objective = pooling("final", checkpoint, placement.device), Objective(config.loss, config.temperature, config.margin)
+    step = TrainStep(decoder, lambda part: pool(run(decoder, part), part), objective, OptimiserSettings(config.lr), config.seed)
     # the first step allocates
     taken = 0
-    for number, (parts, same) in enumerate(itertools.islice(endless, 1 + int(steps))):
-        optimiser.zero_grad()
-        grad_cache.backward(parts, lambda part: pool(run(decoder, part), part), lambda vectors, same=same: objective(vectors, same))
-        optimiser.step()
+    for number, (parts, same) in enumerate(itertools.islice(batches.steps(), 1 + int(steps))):
+        step(number, parts, same)
+        list(step.pop_results())
         if number == 0:
             began = time.process_time()
         else:

@@ -121,7 +121,8 @@ class Tli(Subject):
         from tli.model.checkpoint import open_checkpoint, sight
         from tli.model.decoder import build_decoder, run
         from tli.model.pooling import pooling, resolve_token_norm
-        from tli.training.step import TrainStep
+        from tli.training.loss import Objective
+        from tli.training.step import OptimiserSettings, TrainStep
 
         self.config = config
         batch, rest = drawn_pairs(config, distinct)
@@ -129,27 +130,32 @@ class Tli(Subject):
         texts = [pair.source for pair in batch + rest] + [pair.target for pair in batch + rest]
         words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), config.prefix)
         placement = place(config.device, config.dtype, config.weights, config.impl)
-        self.decoder = build_decoder(config, checkpoint, words.rows, placement)
+        self.decoder = build_decoder(
+            checkpoint, words.rows, placement, arm=config.arm, layer=config.layer, checkpointing=config.checkpointing
+        )
         lora.inject(self.decoder, lora.LoRAConfig(rank=config.rank, alpha=config.alpha, targets=config.targets), seed=config.seed)
         self.pool = pooling(resolve_token_norm(config.token_norm, checkpoint), checkpoint, placement.device, placement.ops)
         # the pairs that are trained are the batch, so an epoch is one batch, packed anew each time
-        self.batches = BatchLoader(config, words, np.arange(len(batch)), batch, placement)
+        sampling = {"epochs": config.epochs, "micro_batch": config.micro_batch, "pool_bos": config.pool_bos, "seed": config.seed}
+        self.batches = BatchLoader(words, batch, placement, batch=config.batch, **sampling)
         vectors = lambda part: self.pool(run(self.decoder, part), part)  # noqa: E731
-        self.stepper = TrainStep(config, self.decoder, vectors, self.batches.total, placement)
+        objective = Objective(config.loss, config.temperature, config.margin, placement.ops)
+        optimiser = OptimiserSettings(config.lr, config.weight_decay, config.clip, config.warmup, config.schedule, self.batches.total)
+        self.stepper = TrainStep(self.decoder, vectors, objective, optimiser, config.seed)
         self.parameters = self.stepper.parameters
         self.decoder.train()
         self.taken = 0
 
     def loss(self) -> Tensor:
         (((batch,), same),) = self.batches.epoch(self.taken)
-        return self.stepper.objective(self.stepper.vectors_of(batch), same)
+        return self.stepper.objective(self.stepper.embed(batch), same)
 
     def step(self) -> float:
         ((parts, same),) = self.batches.epoch(self.taken)
-        self.stepper.take(self.taken, parts, same)
+        self.stepper(self.taken, parts, same)
         self.taken += 1
-        (loss,) = self.stepper.finished(wait=True)
-        return loss
+        (result,) = self.stepper.pop_results(wait=True)
+        return result.loss
 
     def nodes(self) -> int:
         """How many tokens, padding of the bins included, go through the model in a step."""

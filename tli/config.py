@@ -105,6 +105,7 @@ class TrainConfig:
     resume: bool = option(False, "output", "go on with the interrupted run in the output folder")
     no_report: bool = option(False, "output", "skip the measurements before and after")
     profile: bool = option(False, "output", "measure memory beside its prediction, and write a trace and a figure of one step")
+    tensorboard: bool = option(False, "output", "also write TensorBoard events (needs tensorboard installed)")
     json: bool = option(False, "output", "print one JSON object on standard output when done")
 
     def __post_init__(self):

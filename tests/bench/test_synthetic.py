@@ -14,7 +14,7 @@ from tli.data import word_pairs
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import run, truncate
+from tli.model.decoder import load_truncated_decoder, run
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
 
@@ -59,7 +59,7 @@ def test_the_early_arm_runs_on_it(folder):
     checkpoint = open_checkpoint(str(folder))
     words = tokenise(checkpoint.tokenizer(), ["mtoto", "child", "nyumba", "house"], 64, " ")
     placement = place("cpu", "float32")
-    decoder = truncate(checkpoint, 1, words.rows, placement)
+    decoder = load_truncated_decoder(checkpoint, 1, words.rows, placement)
     states = run(decoder, to_batch(words.pack(np.arange(4)), torch.float32, torch.device("cpu")))
     assert states.shape[1] == 576
     assert states.isfinite().all()

@@ -24,7 +24,7 @@ from tli.commands.export import export
 from tli.config import ExportConfig
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import whole
+from tli.model.decoder import load_full_decoder
 from tli.model.families import FAMILIES
 from tli.runtime.cli import parse
 from tli.runtime.device import place
@@ -38,7 +38,7 @@ IDS = torch.arange(2, 38).view(3, 12)
 def make_adapter(model, folder, blocks=None, **settings) -> pathlib.Path:
     """An adapter as training leaves one, without a report, of some size."""
     config = lora.LoRAConfig(**{"rank": 3, "alpha": 6.0, **settings})
-    decoder = whole(open_checkpoint(str(model)), np.arange(4), CPU)
+    decoder = load_full_decoder(open_checkpoint(str(model)), np.arange(4), CPU)
     lora.inject(decoder, config, blocks)
     for number, adapter in enumerate(lora.adapters(decoder).values()):
         adapter.lora_B.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))

@@ -26,7 +26,7 @@ from tli.metrics import layer_choice, layer_pass, layers
 from tli.metrics.sink import token_lengths
 from tli.model import hidden_states, lora
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import truncate
+from tli.model.decoder import load_truncated_decoder
 from tli.model.families import FAMILIES
 from tli.model.pooling import Pooling, pooling
 from tli.reports.figures.scan import draw_scan
@@ -127,7 +127,7 @@ def test_a_scan_is_the_whole_models_states_word_by_word(make_model, tokenizer, p
 
 def test_a_scan_with_an_adapter_is_pefts_model_and_leaves_the_base_alone(make_model, tokenizer, pairs, tmp_path):
     folder, words, same = make_model("llama"), spell(tokenizer, pairs), word_pairs.false_negative_pairs(pairs)
-    decoder = truncate(open_checkpoint(str(folder)), 2, words.rows, CPU)
+    decoder = load_truncated_decoder(open_checkpoint(str(folder)), 2, words.rows, CPU)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0), seed=1)
     generator = torch.Generator().manual_seed(2)
     for adapter in lora.adapters(decoder).values():
@@ -330,7 +330,7 @@ def test_a_scan_of_one_side_of_the_split_is_of_these_pairs(settings, tmp_path, w
 
 def adapter_folder(settings: dict, folder: pathlib.Path, model: str | None = None) -> pathlib.Path:
     words = np.arange(400)
-    decoder = truncate(open_checkpoint(model or settings["model"]), 2, words, CPU)
+    decoder = load_truncated_decoder(open_checkpoint(model or settings["model"]), 2, words, CPU)
     config = lora.LoRAConfig(rank=2, alpha=4.0, targets="q_proj,v_proj")
     lora.inject(decoder, config, seed=0)
     for adapter in lora.adapters(decoder).values():

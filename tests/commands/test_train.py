@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib.util
 import inspect
 import json
 import math
@@ -27,11 +28,13 @@ from tli.data.loader import BatchLoader
 from tli.model import lora
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError, run_command
-from tli.training.step import rate
+from tli.training.run_logger import METRICS_FILE
+from tli.training.state import STATE_FILE
+from tli.training.step import lr_multiplier
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 REPORT_FILES = {"README.md", "report.json", "report.md", "distributions.png", "layers.png"}
-ADAPTER_FILES = {lora.ADAPTER_FILE, lora.CONFIG_FILE}
+ADAPTER_FILES = {lora.ADAPTER_FILE, lora.CONFIG_FILE, METRICS_FILE}
 
 
 @pytest.fixture
@@ -47,6 +50,10 @@ def run(settings: dict, **more) -> dict:
 
 def adapter_bytes(folder) -> bytes:
     return (pathlib.Path(folder) / lora.ADAPTER_FILE).read_bytes()
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (pathlib.Path(folder) / METRICS_FILE).read_text().splitlines()]
 
 
 def as_flags(settings: dict) -> list[str]:
@@ -158,7 +165,7 @@ def test_shuffling_teaches_no_true_pair_and_measures_true_ones(settings, tmp_pat
     assert "control run" in shuffled["verdict"]
     before = [[m for m in facts["measurements"] if m["when"] == "before"] for facts in (true, shuffled)]
     assert before[0] == before[1]
-    partners = train_module._partners(54, TrainConfig(shuffle_pairs=True))
+    partners = train_module._mismatched(54, seed=0)
     assert sorted(partners) == list(range(54))
     assert not (partners == np.arange(54)).any()
 
@@ -170,12 +177,12 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
 
     config = TrainConfig(**settings)
     words = train_module._tokenise(config, open_checkpoint(settings["model"]), [pairs])
-    own, placement = np.arange(len(pairs)), place("cpu", "auto")
+    placement = place("cpu", "auto")
     # pairs 7, 20 and 4 come to share a gloss with 0, 0 and 3
     shared = [dataclasses.replace(pair, synonyms=(pairs[{7: 0, 20: 0, 4: 3}.get(i, i)].target,)) for i, pair in enumerate(pairs)]
     edges = {tuple(edge) for edge in word_pairs.false_negative_pairs(shared).tolist()}
     assert edges == {(0, 7), (7, 0), (0, 20), (20, 0), (7, 20), (20, 7), (3, 4), (4, 3)}
-    batches, sizes, found = BatchLoader(config, words, own, shared, placement), [], 0
+    batches, sizes, found = BatchLoader(words, shared, placement, batch=config.batch), [], 0
     orders = np.array_split(np.random.default_rng([config.seed, 0, 0]).permutation(len(pairs)), 5)
     for ((batch,), same), numbers in zip(batches.epoch(0), orders, strict=True):
         sizes.append((len(batch.indptr) - 1) // 2)
@@ -189,27 +196,27 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
     assert passes[0] == passes[1] != passes[2]
     assert [batch.input_ids.tolist() for (batch,), _ in batches.epoch(0, skip=3)] == passes[0][3:]
     # mismatched pairs: a source's glosses are those that it is taught with
-    partners = train_module._partners(len(pairs), dataclasses.replace(config, shuffle_pairs=True))
+    partners = train_module._mismatched(len(pairs), seed=0)
     taught = [dataclasses.replace(shared[own], source=pair.source) for pair, own in zip(pairs, partners, strict=True)]
-    wide = BatchLoader(dataclasses.replace(config, batch=30), words, partners, shared, placement)
+    wide = BatchLoader(words, shared, placement, batch=30, partners=partners)
     edges, found_wrong = {tuple(edge) for edge in word_pairs.false_negative_pairs(taught).tolist()}, 0
     for (_, same), numbers in zip(wide.epoch(0), np.array_split(np.concatenate(orders), 2), strict=True):
         assert {(numbers[i], numbers[j]) for i, j in same.tolist()} == {(i, j) for i, j in edges if {i, j} <= {*numbers}}
         found_wrong += len(same)
     assert found_wrong
-    (_, same), *_ = BatchLoader(dataclasses.replace(config, batch=60), words, own, shared, placement).epoch(0)
+    (_, same), *_ = BatchLoader(words, shared, placement, batch=60).epoch(0)
     assert len(same) == 8 > found
 
 
 def test_the_rate_warms_up_and_decays():
-    rates = [rate(step, 100, 10, "linear") for step in range(100)]
+    rates = [lr_multiplier(step, 100, 10, "linear") for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert np.diff(rates[10:]) == pytest.approx(np.full(89, -1 / 90))
     assert 0 < rates[-1] < 0.02
-    cosine = [rate(step, 100, 10, "cosine") for step in range(10, 100)]
+    cosine = [lr_multiplier(step, 100, 10, "cosine") for step in range(10, 100)]
     assert cosine == pytest.approx([(1 + math.cos(math.pi * i / 90)) / 2 for i in range(90)])
-    assert {rate(step, 100, 0, "constant") for step in range(100)} == {1.0}
-    assert all(0 < rate(step, 5, 50, "linear") <= 0.1 for step in range(5))
+    assert {lr_multiplier(step, 100, 0, "constant") for step in range(100)} == {1.0}
+    assert all(0 < lr_multiplier(step, 5, 50, "linear") <= 0.1 for step in range(5))
 
 
 def test_from_tli_import_train_is_the_function_and_the_command():
@@ -266,15 +273,32 @@ def wait_for(path: pathlib.Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+def test_every_step_is_logged_with_its_learning_rate_and_the_last_loss_is_the_reports(settings):
+    facts = run(settings, no_report=True, lr=1e-3, clip=0.0)
+    lines = metrics(settings["output"])
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["epoch"] for line in lines] == [step / 4 for step in range(1, 9)]
+    # two steps of warm-up, then linear decay over six
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3 * share for share in (1 / 2, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
+    assert (lines[0]["loss"], lines[-1]["loss"]) == (facts["training"]["loss_first"], facts["training"]["loss_last"])
+    assert all(line["grad_norm"] > 0 for line in lines)
+    assert [line.get("schema") for line in lines] == [1] + 7 * [None]
+
+
 @pytest.mark.parametrize("arm", ["early", "full"])
 def test_a_killed_run_resumes_to_the_bytes_of_one_that_was_not(settings, tmp_path, arm):
     long = {**settings, "epochs": 30, "dropout": 0.1, "arm": arm, "dtype": "float32"}
     process = start(long, save_every_s=0)
-    wait_for(tmp_path / "out" / "training_state.safetensors", process)
+    wait_for(tmp_path / "out" / STATE_FILE, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    state = load_file(tmp_path / "out" / "training_state.safetensors")
+    state = load_file(tmp_path / "out" / STATE_FILE)
     assert 0 < len(state["losses"]) < 30 * 4
+    logged = tmp_path / "out" / METRICS_FILE
+    assert [line["loss"] for line in metrics(tmp_path / "out")[: len(state["losses"])]] == state["losses"].tolist()
+    # as from a kill long after the last save, in the middle of a line
+    with logged.open("a") as file:
+        file.write('{"step": 119, "loss": 0.5}\n{"step": 120, "lo')
     with pytest.raises(TliError, match="a run must be resumed with its own options and pairs, got others; "):
         run(long, resume=True, no_report=True, lr=0.5)
     resumed = run(long, resume=True, no_report=True)
@@ -282,21 +306,33 @@ def test_a_killed_run_resumes_to_the_bytes_of_one_that_was_not(settings, tmp_pat
     whole = run(long, no_report=True, output=str(tmp_path / "whole"))
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
     assert resumed["training"]["loss_last"] == whole["training"]["loss_last"]
+    assert logged.read_bytes() == (tmp_path / "whole" / METRICS_FILE).read_bytes()
     assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER_FILES
+
+
+def test_a_run_that_was_killed_before_its_first_save_starts_anew(settings, tmp_path):
+    process = start({**settings, "epochs": 100_000}, save_every_s=1e9)
+    wait_for(tmp_path / "out" / METRICS_FILE, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {METRICS_FILE}
+    run(settings, resume=True, no_report=True)
+    assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_what_there_is(settings, tmp_path, number):
     long = {**settings, "epochs": 100_000}
     process = start(long, save_every_s=0)
-    wait_for(tmp_path / "out" / "training_state.safetensors", process)
+    wait_for(tmp_path / "out" / STATE_FILE, process)
     process.send_signal(number)
     shown = " ".join(process.communicate(timeout=60)[1].split())
     assert process.returncode == 130
     assert "--resume goes on from here" in shown
     assert "Traceback" not in shown
-    assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER_FILES | {"training_state.safetensors"}
-    saved, state = load_file(tmp_path / "out" / lora.ADAPTER_FILE), load_file(tmp_path / "out" / "training_state.safetensors")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER_FILES | {STATE_FILE}
+    saved, state = load_file(tmp_path / "out" / lora.ADAPTER_FILE), load_file(tmp_path / "out" / STATE_FILE)
+    assert [line["loss"] for line in metrics(tmp_path / "out")] == state["losses"].tolist()
     assert torch.equal(saved["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"], state["layers.0.self_attn.q_proj.lora_B"])
 
 
@@ -404,12 +440,17 @@ BAD = {
     "wrong number": (["--rank", "many"], "argument --rank: invalid int value: 'many'"),
     "wrong flag": (["--ranks", "3"], "unrecognized arguments: --ranks 3"),
     "wrong choice": (["--recipe", "best"], "argument --recipe: invalid choice: 'best'"),
+    "tensorboard": (["--tensorboard"], "--tensorboard: tensorboard must be installed, got no such package; "),
     "output is a file": (["--output", "{list}"], "--output: the output must be a folder"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_input_is_one_clear_line_and_exit_code_2(settings, word_list, tmp_path, capsys, kind):
+def test_bad_input_is_one_clear_line_and_exit_code_2(settings, word_list, tmp_path, capsys, monkeypatch, kind):
+    # a machine that has it must refuse the flag as one that has not
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, find=importlib.util.find_spec: find(name) if name != "tensorboard" else None
+    )
     (tmp_path / "empty.tsv").write_text("")
     (tmp_path / "one.tsv").write_text("swahili\nkitabu\n")
     (tmp_path / "latin.tsv").write_bytes(b"swahili\tenglish\nkitabu\tbook\nkahawa\tcaf\xe9\n")

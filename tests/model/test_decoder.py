@@ -14,7 +14,7 @@ from tests.support.words import tokens_of
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import run, truncate
+from tli.model.decoder import load_truncated_decoder, run
 from tli.model.families import FAMILIES
 from tli.model.hidden_states import stream_layers
 from tli.runtime.device import place
@@ -51,7 +51,7 @@ def test_every_family_gives_the_whole_models_states(make_model, tokenizer, famil
     attended = torch.from_numpy(np.arange(ids.shape[1]) < words.lengths[:, None])
     checkpoint = open_checkpoint(str(folder))
     for layer in (1, 2, 3):
-        decoder = truncate(checkpoint, layer, words.rows, CPU)
+        decoder = load_truncated_decoder(checkpoint, layer, words.rows, CPU)
         padded = decoder(input_ids=torch.from_numpy(tokens_of(words)), attention_mask=attended.long(), use_cache=False).last_hidden_state
         assert torch.equal(padded[attended], whole[layer][attended])
         batch = to_batch(words.pack(np.arange(len(WORDS)), width=24), torch.float32, CPU.device)
@@ -85,7 +85,7 @@ def test_the_starter_gives_the_whole_models_states(starter):
     batch = to_batch(words.pack(np.arange(len(WORDS))), torch.float32, CPU.device)
     layers = {}
     stream_layers(checkpoint, batch, words.rows, CPU, [None], lambda layer, states: layers.__setitem__(layer, states[0]))
-    decoder = truncate(checkpoint, 2, words.rows, CPU)
+    decoder = load_truncated_decoder(checkpoint, 2, words.rows, CPU)
     attended = torch.from_numpy(np.arange(tokens_of(words).shape[1]) < words.lengths[:, None])
     padded = decoder(input_ids=torch.from_numpy(tokens_of(words)), attention_mask=attended.long(), use_cache=False).last_hidden_state
     assert torch.equal(padded[attended], whole[2][attended])
@@ -122,7 +122,7 @@ def test_only_the_shards_of_the_first_blocks_are_opened(make_model, tokenizer, t
         (folder / file).unlink()
     words = tokenise(tokenizer, WORDS, window=24)
     batch = to_batch(words.pack(np.arange(len(WORDS))), torch.float32, CPU.device)
-    decoder = truncate(checkpoint, 2, words.rows, CPU)
+    decoder = load_truncated_decoder(checkpoint, 2, words.rows, CPU)
     layers = {}
     reason = stream_layers(checkpoint, batch, words.rows, CPU, [None], lambda layer, states: layers.__setitem__(layer, states[0]))
     assert torch.equal(run(decoder, batch), layers[2])
@@ -134,7 +134,7 @@ def test_only_the_rows_that_occur_are_kept_and_all_rows_agree(make_model, tokeni
     checkpoint = open_checkpoint(str(make_model("llama")))
     words = tokenise(tokenizer, WORDS, window=24)
     everything = words.with_all_rows(checkpoint.config.vocab_size)
-    few, all_of_them = truncate(checkpoint, 2, words.rows, CPU), truncate(checkpoint, 2, everything.rows, CPU)
+    few, all_of_them = load_truncated_decoder(checkpoint, 2, words.rows, CPU), load_truncated_decoder(checkpoint, 2, everything.rows, CPU)
     assert len(few.embed_tokens.weight) == len(words.rows) < len(all_of_them.embed_tokens.weight) == len(tokenizer)
     numbers = np.arange(len(WORDS))
     batches = [to_batch(each.pack(numbers), torch.float32, CPU.device) for each in (words, everything)]
@@ -146,7 +146,7 @@ def test_only_the_rows_that_occur_are_kept_and_all_rows_agree(make_model, tokeni
 def test_nf4_weights_are_bitsandbytes_own_rounding(make_model, tokenizer):
     folder = make_model("llama", hidden_size=64, intermediate_size=128)
     words = tokenise(tokenizer, WORDS, window=24)
-    decoder = truncate(open_checkpoint(str(folder)), 1, words.rows, place("cpu", "float32", "nf4"))
+    decoder = load_truncated_decoder(open_checkpoint(str(folder)), 1, words.rows, place("cpu", "float32", "nf4"))
     stored = load_file(folder / "model.safetensors")
     weight = stored["model.layers.0.mlp.up_proj.weight"]
     rounded = decoder.layers[0].mlp.up_proj.weight
@@ -172,7 +172,7 @@ def test_checkpoints_that_transformers_quantised_load_as_they_are(make_model, to
     whole.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     words = tokenise(tokenizer, WORDS, window=24)
-    decoder = truncate(open_checkpoint(str(tmp_path)), 2, words.rows, place("cpu", "float32"))
+    decoder = load_truncated_decoder(open_checkpoint(str(tmp_path)), 2, words.rows, place("cpu", "float32"))
     for index, path in itertools.product((0, 1), ("self_attn.k_proj", "mlp.down_proj")):
         stored = whole.model.layers[index].get_submodule(path).weight
         expected = dequantize_4bit(stored.data, stored.quant_state)
@@ -229,7 +229,7 @@ def test_a_bad_checkpoint_is_one_clear_line(make_model, tmp_path, kind, message)
     def use() -> None:
         checkpoint = open_checkpoint(str(folder))
         checkpoint.tokenizer()
-        truncate(checkpoint, 9 if kind == "more blocks" else 2, np.arange(10), CPU)
+        load_truncated_decoder(checkpoint, 9 if kind == "more blocks" else 2, np.arange(10), CPU)
 
     with pytest.raises(TliError, match=message) as error:
         use()
@@ -239,7 +239,7 @@ def test_a_bad_checkpoint_is_one_clear_line(make_model, tmp_path, kind, message)
 @pytest.mark.parametrize("layer", [0, -1, 5])
 def test_a_layer_out_of_range_is_refused(make_model, layer):
     with pytest.raises(TliError, match=rf"^--layer: the layer must be from 1 to 4, .*, got {layer}; "):
-        truncate(open_checkpoint(str(make_model("llama"))), layer, np.arange(3), CPU)
+        load_truncated_decoder(open_checkpoint(str(make_model("llama"))), layer, np.arange(3), CPU)
 
 
 def test_a_path_that_is_no_folder_is_not_taken_for_a_hub_name(tmp_path):

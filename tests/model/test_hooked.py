@@ -16,7 +16,7 @@ from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model import lora
 from tli.model.checkpoint import Checkpoint, open_checkpoint
-from tli.model.decoder import caught, enable_gradient_checkpointing, run, run_hooked, truncate, whole
+from tli.model.decoder import capture_output, enable_gradient_checkpointing, load_full_decoder, load_truncated_decoder, run, run_hooked
 from tli.model.families import FAMILIES
 from tli.model.pooling import pooling
 from tli.runtime import ops
@@ -45,7 +45,9 @@ class Setting:
         """The arm's model in training, with adapters as if some steps had been taken."""
         early = arm == "early"
         decoder = (
-            truncate(self.checkpoint, layer, self.words.rows, placement) if early else whole(self.checkpoint, self.words.rows, placement)
+            load_truncated_decoder(self.checkpoint, layer, self.words.rows, placement)
+            if early
+            else load_full_decoder(self.checkpoint, self.words.rows, placement)
         )
         lora.inject(decoder, lora.LoRAConfig(rank=3, alpha=6.0, dropout=dropout), None if arm == "full" else range(layer))
         for number, adapter in enumerate(lora.adapters(decoder).values()):
@@ -94,7 +96,7 @@ def test_the_whole_model_gives_transformers_output(make_model, family):
     setting = Setting(make_model(family, tied=False, shards=True))
     expected = whole_states(setting.folder, setting.words.rows[tokens_of(setting.words)], setting.words.lengths)[-1]
     with torch.no_grad():
-        states = run(whole(setting.checkpoint, setting.words.rows, CPU), setting.batch)
+        states = run(load_full_decoder(setting.checkpoint, setting.words.rows, CPU), setting.batch)
     assert relative_error(states, expected, setting.batch, setting.words.lengths) < 2e-5
 
 
@@ -156,7 +158,7 @@ def test_hooks_are_gone_whatever_happens(make_model, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 run_hooked(decoder, setting.batch, 2)
         assert hooks(decoder) == 0
-    with pytest.raises(ZeroDivisionError), caught(decoder.layers[0]):
+    with pytest.raises(ZeroDivisionError), capture_output(decoder.layers[0]):
         raise ZeroDivisionError
     assert hooks(decoder) == 0
 
@@ -206,8 +208,8 @@ def test_the_checkpoint_is_read_once(make_model, monkeypatch, arm):
 
 def test_nf4_weights_are_rounded_in_every_block(make_model):
     setting = Setting(make_model("llama", hidden_size=64, intermediate_size=128))
-    rounded = whole(setting.checkpoint, setting.words.rows, place("cpu", "float32", "nf4"))
-    plain = whole(setting.checkpoint, setting.words.rows, CPU)
+    rounded = load_full_decoder(setting.checkpoint, setting.words.rows, place("cpu", "float32", "nf4"))
+    plain = load_full_decoder(setting.checkpoint, setting.words.rows, CPU)
     for path, module in plain.layers.named_modules():
         if isinstance(module, torch.nn.Linear):
             weight = rounded.layers.get_submodule(path).weight
@@ -240,4 +242,4 @@ def test_an_absent_shard_is_one_clear_line(make_model, tmp_path):
     absent = setting.checkpoint.shard_of["model.layers.3.mlp.up_proj.weight"]
     (folder / absent).unlink()
     with pytest.raises(TliError, match=f"the folder must hold {absent}, got none; "):
-        whole(setting.checkpoint, setting.words.rows, CPU)
+        load_full_decoder(setting.checkpoint, setting.words.rows, CPU)

@@ -15,7 +15,7 @@ from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import run, truncate
+from tli.model.decoder import load_truncated_decoder, run
 from tli.model.families import FAMILIES
 from tli.model.hidden_states import stream_layers
 from tli.runtime.device import place
@@ -27,7 +27,7 @@ WORDS = ["kitabu", "kitanda", "mtoto", "book", "bookshop", "child"]
 
 def truncated(folder, tokenizer, layer: int = 2):
     words = tokenise(tokenizer, WORDS, window=24)
-    decoder = truncate(open_checkpoint(str(folder)), layer, words.rows, CPU)
+    decoder = load_truncated_decoder(open_checkpoint(str(folder)), layer, words.rows, CPU)
     return decoder, words, to_batch(words.pack(np.arange(len(WORDS))), torch.float32, CPU.device)
 
 

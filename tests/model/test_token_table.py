@@ -5,13 +5,12 @@ import pytest
 import torch
 from tli_kernels.token_table import TokenTable
 
-from tli.config import TrainConfig
 from tli.data.loader import BatchLoader
 from tli.data.packing import tokenise
 from tli.data.word_pairs import read_pairs
 from tli.model import lora, shape, token_table
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import enable_gradient_checkpointing, run, truncate
+from tli.model.decoder import enable_gradient_checkpointing, load_truncated_decoder, run
 from tli.model.families import FAMILIES
 from tli.model.pooling import pooling
 from tli.runtime import ops
@@ -26,11 +25,10 @@ def gradients(
     model: str, word_list: str, tabled: bool, chosen: Ops, loss: str = "infonce", targets: str = "all-linear", weights: str = "full", **more
 ):
     """The first batch's loss and the adapters' gradients, by the ops ``chosen``."""
-    config = TrainConfig(model=model, pairs=word_list, batch=16, targets=targets, loss=loss, weights=weights, rank=4)
     checkpoint, pairs = open_checkpoint(model), read_pairs(word_list, "swahili", "english")
     placement = Placement(torch.float32, torch.device("cpu"), weights, chosen)
     words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
-    decoder = truncate(checkpoint, 2, words.rows, placement)
+    decoder = load_truncated_decoder(checkpoint, 2, words.rows, placement)
     if tabled:
         assert token_table.tabulate(decoder) == len(words.rows) * sum(tables(decoder)[name].shape[0] for name in "qkv") * 4
     if more.get("checkpointing"):
@@ -41,7 +39,7 @@ def gradients(
         adapter.lora_B.data.normal_(std=0.1, generator=generator)
         adapter.seed = seed
     pool, objective = pooling("final", checkpoint, placement.device, chosen), Objective(loss, 0.1, 0.4, chosen)
-    (part,), same = next(iter(BatchLoader(config, words, np.arange(len(pairs)), pairs, placement).epoch(0)))
+    (part,), same = next(iter(BatchLoader(words, pairs, placement, batch=16).epoch(0)))
     value = objective(pool(run(decoder.train(), part), part), same)
     value.backward()
     return value, {path: (adapter.lora_A.grad, adapter.lora_B.grad) for path, adapter in lora.adapters(decoder).items()}
@@ -79,7 +77,7 @@ def test_the_weights_stay_where_they_are_smaller_and_where_every_bit_counts(make
     checkpoint = open_checkpoint(str(make_model("llama")))
 
     def loaded(impl: str = "auto"):
-        return truncate(checkpoint, 1, np.arange(200), place("cpu", "float32", impl=impl))
+        return load_truncated_decoder(checkpoint, 1, np.arange(200), place("cpu", "float32", impl=impl))
 
     # 200 rows of 128 products against 48 x 128 weights
     monkeypatch.setattr(shape, "MOST_TABLE_BYTES", 200 * 128 * 4)

@@ -7,7 +7,6 @@ import pathlib
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from tli_kernels import cpu
@@ -20,7 +19,7 @@ from tli.data.packing import tokenise
 from tli.data.word_pairs import read_pairs
 from tli.model import lora, token_table
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import run, truncate, use_eager_attention
+from tli.model.decoder import load_truncated_decoder, run, use_eager_attention
 from tli.model.pooling import pooling
 from tli.runtime import cpu as processor
 from tli.runtime import ops
@@ -270,14 +269,13 @@ def test_loss_and_gradients_in_bfloat16_are_as_true_as_transformers_own(make_mod
     """Truth: the same weights, rounded to bf16 once, in fp64."""
     if not processor.runs(ops.Matmul.named(matmul), "bfloat16"):
         pytest.skip("this processor has no such product")
-    model, checkpoint = str(make_model(family)), open_checkpoint(str(make_model(family)))
+    checkpoint = open_checkpoint(str(make_model(family)))
     pairs = read_pairs(str(word_list), "swahili", "english")
     words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
-    config = TrainConfig(model=model, pairs=str(word_list), batch=30)
 
     def found(dtype: torch.dtype, fast: bool) -> list[torch.Tensor]:
         chosen = ops.on_cpu(ops.Matmul.named(matmul)) if fast else ops.REFERENCE
-        decoder = truncate(checkpoint, 2, words.rows, Placement(torch.bfloat16, torch.device("cpu"), ops=chosen)).to(dtype)
+        decoder = load_truncated_decoder(checkpoint, 2, words.rows, Placement(torch.bfloat16, torch.device("cpu"), ops=chosen)).to(dtype)
         if fast:
             token_table.tabulate(decoder)
             use_eager_attention(decoder)
@@ -285,7 +283,7 @@ def test_loss_and_gradients_in_bfloat16_are_as_true_as_transformers_own(make_mod
         generator = torch.Generator().manual_seed(0)
         for adapter in lora.adapters(decoder).values():
             adapter.lora_B.data.normal_(std=0.05, generator=generator)
-        batches = BatchLoader(config, words, np.arange(len(pairs)), pairs, Placement(dtype, torch.device("cpu")))
+        batches = BatchLoader(words, pairs, Placement(dtype, torch.device("cpu")), batch=30)
         (part,), same = next(iter(batches.epoch(0)))
         pool = pooling("final", checkpoint, torch.device("cpu"))
         loss = Objective("infonce", 0.1, 0.4)(pool(run(decoder.train(), part), part), same)
@@ -326,14 +324,14 @@ def stopped(make_model, word_list, tmp_path, monkeypatch):
         with monkeypatch.context() as patched:
             from tli.training.step import TrainStep
 
-            take = TrainStep.take
+            take = TrainStep.__call__
 
             def stopping(self, position, *batch):
                 take(self, position, *batch)
                 if position == 6:
                     os.kill(os.getpid(), 2)
 
-            patched.setattr(TrainStep, "take", stopping)
+            patched.setattr(TrainStep, "__call__", stopping)
             with pytest.raises(KeyboardInterrupt):
                 train(TrainConfig(**options))
         assert (tmp_path / "stopped" / STATE_FILE).is_file()

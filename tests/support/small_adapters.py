@@ -9,7 +9,7 @@ import torch
 
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import truncate
+from tli.model.decoder import load_truncated_decoder
 from tli.runtime.device import place
 
 
@@ -17,7 +17,7 @@ def save_adapter(
     model: pathlib.Path, folder: pathlib.Path, *, layer: int = 2, seed: int = 0, size: float = 0.1, **settings
 ) -> pathlib.Path:
     """Write to ``folder`` an adapter of rank 3 on the first ``layer`` blocks of a model."""
-    decoder = truncate(open_checkpoint(str(model)), layer, np.arange(4), place("cpu", "float32"))
+    decoder = load_truncated_decoder(open_checkpoint(str(model)), layer, np.arange(4), place("cpu", "float32"))
     config = lora.LoRAConfig(rank=3, alpha=6.0, **settings)
     lora.inject(decoder, config, seed=seed)
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,5 @@
 """A batch in parts has the gradients of the batch at once, and the memory of a part."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,7 +10,7 @@ from tli.data.packing import tokenise
 from tli.data.word_pairs import read_pairs
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import run, truncate
+from tli.model.decoder import load_truncated_decoder, run
 from tli.model.pooling import pooling
 from tli.runtime.device import place
 from tli.training import grad_cache
@@ -23,12 +22,11 @@ LOSSES = {"infonce": ("infonce", 0.1, 0.4), "hinge": ("hinge", 0.1, 0.4)}
 class Step:
     """The first batch of an epoch of the 60 words, in parts of ``micro_batch`` pairs, for a model of two blocks with adapters."""
 
-    def __init__(self, model: str, word_list: str, micro_batch: int | None, dropout: float = 0.0, **more):
-        config = TrainConfig(model=model, pairs=word_list, batch=32, micro_batch=micro_batch, **more)
+    def __init__(self, model: str, word_list: str, micro_batch: int | None, dropout: float = 0.0):
         checkpoint, placement = open_checkpoint(model), place("cpu", "float32")
         pairs = read_pairs(word_list, "swahili", "english")
         words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
-        self.decoder = truncate(checkpoint, 2, words.rows, placement)
+        self.decoder = load_truncated_decoder(checkpoint, 2, words.rows, placement)
         lora.inject(self.decoder, lora.LoRAConfig(rank=4, alpha=8.0, dropout=dropout))
         generator = torch.Generator().manual_seed(0)
         for adapter in lora.adapters(self.decoder).values():
@@ -36,7 +34,7 @@ class Step:
             adapter.lora_B.data.normal_(std=0.1, generator=generator)
             adapter.seed = 7
         self.decoder.train()
-        batches = BatchLoader(config, words, np.arange(len(pairs)), pairs, placement)
+        batches = BatchLoader(words, pairs, placement, batch=32, micro_batch=micro_batch)
         self.parts, self.same = next(batches.epoch(0))
         self.pool = pooling("final", checkpoint, placement.device)
 

@@ -9,7 +9,7 @@ from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
-from tli.model.decoder import run, truncate
+from tli.model.decoder import load_truncated_decoder, run
 from tli.model.families import FAMILIES
 from tli.model.pooling import pooling
 from tli.runtime.device import place
@@ -48,7 +48,7 @@ def test_loss_and_gradients_equal_the_padded_ones(make_model, tokenizer, family,
     same = torch.tensor([[0, 1], [1, 0]])
     results = []
     for packed in (True, False):
-        decoder = truncate(checkpoint, 2, words.rows, CPU)
+        decoder = load_truncated_decoder(checkpoint, 2, words.rows, CPU)
         lora.inject(decoder, lora.LoRAConfig(rank=3, alpha=6))
         generator = torch.Generator().manual_seed(1)
         for adapter in lora.adapters(decoder).values():

@@ -50,11 +50,14 @@ class Step:
         checkpoint, self.pairs = open_checkpoint(str(model)), word_pairs.read_pairs(str(pairs), "swahili", "english")
         texts = [pair.source for pair in self.pairs] + [pair.target for pair in self.pairs]
         words, placement = tokenise(checkpoint.tokenizer(), texts, 64, " "), place("cpu", dtype, config.weights, impl)
-        needed = memory_needed(config, checkpoint, words, len(self.pairs), "rms", placement)
-        self.decoder = build_decoder(config, checkpoint, words.rows, placement).train()
+        sizes = {"batch": config.batch, "micro_batch": config.micro_batch, "pool_bos": config.pool_bos}
+        own = {name: getattr(config, name) for name in ("arm", "layer", "rank", "targets", "dropout", "checkpointing")}
+        needed = memory_needed(checkpoint, words, len(self.pairs), placement, **sizes, **own)
+        arm = {name: own[name] for name in ("arm", "layer", "checkpointing")}
+        self.decoder = build_decoder(checkpoint, words.rows, placement, **arm).train()
         adapter = lora.LoRAConfig(rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout)
         lora.inject(self.decoder, adapter, None if config.arm == "full" else range(config.layer))
-        self.batches = BatchLoader(config, words, np.arange(len(self.pairs)), self.pairs, placement)
+        self.batches = BatchLoader(words, self.pairs, placement, epochs=config.epochs, seed=config.seed, **sizes)
         (self.parts, self.same), *_ = self.batches.epoch(0)
         # of these words, not of others as many
         largest = max(self.parts, key=lambda part: part.input_ids.numel())
@@ -214,7 +217,7 @@ def test_a_run_that_will_not_fit_is_refused_before_its_model_is_loaded(make_mode
     assert part < beside
     monkeypatch.setattr("tli.runtime.environment.available_bytes", lambda: (part + beside) // 2)
 
-    def load(*_):
+    def load(*_, **__):
         raise AssertionError("a weight was read")
 
     with monkeypatch.context() as patch:

@@ -12,7 +12,7 @@ from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model import starter
 from tli.model.checkpoint import open_checkpoint, sight
-from tli.model.decoder import run, truncate, whole
+from tli.model.decoder import load_full_decoder, load_truncated_decoder, run
 from tli.model.pooling import pooling, resolve_token_norm
 from tli.model.shape import Layer
 from tli.model.trained_adapter import check_compatible, load_adapter
@@ -71,7 +71,11 @@ def embed(
         check_compatible(trained, checkpoint, placement, checkpoint.sha256)
     tokens = tokenise(checkpoint.tokenizer(), words, sight(checkpoint), option("prefix"))
     at_output = layer == "output"
-    decoder = whole(checkpoint, tokens.rows, placement) if at_output else truncate(checkpoint, int(layer), tokens.rows, placement)
+    decoder = (
+        load_full_decoder(checkpoint, tokens.rows, placement)
+        if at_output
+        else load_truncated_decoder(checkpoint, int(layer), tokens.rows, placement)
+    )
     if trained is not None:
         trained.adapter.attach(decoder)
     token_norm = resolve_token_norm(option("token_norm"), checkpoint)

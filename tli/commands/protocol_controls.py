@@ -1,5 +1,6 @@
-"""What a protocol's controls are made of: a model without training, a null model without a model, and adapters that cannot learn."""
+"""The protocol's controls: a model with random weights, a null model of random vectors, and adapters that no gradient reaches."""
 
+import functools
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -8,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tli.data import word_pairs
-from tli.data.batch import to_batch
+from tli.data.loader import BatchLoader
 from tli.data.packing import TokenisedWords, tokenise
 from tli.data.pair_store import Pair
 from tli.model import lora
 from tli.model.checkpoint import Checkpoint, sight
-from tli.model.decoder import run, run_hooked, truncate, whole
+from tli.model.decoder import build_decoder, run, run_hooked
 from tli.model.pooling import pooling
 from tli.runtime.device import place
 from tli.training.loss import Objective
+from tli.training.step import OptimiserSettings, TrainStep
 
 _CHECKED_STEPS = 8
 
@@ -28,9 +29,9 @@ def tokenise_pairs(checkpoint: Checkpoint, pairs: Sequence[Pair], prefix: str) -
 
 
 def save_random_model(checkpoint: Checkpoint, folder: pathlib.Path, seed: int) -> None:
-    """Write to ``folder`` a checkpoint of the same architecture and tokenizer, with weights as if its training were yet to begin.
+    """Write to ``folder`` a checkpoint of the same architecture and tokenizer, with freshly initialised weights.
 
-    They are transformers' own start, drawn with the config's ``initializer_range``. The folder is complete or absent.
+    They are transformers' own initialisation, with the config's ``initializer_range``. The folder is complete or absent.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -55,8 +56,8 @@ def sink_only(words: TokenisedWords, width: int, length: float, seed: int) -> tu
     width    D
     length   k, of the shared vector
 
-    m and n are the tokens of the two words; random directions are at right angles on average. Which pairs are true is known to
-    nothing in it.
+    m and n are the tokens of the two words; random directions are at right angles on average. Nothing in it knows which pairs
+    are true.
 
     Returns:
         Word vectors of sources and targets, fp64 [B, D] each, and the formula's cosine of each pair, float64 [B].
@@ -72,10 +73,10 @@ def sink_only(words: TokenisedWords, width: int, length: float, seed: int) -> tu
 
 
 def adapters_everywhere(options: dict, checkpoint: Checkpoint, pairs: Sequence[Pair]) -> dict:
-    """Whether adapters in all blocks learn what those below the layer do: some steps of both, from the same start, side by side.
+    """Whether adapters in all blocks learn what those below the layer do: some steps of both, from the same start.
 
-    The whole model, a hook at the layer and adapters in every block, takes the steps of the truncated model. Above the layer no
-    gradient comes, so B stays 0 there, and nothing that the layer's state depends on differs.
+    The whole model, with a hook at the layer and adapters in every block, takes the truncated model's steps. No gradient reaches the
+    adapters above the layer, so their B stays 0, and nothing that the layer's state depends on differs.
 
     Args:
         options:     of ``tli.train``
@@ -90,40 +91,31 @@ def adapters_everywhere(options: dict, checkpoint: Checkpoint, pairs: Sequence[P
     adapter = lora.LoRAConfig(**{name: options[name] for name in ("rank", "alpha", "targets", "dropout", "rslora", "init")})
     placement = place(options["device"], options["dtype"], options["weights"], options["impl"])
     objective = Objective(options["loss"], options["temperature"], options["margin"], placement.ops)
-    pool, words = (
-        pooling(options["token_norm"], checkpoint, placement.device, placement.ops),
-        tokenise_pairs(checkpoint, pairs, options["prefix"]),
-    )
+    pool = pooling(options["token_norm"], checkpoint, placement.device, placement.ops)
+    words, optimiser = tokenise_pairs(checkpoint, pairs, options["prefix"]), OptimiserSettings(options["lr"], options["weight_decay"])
     steps = max(1, min(_CHECKED_STEPS, len(pairs) // options["batch"]))
-    numbers = np.array_split(np.arange(min(len(pairs), steps * options["batch"])), steps)
-    found = {}
-    for where in ("below", "everywhere"):
-        decoder = (
-            truncate(checkpoint, layer, words.rows, placement) if where == "below" else whole(checkpoint, words.rows, placement)
-        ).train()
-        lora.inject(decoder, adapter, range(layer) if where == "below" else None, options["seed"])
-        adapters, losses = lora.adapters(decoder), []
-        optimiser = torch.optim.AdamW(lora.trainable(decoder), lr=options["lr"], weight_decay=options["weight_decay"])
-        for step, taken in enumerate(numbers):
-            packed = words.pack(np.concatenate([taken, taken + len(pairs)]), options["pool_bos"])
-            batch = to_batch(packed, placement.dtype, placement.device)
-            same = torch.from_numpy(word_pairs.false_negative_pairs([pairs[i] for i in taken])).to(placement.device)
-            for index, module in enumerate(adapters.values()):
-                module.seed = step << 16 | index
-            states = run(decoder, batch) if where == "below" else run_hooked(decoder, batch, layer)
-            loss = objective(pool(states, batch), same)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            losses.append(loss.item())
-        found[where] = adapters, losses
-    (below, losses), (everywhere, other_losses) = found.values()
+    taught = pairs[: steps * options["batch"]]
+    batches = BatchLoader(words, taught, placement, batch=options["batch"], pool_bos=options["pool_bos"], seed=options["seed"])
+
+    def trained(arm: str) -> tuple[dict[str, lora.LoRALinear], list[float]]:
+        decoder = build_decoder(checkpoint, words.rows, placement, arm=arm, layer=layer).train()
+        lora.inject(decoder, adapter, range(layer) if arm == "early" else None, options["seed"])
+        states = run if arm == "early" else functools.partial(run_hooked, layer=layer)
+        # above the layer no adapter has a gradient: that is what is to be shown
+        step = TrainStep(
+            decoder, lambda part: pool(states(decoder, part), part), objective, optimiser, options["seed"], check_gradients=False
+        )
+        for position, batch in enumerate(batches.steps()):
+            step(position, *batch)
+        return step.adapters, [result.loss for result in step.pop_results(wait=True)]
+
+    (below, losses), (everywhere, other_losses) = trained("early"), trained("full-hook")
     factors = [(getattr(below[path], name), getattr(everywhere[path], name)) for path in below for name in ("lora_A", "lora_B")]
     above = [everywhere[path] for path in everywhere if path not in below]
     return {
         "steps": steps,
         "parameters_below": sum(mine.numel() for mine, _ in factors),
-        "parameters": sum(parameter.numel() for parameter in lora.trainable(decoder)),
+        "parameters": sum(factor.numel() for module in everywhere.values() for factor in (module.lora_A, module.lora_B)),
         "adapters_above": len(above),
         "learning_above": sum(module.lora_B.grad is not None or bool(module.lora_B.any()) for module in above),
         "equal_below": losses == other_losses and all(torch.equal(*pair) for pair in factors),

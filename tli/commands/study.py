@@ -95,12 +95,12 @@ def _check_model(config: StudyConfig) -> int:
     """The model's number of blocks, when all ranks fit it: before anything is trained or written."""
     from tli.model import lora, starter
     from tli.model.checkpoint import open_checkpoint
-    from tli.model.decoder import require_layer, shell
+    from tli.model.decoder import init_empty_decoder, require_layer
     from tli.runtime.device import place
 
     checkpoint = open_checkpoint(starter.locate(config.model))
     require_layer(checkpoint, config.layer)
-    decoder = shell(checkpoint, checkpoint.blocks, np.zeros(1, np.int64), place("cpu", "float32"))
+    decoder = init_empty_decoder(checkpoint, checkpoint.blocks, np.zeros(1, np.int64), place("cpu", "float32"))
     largest = max([config.search_rank, *_ranks(config)])
     blocks = range(checkpoint.blocks if "full" in config.arms else config.layer)
     lora.check_rank(decoder, lora.target_paths(decoder, blocks, config.targets), largest, "--ranks")

@@ -1,4 +1,4 @@
-"""``python -m tli.train``: align word pairs at layer L with LoRA adapters, and measure what came of it.
+"""``python -m tli.train``: align word pairs at layer L with LoRA adapters, and measure the result.
 
 Reads top to bottom: pairs -> tokens -> the model with adapters -> steps -> the adapter's files -> the report. By default the model
 ends at layer L; the arms that it is compared with run the whole model (``tli/model/decoder.py``).
@@ -8,10 +8,12 @@ that was killed and resumed passes through the same numbers as one that was not,
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,7 +26,7 @@ from tli.metrics import layer_choice
 from tli.metrics.layer_pass import measure_layers
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint, model_facts, open_checkpoint, sight
-from tli.model.decoder import build_decoder, require_layer
+from tli.model.decoder import build_decoder, require_layer, run, run_hooked
 from tli.model.pooling import Pooling, pooling, resolve_token_norm
 from tli.reports import memory
 from tli.reports import training as training_report
@@ -34,9 +36,19 @@ from tli.runtime.console import layer_bar
 from tli.runtime.device import Placement, place
 from tli.runtime.files import SCHEMA, prepare_output_dir, sha256
 from tli.training.loop import fit
+from tli.training.loss import Objective
 from tli.training.memory import budget
-from tli.training.memory import profile as profiling
+from tli.training.memory.estimate import Run
+from tli.training.memory.profile import Profile
+from tli.training.run_logger import holds_only_logs, open_loggers, require_tensorboard
 from tli.training.state import Progress, TrainingState
+from tli.training.step import OptimiserSettings, TrainStep
+
+if TYPE_CHECKING:
+    from tli.model.decoder import Decoder
+
+# options that change nothing about the numbers: a resumed run may differ in them
+_FREE_OPTIONS = ("output", "overwrite", "resume", "no_report", "profile", "tensorboard", "json")
 
 
 def train(config: TrainConfig) -> dict:
@@ -46,7 +58,7 @@ def train(config: TrainConfig) -> dict:
         What ``report.json`` holds; with ``no_report`` the facts of the run without measurements.
 
     Raises:
-        TliError: for whatever a user can cause; nothing that existed before is lost.
+        TliError: for whatever a user can cause; an adapter and a report that existed before are not lost.
         KeyboardInterrupt: after a stop by Ctrl-C; the adapter so far, and what ``resume`` needs, are saved.
     """
     from rich.console import Console
@@ -54,41 +66,35 @@ def train(config: TrainConfig) -> dict:
     console = Console(stderr=True, highlight=False)
     output = pathlib.Path(config.output).expanduser()
     trained, held_out = _read_pairs(config)
-    partners = _partners(len(trained), config)
-    state = TrainingState(output, config, trained)
-    if not (config.resume and state.exists()):
-        prepare_output_dir(output, config.overwrite)
+    state = _claim_output(config, output, trained)
 
-    checkpoint = open_checkpoint(config.model or str(starter.starter_folder()))
+    checkpoint = open_checkpoint(starter.locate(config.model))
     words = _tokenise(config, checkpoint, [trained, held_out])
     placement = _place(config, state, console)
+    config = _choose_token_norm(config, checkpoint, console)
+    pool = pooling(config.token_norm, checkpoint, placement.device, placement.ops)
     # what is measured is measured exactly
     exact = place(config.device, config.dtype, config.weights, config.impl)
+    measure = functools.partial(_measure_layers, checkpoint, pool, exact, config, console)
+    layer = _choose_layer(measure, trained, config.seed, console) if config.layer == "auto" else config.layer
+    # from here on the options say what is done where they left it open
+    config = dataclasses.replace(config, layer=layer)
 
-    adapter = lora.LoRAConfig(
-        rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout, rslora=config.rslora, init=config.init
-    )
-    token_norm = resolve_token_norm(config.token_norm, checkpoint)
-    if token_norm != config.token_norm and token_norm == "rms":
-        console.print("token states are normalised by plain RMS: the model's final norm lies in a shard that is not needed otherwise")
-    pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
-    if config.layer == "auto":
-        config = dataclasses.replace(config, layer=_choose_layer(config, checkpoint, trained, pool, exact, console))
-    # auto has been replaced by the layer that it chose
-    assert config.layer != "auto"
-    batches = BatchLoader(config, words, partners, trained, placement)
-    require_layer(checkpoint, config.layer)
-    needed = budget.needed(config, checkpoint, words, len(trained), token_norm, placement)
-    budget.require_room(needed, placement)
-    profile = profiling.Profile(placement.device) if config.profile else None
-    decoder = build_decoder(config, checkpoint, words.rows, placement)
-    lora.inject(decoder, adapter, None if config.arm == "full" else range(config.layer), seed=config.seed)
-    base_model = config.model or starter.NAME
+    partners = _mismatched(len(trained), config.seed) if config.shuffle_pairs else None
+    sampling = _options(config, "batch", "epochs", "micro_batch", "pool_bos", "seed")
+    batches = BatchLoader(words, trained, placement, partners=partners, **sampling)
+    require_layer(checkpoint, layer)
+    needed = _require_memory(config, checkpoint, words, len(trained), placement)
+    profile = Profile(placement.device) if config.profile else None
+    decoder = build_decoder(checkpoint, words.rows, placement, **_options(config, "arm", "layer", "checkpointing"))
+    adapter = lora.LoRAConfig(**_options(config, "rank", "alpha", "targets", "dropout", "rslora", "init"))
+    lora.inject(decoder, adapter, None if config.arm == "full" else range(layer), config.seed)
 
-    # the output is normalised already
-    at_loss = pool.at("output") if config.arm == "full" else pool
-    progress = fit(config, decoder, batches, at_loss, state, console, profile)
-    lora.save(decoder, adapter, output, base_model)
+    step = _training_step(config, decoder, pool, layer, batches.total, placement)
+    progress = state.restore(step.adapters, step.optimiser) if config.resume else Progress()
+    with open_loggers(output, progress.step, config.tensorboard) as loggers:
+        fit(step, batches, state, progress, loggers, console, profile)
+    lora.save(decoder, adapter, output, config.model or starter.NAME)
     training_report.clear(output)
     if progress.step < batches.total:
         console.print(
@@ -96,25 +102,22 @@ def train(config: TrainConfig) -> dict:
         )
         raise KeyboardInterrupt
 
-    # what was done, where the options left it open
-    done_config = dataclasses.replace(config, token_norm=token_norm)
-    facts = _facts(done_config, checkpoint, decoder, placement, trained, held_out, output, progress)
+    facts = _facts(config, checkpoint, decoder, layer, placement, trained, held_out, output, progress)
     facts["machine"]["measured_in"] = exact.facts["dtype"]
     if profile is not None:
         facts["memory"] = memory.measured(needed, profile, decoder, batches.bytes(), output, console)
     if not config.no_report:
         streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
-        splits = {"trained": trained, "held_out": held_out}
-        splits = {name: pairs.subset(word_pairs.sample(pairs, config.seed)) for name, pairs in splits.items() if len(pairs)}
-        # the embeddings, each block, and the output
-        with layer_bar(console, checkpoint.blocks + 2) as done:
-            alignments, facts["missing_output"] = measure_layers(
-                checkpoint, splits, pool, exact, streams, config.prefix, config.eval_pool_bos, done=done
-            )
+        alignments, facts["missing_output"] = measure({"trained": trained, "held_out": held_out}, streams, config.eval_pool_bos)
         facts = training_report.write_report(output, facts, alignments, console)
     state.discard()
     console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     return facts
+
+
+def _options(config: TrainConfig, *names: str) -> dict[str, Any]:
+    """These options, for what takes them under the same names."""
+    return {name: getattr(config, name) for name in names}
 
 
 def _read_pairs(config: TrainConfig) -> tuple[Pairs, Pairs]:
@@ -127,18 +130,18 @@ def _read_pairs(config: TrainConfig) -> tuple[Pairs, Pairs]:
     return pairs, held_out
 
 
-def _partners(pairs: int, config: TrainConfig) -> np.ndarray:
-    """Whose target each trained source is taught with: its own, or, shuffled, that of the next one around a random ring."""
-    if not config.shuffle_pairs:
-        return np.arange(pairs)
-    ring = np.random.default_rng([config.seed, 1]).permutation(pairs)
-    partners = np.empty(pairs, np.int64)
-    partners[ring] = np.roll(ring, 1)
-    return partners
+def _claim_output(config: TrainConfig, output: pathlib.Path, trained: Pairs) -> TrainingState:
+    """The output folder, made or claimed, and in it the state that an interrupted run may have left."""
+    if config.tensorboard:
+        require_tensorboard()
+    state = TrainingState(output, {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}, trained)
+    if not (config.resume and state.exists()):
+        prepare_output_dir(output, config.overwrite or (config.resume and holds_only_logs(output)))
+    return state
 
 
 def _place(config: TrainConfig, state: TrainingState, console) -> Placement:
-    """Where and how the run trains: the dtype that is fastest, if the options leave it open, or as the run that goes on was begun."""
+    """Device, dtype and ops for training: the fastest dtype if the options leave it open, or what an interrupted run was begun with."""
     begun = state.begun_with() if config.resume else {}
     # the reference ops are for comparing every bit
     fast = config.dtype == "auto" and config.impl == "auto"
@@ -159,28 +162,64 @@ def _tokenise(config: TrainConfig, checkpoint: Checkpoint, splits: Sequence[Pair
     return words.with_all_rows(checkpoint.config.vocab_size) if config.all_rows else words
 
 
-def _choose_layer(
-    config: TrainConfig,
-    checkpoint: Checkpoint,
-    trained: Pairs,
-    pool: Pooling,
-    placement: Placement,
-    console,
-) -> int:
-    """The layer for ``auto``, by the trained pairs alone: held-out ones are to judge what comes of it."""
-    pairs = trained.subset(word_pairs.sample(trained, config.seed))
+def _choose_token_norm(config: TrainConfig, checkpoint: Checkpoint, console) -> TrainConfig:
+    """The options with the token norm that ``auto`` means here."""
+    token_norm = resolve_token_norm(config.token_norm, checkpoint)
+    if token_norm != config.token_norm and token_norm == "rms":
+        console.print("token states are normalised by plain RMS: the model's final norm lies in a shard that is not needed otherwise")
+    return dataclasses.replace(config, token_norm=token_norm)
+
+
+def _measure_layers(
+    checkpoint: Checkpoint, pool: Pooling, exact: Placement, config: TrainConfig, console, splits, streams, pool_bos: bool = False
+):
+    """``measure_layers`` with a bar, of the splits' pairs or of a random sample of many."""
+    splits = {name: pairs.subset(word_pairs.sample(pairs, config.seed)) for name, pairs in splits.items() if len(pairs)}
+    # the embeddings, each block, and the output
     with layer_bar(console, checkpoint.blocks + 2) as done:
-        alignments, _ = measure_layers(checkpoint, {"trained": pairs}, pool, placement, {"before": None}, config.prefix, done=done)
+        return measure_layers(checkpoint, splits, pool, exact, streams, config.prefix, pool_bos, done=done)
+
+
+def _choose_layer(measure: Callable, trained: Pairs, seed: int, console) -> int:
+    """The layer for ``auto``, chosen by the trained pairs alone: held-out ones must judge the result."""
+    alignments, _ = measure({"trained": trained}, {"before": None})
     gaps = {layer: alignment.per_pair("gap") for (_, _, layer), alignment in alignments.items()}
-    chosen = layer_choice.choose_layer(gaps, next(iter(alignments.values())).clusters, config.seed)
+    chosen = layer_choice.choose_layer(gaps, next(iter(alignments.values())).clusters, seed)
     console.print(f"layer {chosen}: that is where the trained pairs' gap is surely the largest before training")
     return chosen
+
+
+def _mismatched(pairs: int, seed: int) -> np.ndarray:
+    """Partners that are never a source's own: of each source, the target of the next one around a random ring."""
+    ring = np.random.default_rng([seed, 1]).permutation(pairs)
+    partners = np.empty(pairs, np.int64)
+    partners[ring] = np.roll(ring, 1)
+    return partners
+
+
+def _require_memory(config: TrainConfig, checkpoint: Checkpoint, words: TokenisedWords, trained: int, placement: Placement) -> Run:
+    """The memory that the run needs; raises ``TliError`` where that is not available."""
+    options = _options(config, "arm", "layer", "rank", "targets", "dropout", "batch", "micro_batch", "checkpointing", "pool_bos")
+    needed = budget.needed(checkpoint, words, trained, placement, token_norm=config.token_norm != "none", **options)
+    budget.require_room(needed, placement)
+    return needed
+
+
+def _training_step(config: TrainConfig, decoder: "Decoder", pool: Pooling, layer: int, total: int, placement: Placement) -> TrainStep:
+    """The arm's states, pooled, under the run's loss and optimiser."""
+    states = functools.partial(run_hooked, layer=layer) if config.arm == "full-hook" else run
+    # the output is normalised already
+    pool = pool.at("output") if config.arm == "full" else pool
+    objective = Objective(**_options(config, "loss", "temperature", "margin"), ops=placement.ops)
+    optimiser = OptimiserSettings(**_options(config, "lr", "weight_decay", "clip", "warmup", "schedule"), total=total)
+    return TrainStep(decoder, lambda batch: pool(states(decoder, batch), batch), objective, optimiser, config.seed)
 
 
 def _facts(
     config: TrainConfig,
     checkpoint: Checkpoint,
-    decoder,
+    decoder: "Decoder",
+    layer: int,
     placement: Placement,
     trained: Pairs,
     held_out: Pairs,
@@ -190,14 +229,12 @@ def _facts(
     """What the run was: plain JSON values, for the report."""
     file = output / lora.ADAPTER_FILE
     list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
-    # auto has been replaced by the layer that it chose
-    assert config.layer != "auto"
     per_batch = len(trained) / -(-len(trained) // config.batch)
     return {
         "schema": SCHEMA,
         "config": as_dict(config),
         "model": model_facts(
-            config.model or starter.NAME, checkpoint, checkpoint.sha256(config.layer if config.arm == "early" else checkpoint.blocks)
+            config.model or starter.NAME, checkpoint, checkpoint.sha256(layer if config.arm == "early" else checkpoint.blocks)
         ),
         "pairs": {"trained": len(trained), "held_out": len(held_out), "name": list_file.name, "sha256": sha256(list_file)},
         "adapter": {"sha256": sha256(file), "parameters": sum(p.numel() for p in lora.trainable(decoder)), "bytes": file.stat().st_size},
@@ -208,7 +245,7 @@ def _facts(
             "first_step_at": progress.first_step_at,
             "loss_first": progress.losses[0],
             "loss_last": progress.losses[-1],
-            # of a batch in which nothing is told apart
+            # of a batch whose pairs all look alike
             "chance_loss": math.log(per_batch) if config.loss == "infonce" else None,
             "peak_bytes": environment.peak_bytes(),
         },

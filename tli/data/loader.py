@@ -1,4 +1,4 @@
-"""An epoch's batches, packed one after the other while the steps are taken: what a batch costs depends on the batch alone."""
+"""Data loader: an epoch's batches, sampled, packed one by one while the steps are taken, and prefetched to a GPU."""
 
 import concurrent.futures
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tli.config import TrainConfig
 from tli.data.batch import Batch, to_batch
 from tli.data.packing import TokenisedWords
 from tli.data.pair_store import Pair, WordHashes, stored
@@ -15,30 +14,62 @@ from tli.data.word_pairs import false_negative_edges
 from tli.runtime.device import Placement
 from tli.runtime.errors import TliError
 
-# a batch in the parts that --micro-batch makes, and its pairs that are no negatives
+# a batch in micro-batches, and its false negatives, int64 [E, 2]
 Step = tuple[list[Batch], Tensor]
 
 
 class BatchLoader:
-    """Each epoch's batches: random pairs in parts of nearly equal size.
+    """Batches of random pairs, of nearly equal size; what a batch costs depends on the batch alone, not on the list.
 
-    Words are numbered sources first (trained, then held out), then targets in the same order. ``partners`` says whose target each of
-    the trained ``pairs`` is taught with.
+    Args:
+        words:        sources first (trained, then held out), then targets in the same order
+        pairs:        the trained ones
+        placement:    where batches go, in which dtype
+        batch:        pairs a batch, at most
+        epochs:       passes over the pairs in the whole run
+        micro_batch:  pairs a micro-batch, at most; None: the whole batch
+        pool_bos:     pool the first position into every word
+        seed:         of the order
+        partners:     whose target each source is taught with, int64; None: its own
+
+    Raises:
+        TliError: a number that is too small.
     """
 
-    def __init__(self, config: TrainConfig, words: TokenisedWords, partners: np.ndarray, pairs: Sequence[Pair], placement: Placement):
-        if config.micro_batch is not None and config.micro_batch < 1:
-            raise TliError("--micro-batch", "a part of a batch must have at least 1 pair", config.micro_batch, "raise it, or leave it out")
-        if config.batch < 2 or config.epochs < 1:
-            got = f"batch {config.batch}, epochs {config.epochs}"
+    def __init__(
+        self,
+        words: TokenisedWords,
+        pairs: Sequence[Pair],
+        placement: Placement,
+        *,
+        batch: int,
+        epochs: int = 1,
+        micro_batch: int | None = None,
+        pool_bos: bool = False,
+        seed: int = 0,
+        partners: np.ndarray | None = None,
+    ):
+        if micro_batch is not None and micro_batch < 1:
+            raise TliError("--micro-batch", "a part of a batch must have at least 1 pair", micro_batch, "raise it, or leave it out")
+        if batch < 2 or epochs < 1:
+            got = f"batch {batch}, epochs {epochs}"
             raise TliError("--batch, --epochs", "a batch must have at least 2 pairs, and a run at least 1 epoch", got, "raise them")
-        self.config, self.words, self.partners, self.pairs, self.placement = config, words, partners, stored(pairs), placement
-        self.per_epoch = -(-len(partners) // config.batch)
-        self.total = self.per_epoch * config.epochs
+        self.words, self.pairs, self.placement = words, stored(pairs), placement
+        self.micro_batch, self.pool_bos, self.seed = micro_batch, pool_bos, seed
+        self.partners = np.arange(len(pairs)) if partners is None else partners
+        self.per_epoch = -(-len(pairs) // batch)
+        self.total = self.per_epoch * epochs
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[list[Batch], torch.Tensor]]:
-        """The epoch's batches from the ``skip``-th on, each in parts, with its pairs (i, j) that are no negatives: int64 [E, 2]."""
-        order = np.random.default_rng([self.config.seed, 0, epoch]).permutation(len(self.partners))
+    def steps(self, first: int = 0) -> Iterator[Step]:
+        """The batches of the whole run, from step ``first`` (0, 1, ...) on."""
+        epoch, skip = divmod(first, self.per_epoch)
+        while epoch * self.per_epoch < self.total:
+            yield from self.epoch(epoch, skip)
+            epoch, skip = epoch + 1, 0
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Step]:
+        """The epoch's batches from the ``skip``-th on."""
+        order = np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.partners))
         # as np.array_split, without a list of them all
         size, larger = divmod(len(order), self.per_epoch)
         for number in range(skip, self.per_epoch):
@@ -46,29 +77,29 @@ class BatchLoader:
             yield self._batch(order[start : start + size + (number < larger)])
 
     def bytes(self) -> int:
-        """Of a packed batch, and of the tokenised words what is not in their file."""
-        parts, same = next(self.epoch(0))
-        tensors: list[torch.Tensor | np.ndarray] = [same, *(tensor for part in parts for tensor in part.tensors())]
+        """Memory of a packed batch, and of those of the tokenised words' arrays that are not mapped from a file."""
+        tensors: list[Tensor | np.ndarray] = [*tensors_of(*next(self.epoch(0)))]
         held = [] if self.placement.device.type == "cuda" else [self.words.indptr, self.words.starts, self.words.rows]
         return sum(tensor.nbytes for tensor in [*tensors, *held])
 
-    def _batch(self, pairs: np.ndarray) -> tuple[list[Batch], torch.Tensor]:
-        parts = [self._part(part) for part in np.array_split(pairs, -(-len(pairs) // (self.config.micro_batch or len(pairs))))]
+    def _batch(self, pairs: np.ndarray) -> Step:
+        count = -(-len(pairs) // (self.micro_batch or len(pairs)))
+        micro_batches = [self._micro_batch(numbers) for numbers in np.array_split(pairs, count)]
         sources, targets = self.pairs.keys(pairs), self.pairs.keys(self.partners[pairs])
         # row by row, as the fused losses walk them
         same = false_negative_edges(WordHashes(sources.sources, targets.indptr, targets.glosses))
-        return parts, torch.from_numpy(same).to(self.placement.device)
+        return micro_batches, torch.from_numpy(same).to(self.placement.device)
 
-    def _part(self, pairs: np.ndarray) -> Batch:
+    def _micro_batch(self, pairs: np.ndarray) -> Batch:
         targets = self.partners[pairs] + len(self.words) // 2
-        packed = self.words.pack(np.concatenate([pairs, targets]), self.config.pool_bos, width_step=self.placement.width_step)
+        packed = self.words.pack(np.concatenate([pairs, targets]), self.pool_bos, width_step=self.placement.width_step)
         return to_batch(packed, self.placement.dtype, self.placement.device)
 
 
 def prefetch(steps: Iterable[Step], device: torch.device) -> Iterator[Step]:
     """Prefetch: pack the next batch on another thread and CUDA stream while the current step runs.
 
-    On a CPU, where both would want the same processors, they are made when they are asked for.
+    On a CPU, where both would compete for the same processors, a batch is packed when it is asked for.
     """
     if device.type != "cuda":
         yield from steps
@@ -84,14 +115,14 @@ def prefetch(steps: Iterable[Step], device: torch.device) -> Iterator[Step]:
         made = worker.submit(make)
         while (result := made.result()) is not None:
             made = worker.submit(make)
-            (parts, same), event = result
+            (micro_batches, same), event = result
             here = torch.cuda.current_stream(device)
             here.wait_event(event)
-            for tensor in tensors_of(parts, same):
-                # its memory may be used anew only when this stream is done with it
+            for tensor in tensors_of(micro_batches, same):
+                # its memory may be reused only when this stream is done with it
                 tensor.record_stream(here)
-            yield parts, same
+            yield micro_batches, same
 
 
-def tensors_of(parts: list[Batch], same: Tensor) -> list[Tensor]:
-    return [tensor for part in parts for tensor in part.tensors()] + [same]
+def tensors_of(micro_batches: list[Batch], same: Tensor) -> list[Tensor]:
+    return [tensor for micro_batch in micro_batches for tensor in micro_batch.tensors()] + [same]

@@ -1,12 +1,12 @@
-"""The frozen decoder: transformers' own blocks, cut after block L, or whole with hidden state L caught by a forward hook.
+"""The frozen decoder: transformers' own blocks, truncated after block L, or all of them with hidden state L captured by a forward hook.
 
-``hidden_states[L]`` is the residual stream after L blocks and *before* any final norm, so the norm at the end of the shell
-becomes an identity. (A transformers model made with ``num_hidden_layers=L`` applies it: its last state is another quantity.) Nothing
-is built, read or computed behind block L.
+``hidden_states[L]`` is the residual stream after L blocks and *before* any final norm, so the truncated decoder's final norm is an
+identity. (A transformers model made with ``num_hidden_layers=L`` applies its norm: its last state is another quantity.) Nothing
+beyond block L is built, read or computed.
 
 The arms that it is compared with run the whole model. ``full`` runs every block and aligns the output, after the final norm, with
-adapters in all blocks. ``full-hook`` runs every block, too, but its loss reads hidden state L, caught on its way, and its adapters lie
-below: what those who train an early layer with other tools do, and what must give the losses and gradients of the model that ends at L.
+adapters in all blocks. ``full-hook`` runs every block, too, but its loss reads hidden state L, captured by a hook, and its adapters lie
+below: this is how an early layer is trained with other tools, and it must give the losses and gradients of the truncated model.
 Blocks, linear layers, embedding rows and packed words are the truncated model's own, so the arms differ in nothing else.
 """
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from tli.config import TrainConfig
 from tli.data.batch import Batch
 from tli.model.checkpoint import Checkpoint
 from tli.model.token_table import tabulate
@@ -33,7 +32,7 @@ from tli.runtime.ops import Ops
 if typing.TYPE_CHECKING:
 
     class Decoder(nn.Module):
-        """What is used of transformers' decoder, whose class is the family's own; ``nn.Module`` says of an attribute nothing."""
+        """The part of transformers' decoder that is used here; its class is the family's own, and ``nn.Module`` types no attribute."""
 
         config: typing.Any
         layers: typing.Any
@@ -56,7 +55,7 @@ def run(decoder: nn.Module, batch: Batch) -> Tensor:
     return outputs.last_hidden_state.flatten(0, 1)
 
 
-def truncate(checkpoint: Checkpoint, layer: int, rows: np.ndarray | None, placement: Placement) -> "Decoder":
+def load_truncated_decoder(checkpoint: Checkpoint, layer: int, rows: np.ndarray | None, placement: Placement) -> "Decoder":
     """transformers' decoder with the first ``layer`` blocks alone: its last hidden state is ``hidden_states[layer]``.
 
     Args:
@@ -72,7 +71,7 @@ def truncate(checkpoint: Checkpoint, layer: int, rows: np.ndarray | None, placem
         TliError: a layer out of range, a missing or misshapen tensor, an unreadable shard.
     """
     require_layer(checkpoint, layer)
-    decoder = shell(checkpoint, layer, rows, placement)
+    decoder = init_empty_decoder(checkpoint, layer, rows, placement)
     for index in range(layer):
         load_block(checkpoint, decoder.layers[index], index, placement)
     decoder.norm = nn.Identity()
@@ -87,7 +86,7 @@ def require_layer(checkpoint: Checkpoint, layer: int) -> None:
         )
 
 
-def shell(checkpoint: Checkpoint, blocks: int, rows: np.ndarray | None, placement: Placement) -> "Decoder":
+def init_empty_decoder(checkpoint: Checkpoint, blocks: int, rows: np.ndarray | None, placement: Placement) -> "Decoder":
     """transformers' decoder with its embedding rows read, ``blocks`` blocks without memory, and its final norm unread."""
     from transformers import AutoModel
 
@@ -115,9 +114,9 @@ def _config(checkpoint: Checkpoint, blocks: int) -> typing.Any:
     config.num_hidden_layers = blocks
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = list(checkpoint.config.layer_types[:blocks])
-    # what it says of the checkpoint's bytes is done with when they are read
+    # it describes the checkpoint's files, which are dequantised as they are read
     config.quantization_config = None
-    # one row stands in until the kept rows take its place
+    # a placeholder row, until the kept rows replace it
     config.vocab_size, config.pad_token_id = 1, None
     # SDPA has no soft-capping: Gemma 2 needs the eager form
     config._attn_implementation = "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"
@@ -155,7 +154,7 @@ def load_norm(checkpoint: Checkpoint, decoder: "Decoder", placement: Placement) 
 
 
 def _placed(tensor: Tensor | ops.NF4Weight, placement: Placement, linear: bool) -> nn.Parameter | ops.NF4Weight:
-    """A frozen tensor of the checkpoint as the model holds it."""
+    """A tensor of the checkpoint, frozen, on the model's device and in its dtype or NF4."""
     if placement.weights == "nf4" and linear and not isinstance(tensor, ops.NF4Weight):
         try:
             # bf16 is what a 4-bit model is made from
@@ -174,19 +173,19 @@ def _placed(tensor: Tensor | ops.NF4Weight, placement: Placement, linear: bool) 
 
 
 def block_tensors(block: nn.Module, index: int) -> dict[str, tuple[str, nn.Parameter]]:
-    """Of each parameter of a block: its name in the checkpoint -> (its name in the block, the parameter)."""
+    """A block's parameters by name in the checkpoint: name -> (name in the block, parameter)."""
     return {f"layers.{index}.{local}": (local, parameter) for local, parameter in block.named_parameters()}
 
 
-def whole(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> "Decoder":
+def load_full_decoder(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> "Decoder":
     """transformers' decoder with all its blocks and its final norm: its last hidden state is ``output``.
 
     Each tensor is read once, and no more than one block is held twice while it is.
 
     Args:
         checkpoint:  an open checkpoint
-        rows:        as for ``truncate``
-        placement:   as for ``truncate``
+        rows:        as for ``load_truncated_decoder``
+        placement:   as for ``load_truncated_decoder``
 
     Returns:
         The decoder, frozen and in evaluation mode. Adapters go into it in place.
@@ -194,7 +193,7 @@ def whole(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement)
     Raises:
         TliError: an absent shard, a missing or misshapen tensor.
     """
-    decoder = shell(checkpoint, checkpoint.blocks, rows, placement)
+    decoder = init_empty_decoder(checkpoint, checkpoint.blocks, rows, placement)
     for index, block in enumerate(decoder.layers):
         load_block(checkpoint, block, index, placement)
     load_norm(checkpoint, decoder, placement)
@@ -202,8 +201,8 @@ def whole(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement)
 
 
 @contextlib.contextmanager
-def caught(block: nn.Module) -> Iterator[list[Tensor]]:
-    """The states that ``block`` gives while the context is open; its hook is gone afterwards, whatever happened inside."""
+def capture_output(block: nn.Module) -> Iterator[list[Tensor]]:
+    """Capture the outputs of ``block`` by a forward hook while the context is open; the hook is removed whatever happens inside."""
     states = []
     handle = block.register_forward_hook(lambda module, arguments, output: states.append(output))
     try:
@@ -214,7 +213,7 @@ def caught(block: nn.Module) -> Iterator[list[Tensor]]:
 
 def run_hooked(decoder: "Decoder", batch: Batch, layer: int) -> Tensor:
     """Hidden state ``layer`` of each node, [T, D] as from ``run``, out of a pass through all blocks."""
-    with caught(decoder.layers[layer - 1]) as states:
+    with capture_output(decoder.layers[layer - 1]) as states:
         run(decoder, batch)
     return states[0].flatten(0, 1)
 
@@ -230,28 +229,29 @@ def enable_gradient_checkpointing(decoder: "Decoder") -> None:
         block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
 
 
-def build_decoder(config: TrainConfig, checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> "Decoder":
-    """The arm's model, still without adapters: it ends at ``config.layer``, or is whole.
+def build_decoder(
+    checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement, *, arm: str, layer: int, checkpointing: bool = False
+) -> "Decoder":
+    """The arm's model, still without adapters: truncated at ``layer``, or whole.
 
     Args:
-        config:      arm, layer, impl and checkpointing count
-        checkpoint:  an open checkpoint
-        rows:        int64 [V] token ids whose embedding rows are kept; None keeps all
-        placement:   dtype, device and rounding of the weights
+        checkpoint:     an open checkpoint
+        rows:           int64 [V] token ids whose embedding rows are kept; None keeps all
+        placement:      dtype, device and rounding of the weights
+        arm:            "early", "full" or "full-hook"
+        layer:          L, from 1 to the checkpoint's number of blocks
+        checkpointing:  gradient checkpointing
 
     Raises:
-        TliError: as ``truncate`` and ``whole``.
+        TliError: as ``load_truncated_decoder`` and ``load_full_decoder``.
     """
-    # auto has been replaced by the layer that it chose
-    assert config.layer != "auto"
-    if config.arm == "early":
-        decoder = truncate(checkpoint, config.layer, rows, placement)
-    else:
-        require_layer(checkpoint, config.layer)
-        decoder = whole(checkpoint, rows, placement)
+    require_layer(checkpoint, layer)
+    decoder = (
+        load_truncated_decoder(checkpoint, layer, rows, placement) if arm == "early" else load_full_decoder(checkpoint, rows, placement)
+    )
     tabulate(decoder)
     if placement.attention == "eager":
         use_eager_attention(decoder)
-    if config.checkpointing:
+    if checkpointing:
         enable_gradient_checkpointing(decoder)
     return decoder

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tli.data.batch import Batch
 from tli.model.checkpoint import Checkpoint
-from tli.model.decoder import block_tensors, load_block, load_norm, run, shell, use_eager_attention
+from tli.model.decoder import block_tensors, init_empty_decoder, load_block, load_norm, run, use_eager_attention
 from tli.model.lora import Adapter, detach
 from tli.runtime import cpu
 from tli.runtime.device import Placement
@@ -87,15 +87,15 @@ def stream_layers(
     Args:
         checkpoint:  an open checkpoint
         batch:       the packed words
-        rows:        the embedding rows that input ids count in, as for ``truncate``
-        placement:   as for ``truncate``
+        rows:        the embedding rows that input ids count in, as for ``load_truncated_decoder``
+        placement:   as for ``load_truncated_decoder``
         streams:     adapters to compare; None is the base.
         visit:       gets a layer and its states; keeps what it wants of them
 
     Returns:
         None, or, where shards are absent, why the pass ended before ``output``.
     """
-    whole = shell(checkpoint, checkpoint.blocks, rows, placement)
+    whole = init_empty_decoder(checkpoint, checkpoint.blocks, rows, placement)
     # eager attention holds width x width for each head: of a text's windows too much to be the faster way alone
     if placement.attention == "eager" and not cpu.attends("sdpa", placement.facts["dtype"]):
         use_eager_attention(whole)

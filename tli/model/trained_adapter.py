@@ -17,7 +17,7 @@ from torch import nn
 
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint
-from tli.model.decoder import shell
+from tli.model.decoder import init_empty_decoder
 from tli.runtime.device import Placement
 from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
@@ -124,7 +124,7 @@ def check_compatible(recorded: TrainedAdapter, checkpoint: Checkpoint, placement
         if recorded.layer > checkpoint.blocks or told["sha256"] != hashed(blocks):
             must = f"the model must be the one that the adapter was trained on, {told.get('name')}"
             raise TliError("--model", must, f"other weights in {checkpoint.name}", "name that model with --model")
-    decoder = shell(checkpoint, checkpoint.blocks, np.zeros(1, np.int64), placement)
+    decoder = init_empty_decoder(checkpoint, checkpoint.blocks, np.zeros(1, np.int64), placement)
     shapes = {path: tuple(module.weight.shape) for path, module in decoder.named_modules() if isinstance(module, nn.Linear)}
     factors, rank, remedy = recorded.adapter.factors, recorded.peft["r"], "name the adapter's own model with --model"
     for path, (lora_a, lora_b) in factors.items():

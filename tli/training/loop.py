@@ -1,15 +1,13 @@
-"""The training loop: the steps that are left, saved so often that a kill loses little."""
+"""The training loop: takes the steps that are left, logs them, and saves so often that a kill loses little."""
 
 import contextlib
-import functools
 import time
+from collections.abc import Sequence
 
-from tli.config import TrainConfig
 from tli.data.loader import BatchLoader, prefetch
-from tli.model.decoder import run, run_hooked
-from tli.model.pooling import Pooling
 from tli.runtime.console import stop_signals, training_bar
-from tli.training.memory import profile as profiling
+from tli.training.memory.profile import Profile
+from tli.training.run_logger import RunLogger
 from tli.training.state import Progress, TrainingState
 from tli.training.step import TrainStep, require_finite
 
@@ -17,41 +15,34 @@ _SAVE_EVERY_S = 20.0
 
 
 def fit(
-    config: TrainConfig,
-    decoder,
+    step: TrainStep,
     batches: BatchLoader,
-    pool: Pooling,
     state: TrainingState,
+    progress: Progress,
+    loggers: Sequence[RunLogger],
     console,
-    profile: profiling.Profile | None = None,
-) -> Progress:
-    """Take the steps that are left; a signal to stop ends them early, after the step it comes in."""
-    # auto has been replaced by the layer that it chose
-    assert config.layer != "auto"
-    aligned = functools.partial(run_hooked, layer=config.layer) if config.arm == "full-hook" else run
-    steps = TrainStep(config, decoder, lambda part: pool(aligned(decoder, part), part), batches.total, batches.placement)
-    progress = state.restore(steps.adapters, steps.optimiser) if config.resume else Progress()
+    profile: Profile | None = None,
+) -> None:
+    """Take the steps from ``progress`` on, and count them in it; a signal to stop ends the run after the step that it comes in."""
     began = saved = time.monotonic() - progress.seconds
-    position = progress.step
-    decoder.train()
+    step.decoder.train()
     with stop_signals() as stop, training_bar(console, batches.total) as show:
-        while position < batches.total and not stop.is_set():
-            epoch, done = divmod(position, batches.per_epoch)
-            for parts, same in prefetch(batches.epoch(epoch, skip=done), batches.placement.device):
-                final = position == batches.total - 1
-                with profile.recorded(steps.parameters, state.path.parent) if profile and final else contextlib.nullcontext():
-                    steps.take(position, parts, same)
-                position += 1
-                last = stop.is_set() or position == batches.total
-                save = last or time.monotonic() - saved > _SAVE_EVERY_S
-                for loss in steps.finished(wait=save):
-                    require_finite(progress.step, loss)
-                    progress.add(loss, time.monotonic() - began)
-                    show(progress.step, loss, words=sum(len(part.indptr) - 1 for part in parts))
-                if save:
-                    state.save(steps.adapters, steps.optimiser, progress)
-                    saved = time.monotonic()
-                if last:
-                    break
-    decoder.eval()
-    return progress
+        for position, (micro_batches, same) in enumerate(prefetch(batches.steps(progress.step), batches.placement.device), progress.step):
+            final = position == batches.total - 1
+            with profile.recorded(step.parameters, state.path.parent) if profile and final else contextlib.nullcontext():
+                step(position, micro_batches, same)
+            last = final or stop.is_set()
+            save = last or time.monotonic() - saved > _SAVE_EVERY_S
+            for result in step.pop_results(wait=save):
+                require_finite(progress.step, result.loss)
+                progress.add(result.loss, time.monotonic() - began)
+                for logger in loggers:
+                    logger.log({"epoch": progress.step / batches.per_epoch, **vars(result)}, progress.step)
+                show(progress.step, result.loss, words=sum(len(packed.indptr) - 1 for packed in micro_batches))
+            # after its steps were logged: a resumed run logs those that come after them
+            if save:
+                state.save(step.adapters, step.optimiser, progress)
+                saved = time.monotonic()
+            if last:
+                break
+    step.decoder.eval()

@@ -1,4 +1,4 @@
-"""Word states -> loss."""
+"""Contrastive losses over word embeddings: symmetric InfoNCE, and the hinge with the hardest negative."""
 
 import dataclasses
 
@@ -17,9 +17,9 @@ class Objective:
     margin: float
     ops: Ops = ops.REFERENCE
 
-    def __call__(self, words: Tensor, same: Tensor) -> Tensor:
-        """The loss of a batch: word states [2B, D], sources first, and the pairs that are no negatives, int64 [E, 2]."""
-        source, target = words.chunk(2)
+    def __call__(self, embeddings: Tensor, same: Tensor) -> Tensor:
+        """The loss of a batch: unit embeddings, fp32 [2B, D], sources first, and the false negatives, int64 [E, 2]."""
+        source, target = embeddings.chunk(2)
         if self.loss == "infonce":
             return self.ops.infonce(source, target, self.temperature, same)
         return self.ops.hinge(source, target, self.margin, same)

@@ -1,33 +1,29 @@
-"""What an interrupted run keeps so that it can go on after a kill: adapters, moments, the losses so far."""
+"""Checkpoint of an interrupted run, to resume from: adapters, AdamW's moments, the losses so far."""
 
 import dataclasses
 import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from tli.config import TrainConfig
 from tli.data.pair_store import Pairs
 from tli.model.lora import LoRALinear
-from tli.runtime.cli import as_dict
 from tli.runtime.errors import TliError
 from tli.runtime.files import replacing
 
 STATE_FILE = "training_state.safetensors"
-# options that change nothing about the numbers: a resumed run may differ in them
-_FREE_OPTIONS = ("output", "overwrite", "resume", "no_report", "profile", "json")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MACHINE_FACTS = ("dtype", "matmul", "attention")
 
 
 @dataclasses.dataclass
 class Progress:
-    """The loss at each step done, the seconds that the steps took, and the Unix time at which the run's first was done."""
+    """The loss of each step done, the seconds that the steps took, and the Unix time at which the first was done."""
 
     losses: list[float] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
@@ -48,21 +44,25 @@ class Progress:
 class TrainingState:
     """The file from which an interrupted run goes on: adapters, AdamW's moments and the losses so far.
 
-    It carries a fingerprint of the configuration and of the trained pairs, so that no other run goes on from it.
+    It carries a fingerprint of the options and of the trained pairs, so that no other run goes on from it.
+
+    Args:
+        folder:   the run's output
+        options:  those that decide the run's numbers, plain JSON values by name
+        trained:  the trained pairs
     """
 
-    def __init__(self, folder: pathlib.Path, config: TrainConfig, trained: Pairs):
+    def __init__(self, folder: pathlib.Path, options: Mapping[str, object], trained: Pairs):
         self.path = folder / STATE_FILE
-        numbers = {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}
-        digest = hashlib.sha256(json.dumps(numbers).encode())
+        digest = hashlib.sha256(json.dumps(dict(options)).encode())
         for record in trained.records():
             digest.update(record)
         self.fingerprint = digest.hexdigest()
-        # ``Placement.facts`` of the run: what it computes in and with, where its options leave that open
+        # ``Placement.facts`` of the run: its dtype, matmul and attention, where the options leave them open
         self.begun_on: dict[str, str] = {}
 
     def begun_with(self) -> dict[str, str]:
-        """``Placement.facts`` of the interrupted run, so that it goes on with them; none without one."""
+        """``Placement.facts`` of the interrupted run, which a resumed one keeps; empty without a file."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata()
@@ -80,7 +80,7 @@ class TrainingState:
         self.path.unlink(missing_ok=True)
 
     def save(self, adapters: dict[str, LoRALinear], optimiser: torch.optim.AdamW, progress: Progress) -> None:
-        """Write the state as it is between two steps, whole or not at all."""
+        """Write the state between two steps, completely or not at all."""
         tensors = {"losses": torch.tensor(progress.losses, dtype=torch.float64)}
         for name, parameter in _named(adapters):
             tensors[name] = parameter.detach()
@@ -92,7 +92,7 @@ class TrainingState:
             temporary.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
 
     def restore(self, adapters: dict[str, LoRALinear], optimiser: torch.optim.AdamW) -> Progress:
-        """Put the state back; without a file, a run that was killed before its first save starts anew.
+        """Restore adapters and optimiser; without a file, the run was killed before its first save and starts anew.
 
         Raises:
             TliError: the file is of a run with other options or pairs, or is damaged.

@@ -1,12 +1,10 @@
-"""One optimiser step: eager on a CPU; on a GPU captured once for each shape of batch as a CUDA graph and replayed.
+"""One training step: forward, loss, backward, gradient clipping, AdamW; on a GPU replayed as a CUDA graph, one for each shape of batch.
 
-    loss = objective(pool(states))  ->  gradients  ->  clipped  ->  AdamW
-
-A step depends on its batch, its learning rate and its dropout seeds alone; all of these lie in memory that a CUDA graph reads when it
-is replayed, so each replay drops other elements. Nothing in a GPU's step waits for the GPU: batches are made and moved by another
-thread on another stream, losses are read when they have arrived, and a loss that is not finite is seen by the GPU itself, which from
-then on changes no adapter. The first steps run as they are written, so that kernels are compiled and AdamW's moments are there
-before the first recording; a shape that is new later is recorded then, and beyond a number of shapes a step runs as it is written.
+A step depends on its batch, its learning rate and its dropout seeds alone. All of these lie in memory that a CUDA graph reads when it
+is replayed, so each replay has its own dropout. Nothing in a GPU's step waits for the GPU: batches are made and moved by another
+thread on another stream, losses are read once they have arrived, and a loss that is not finite is seen by the GPU itself, which from
+then on changes no adapter. The first steps run eagerly, so that kernels are compiled and AdamW's moments exist before the first
+capture; a new shape is captured when it comes, and beyond a number of shapes a step runs eagerly.
 """
 
 import collections
@@ -20,170 +18,212 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from tli.config import TrainConfig
 from tli.data.batch import Batch
 from tli.data.loader import Step, tensors_of
 from tli.model import lora
-from tli.runtime.device import Placement
 from tli.runtime.errors import TliError
 from tli.training import grad_cache
 from tli.training.loss import Objective
 from tli.training.memory.profile import FORWARD, LOSS, OPTIMISER
 
-_STEPS_BEFORE_RECORDING = 3
-# entries and pairs are filled up to multiples of these
+_STEPS_BEFORE_CAPTURE = 3
+# entries and false negatives are padded to multiples of these
 _ENTRIES_STEP, _SAME_STEP = 256, 16
 _MOST_SHAPES = 32
 # so that a stop, or a loss that is not finite, is noticed soon
 _MOST_AHEAD = 16
 
 
+@dataclasses.dataclass(frozen=True)
+class OptimiserSettings:
+    """AdamW, its learning-rate schedule, and gradient clipping.
+
+    lr            peak learning rate
+    weight_decay  decoupled weight decay
+    clip          largest gradient norm; 0 turns clipping off
+    warmup        steps of linear warm-up
+    schedule      "linear" or "cosine" decay towards 0 at ``total`` steps, or "constant"
+    total         steps of the whole run
+    """
+
+    lr: float
+    weight_decay: float = 0.01
+    clip: float = 0.0
+    warmup: int = 0
+    schedule: str = "constant"
+    total: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """A step's loss, its learning rate, and the norm of its gradients before clipping."""
+
+    loss: float
+    lr: float
+    grad_norm: float
+
+
 @dataclasses.dataclass
 class CapturedStep:
-    """A CUDA graph of one step, the batch that it reads, and where it leaves the loss."""
+    """A CUDA graph of one step, the batch that it reads, and where it leaves the loss and the gradient norm, fp32 [2]."""
 
     graph: torch.cuda.CUDAGraph
-    parts: list[Batch]
+    micro_batches: list[Batch]
     same: Tensor
-    loss: Tensor
+    measured: Tensor
 
 
 class TrainStep:
-    """Takes the steps of one run.
+    """Takes the optimiser steps of one run.
 
     Args:
-        config:      the run's options
-        decoder:     the model, with adapters
-        vectors_of:  packed words -> their vectors, fp32 [2b, D]
-        total:       steps of the whole run
-        placement:   where, and with which ops: fused ones take a padded batch, so on a GPU steps are recorded and replayed
+        decoder:          the model, with adapters
+        embed:            packed words -> their embeddings, fp32 [2b, D]
+        objective:        the loss; with fused ops, which take a padded batch, steps on a GPU are captured and replayed
+        optimiser:        settings of AdamW, its schedule and the clipping
+        seed:             of dropout
+        check_gradients:  stop in the run's first two steps if an adapter gets no gradient
     """
 
-    def __init__(self, config: TrainConfig, decoder: nn.Module, vectors_of: Callable[[Batch], Tensor], total: int, placement: Placement):
-        self.config, self.decoder, self.vectors_of, self.total = config, decoder, vectors_of, total
-        self.record = placement.device.type == "cuda" and placement.ops.kind == "fused"
-        self.objective = Objective(config.loss, config.temperature, config.margin, placement.ops)
+    def __init__(
+        self,
+        decoder: nn.Module,
+        embed: Callable[[Batch], Tensor],
+        objective: Objective,
+        optimiser: OptimiserSettings,
+        seed: int = 0,
+        check_gradients: bool = True,
+    ):
+        self.decoder, self.embed, self.objective, self.settings = decoder, embed, objective, optimiser
+        self.seed, self.check_gradients = seed, check_gradients
         self.adapters, self.parameters = lora.adapters(decoder), lora.trainable(decoder)
         self.device = self.parameters[0].device
         self.on_gpu = self.device.type == "cuda"
+        self.use_cuda_graphs = self.on_gpu and objective.ops.kind == "fused"
+        self.dropout = any(adapter.dropout > 0 for adapter in self.adapters.values())
         self.seeds = torch.zeros(len(self.adapters), dtype=torch.int64, device=self.device)
-        for adapter, seed in zip(self.adapters.values(), self.seeds.split(1), strict=True):
-            adapter.seed = seed
+        for adapter, own_seed in zip(self.adapters.values(), self.seeds.split(1), strict=True):
+            adapter.seed = own_seed
         # 1 as soon as a loss was not finite: fused AdamW then leaves everything as it is
         self.found_inf = torch.zeros((), device=self.device)
         in_memory: dict[str, Any] = {"lr": torch.zeros((), device=self.device), "fused": True, "capturable": True} if self.on_gpu else {}
-        self.optimiser = torch.optim.AdamW(self.parameters, weight_decay=config.weight_decay, **in_memory)
+        self.optimiser = torch.optim.AdamW(self.parameters, weight_decay=optimiser.weight_decay, **in_memory)
         if self.on_gpu:
             # fused AdamW reads it by getattr, as torch.amp's scaler sets it; the class does not declare it
             self.optimiser.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.taken = 0
-        self.recordings: dict[tuple, CapturedStep] = {}
-        self.pool = torch.cuda.graph_pool_handle() if self.record else None
-        self.pending_losses: collections.deque[tuple[Tensor, torch.cuda.Event | None]] = collections.deque()
+        self.graphs: dict[tuple, CapturedStep] = {}
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.use_cuda_graphs else None
+        self.pending_results: collections.deque[tuple[float, Tensor, torch.cuda.Event | None]] = collections.deque()
 
-    def take(self, position: int, parts: list[Batch], same: Tensor) -> None:
-        """Take step ``position`` (0, 1, ...) of the run; its loss comes out of ``finished``.
+    def __call__(self, position: int, micro_batches: list[Batch], same: Tensor) -> None:
+        """Take step ``position`` (0, 1, ...) of the run; its result comes out of ``pop_results``.
 
         Args:
-            position:  of the step in the run
-            parts:     the batch, in the parts that ``--micro-batch`` makes
-            same:      int64 [E, 2], its pairs that are no negatives
+            position:       of the step in the run
+            micro_batches:  of the batch
+            same:           int64 [E, 2], the batch's false negatives: pairs that mean the same
 
         Raises:
             TliError: in the run's first two steps, an adapter without a gradient; on a CPU, a loss that is not finite.
         """
-        self._set(position)
-        if self.record:
-            parts, same = _padded(parts, same)
-        shape = tuple(tensor.shape for tensor in tensors_of(parts, same))
-        early = self.taken < _STEPS_BEFORE_RECORDING or position < 2
-        if self.record and not early and (shape in self.recordings or len(self.recordings) < _MOST_SHAPES):
-            loss = self._replay(shape, parts, same)
+        lr = self._prepare(position)
+        if self.use_cuda_graphs:
+            micro_batches, same = _padded(micro_batches, same)
+        shape = tuple(tensor.shape for tensor in tensors_of(micro_batches, same))
+        early = self.taken < _STEPS_BEFORE_CAPTURE or position < 2
+        if self.use_cuda_graphs and not early and (shape in self.graphs or len(self.graphs) < _MOST_SHAPES):
+            measured = self._replay(shape, micro_batches, same)
         else:
-            loss = self._gradients(parts, same)
+            loss = self._gradients(micro_batches, same)
             if not self.on_gpu:
                 require_finite(position, loss.item())
-            if position < 2:
+            if position < 2 and self.check_gradients:
                 lora.check_gradients(self.decoder, position)
-            self._update(loss)
-        self._send(loss)
+            measured = self._update(loss)
+        self._send(lr, measured)
         self.taken += 1
 
-    def finished(self, wait: bool = False) -> Iterator[float]:
-        """The losses, in the order of the steps, that have arrived since the last call; all of them if ``wait``."""
-        while self.pending_losses:
-            loss, event = self.pending_losses[0]
+    def pop_results(self, wait: bool = False) -> Iterator[StepResult]:
+        """The results, in the order of the steps, that have arrived since the last call; all of them if ``wait``."""
+        while self.pending_results:
+            lr, measured, event = self.pending_results[0]
             if event is not None and not event.query():
-                if not wait and len(self.pending_losses) < _MOST_AHEAD:
+                if not wait and len(self.pending_results) < _MOST_AHEAD:
                     return
                 event.synchronize()
-            self.pending_losses.popleft()
-            yield loss.item()
+            self.pending_results.popleft()
+            loss, grad_norm = measured.tolist()
+            yield StepResult(loss, lr, grad_norm)
 
-    def _set(self, position: int) -> None:
-        """Hand the step its learning rate and each adapter's seed for dropout; a GPU is not waited for."""
-        lr = self.config.lr * rate(position, self.total, self.config.warmup, self.config.schedule)
+    def _prepare(self, position: int) -> float:
+        """Set the step's learning rate and each adapter's dropout seed, without waiting for a GPU; returns the learning rate."""
+        settings = self.settings
+        lr = settings.lr * lr_multiplier(position, settings.total, settings.warmup, settings.schedule)
         for group in self.optimiser.param_groups:
             if self.on_gpu:
                 group["lr"].copy_(torch.tensor(lr).pin_memory(), non_blocking=True)
             else:
                 group["lr"] = lr
-        if self.config.dropout > 0:
-            sequences = (np.random.SeedSequence([self.config.seed, 2, position, index]) for index in range(len(self.seeds)))
+        if self.dropout:
+            sequences = (np.random.SeedSequence([self.seed, 2, position, index]) for index in range(len(self.seeds)))
             seeds = torch.tensor([int(sequence.generate_state(1, np.uint64)[0] >> 1) for sequence in sequences])
             self.seeds.copy_(seeds.pin_memory() if self.on_gpu else seeds, non_blocking=True)
+        return lr
 
-    def _gradients(self, parts: list[Batch], same: Tensor) -> Tensor:
+    def _gradients(self, micro_batches: list[Batch], same: Tensor) -> Tensor:
         self.optimiser.zero_grad()
-        return grad_cache.backward(parts, self._vectors, lambda vectors: self._loss(vectors, same))
+        return grad_cache.backward(micro_batches, self._embed, lambda embeddings: self._loss(embeddings, same))
 
-    def _vectors(self, part: Batch) -> Tensor:
+    def _embed(self, micro_batch: Batch) -> Tensor:
         with record_function(FORWARD):
-            return self.vectors_of(part)
+            return self.embed(micro_batch)
 
-    def _loss(self, vectors: Tensor, same: Tensor) -> Tensor:
+    def _loss(self, embeddings: Tensor, same: Tensor) -> Tensor:
         with record_function(LOSS):
-            return self.objective(vectors, same)
+            return self.objective(embeddings, same)
 
-    def _update(self, loss: Tensor) -> None:
+    def _update(self, loss: Tensor) -> Tensor:
+        """Clip the gradients and let AdamW step; returns the loss and the gradient norm, fp32 [2]."""
         if self.on_gpu:
             self.found_inf.copy_(torch.maximum(self.found_inf, 1 - torch.isfinite(loss).float()))
         with record_function(OPTIMISER):
-            if self.config.clip > 0:
-                nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+            grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            if self.settings.clip > 0:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, grad_norm)
             self.optimiser.step()
+            return torch.stack([loss, grad_norm])
 
-    def _replay(self, shape: tuple, parts: list[Batch], same: Tensor) -> Tensor:
-        if shape not in self.recordings:
-            self.recordings[shape] = self._recorded(parts, same)
-        recording = self.recordings[shape]
-        for memory, fresh in zip(tensors_of(recording.parts, recording.same), tensors_of(parts, same), strict=True):
+    def _replay(self, shape: tuple, micro_batches: list[Batch], same: Tensor) -> Tensor:
+        if shape not in self.graphs:
+            self.graphs[shape] = self._capture(micro_batches, same)
+        captured = self.graphs[shape]
+        for memory, fresh in zip(tensors_of(captured.micro_batches, captured.same), tensors_of(micro_batches, same), strict=True):
             memory.copy_(fresh)
-        recording.graph.replay()
-        return recording.loss
+        captured.graph.replay()
+        return captured.measured
 
-    def _recorded(self, parts: list[Batch], same: Tensor) -> CapturedStep:
-        graph, parts, same = torch.cuda.CUDAGraph(), [part.clone() for part in parts], same.clone()
-        with torch.cuda.graph(graph, pool=self.pool):
-            loss = self._gradients(parts, same)
-            self._update(loss)
+    def _capture(self, micro_batches: list[Batch], same: Tensor) -> CapturedStep:
+        graph, micro_batches, same = torch.cuda.CUDAGraph(), [micro_batch.clone() for micro_batch in micro_batches], same.clone()
+        with torch.cuda.graph(graph, pool=self.graph_pool):
+            measured = self._update(self._gradients(micro_batches, same))
         # the gradients are the graph's own
         self.optimiser.zero_grad()
-        return CapturedStep(graph, parts, same, loss)
+        return CapturedStep(graph, micro_batches, same, measured)
 
-    def _send(self, loss: Tensor) -> None:
-        """Let a loss go to the CPU, without waiting for it."""
+    def _send(self, lr: float, measured: Tensor) -> None:
+        """Queue a step's result; from a GPU its copy to the CPU is not waited for."""
         if not self.on_gpu:
-            self.pending_losses.append((loss, None))
+            self.pending_results.append((lr, measured, None))
             return
-        arrived, event = torch.empty((), pin_memory=True), torch.cuda.Event()
-        arrived.copy_(loss, non_blocking=True)
+        arrived, event = torch.empty(2, pin_memory=True), torch.cuda.Event()
+        arrived.copy_(measured, non_blocking=True)
         event.record()
-        self.pending_losses.append((arrived, event))
+        self.pending_results.append((lr, arrived, event))
 
 
-def rate(step: int, total: int, warmup: int, schedule: str) -> float:
-    """The learning rate at step 0, 1, ... as a share of its peak: linear warm-up, then linear or cosine decay towards 0."""
+def lr_multiplier(step: int, total: int, warmup: int, schedule: str) -> float:
+    """The learning-rate schedule: the share of the peak at step 0, 1, ...; linear warm-up, then linear or cosine decay towards 0."""
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "constant":
@@ -198,7 +238,9 @@ def require_finite(position: int, loss: float) -> None:
         raise TliError(f"step {position + 1}", "the loss must be finite", loss, "lower --lr, or check the model's weights")
 
 
-def _padded(parts: list[Batch], same: Tensor) -> Step:
-    """The same batch in one of few shapes. A pair that is no negative may stand there more than once."""
+def _padded(micro_batches: list[Batch], same: Tensor) -> Step:
+    """The same batch in one of few shapes. A false negative may be listed more than once."""
     missing = -len(same) % _SAME_STEP
-    return [part.padded(_ENTRIES_STEP) for part in parts], torch.cat([same, same[-1:].expand(missing, 2)]) if missing else same
+    if missing:
+        same = torch.cat([same, same[-1:].expand(missing, 2)])
+    return [micro_batch.padded(_ENTRIES_STEP) for micro_batch in micro_batches], same

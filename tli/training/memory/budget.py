@@ -1,8 +1,9 @@
 """What a training will need of memory, and whether that is there, before its model is loaded."""
 
+from typing import Any
+
 import torch
 
-from tli.config import TrainConfig
 from tli.data.packing import TokenisedWords
 from tli.model.checkpoint import Checkpoint
 from tli.model.shape import Shape
@@ -12,27 +13,45 @@ from tli.training.memory import estimate, fit
 
 
 def needed(
-    config: TrainConfig, checkpoint: Checkpoint, words: TokenisedWords, trained: int, token_norm: str, placement: Placement
+    checkpoint: Checkpoint,
+    words: TokenisedWords,
+    trained: int,
+    placement: Placement,
+    *,
+    batch: int,
+    micro_batch: int | None,
+    pool_bos: bool,
+    **options: Any,
 ) -> estimate.Run:
-    """The run as far as memory goes, with the nodes and the tokens that the words have."""
-    batch = -(-trained // -(-trained // config.batch))
+    """The run as far as memory goes, with the nodes and the tokens that the words have.
+
+    Args:
+        checkpoint:   an open checkpoint
+        words:        all words, sources of all pairs first, then targets
+        trained:      trained pairs
+        placement:    device, dtype and ops of the run
+        batch:        pairs a batch, at most
+        micro_batch:  pairs a micro-batch, at most; None: the whole batch
+        pool_bos:     pool the first position into every word
+        options:      arm, layer, rank, targets, dropout, checkpointing and token_norm, as ``estimate.Run`` has them
+    """
+    batch = -(-trained // -(-trained // batch))
     tokenizer = checkpoint.path("tokenizer.json", optional=True)
-    own = {name: getattr(config, name) for name in ("arm", "layer", "rank", "targets", "dropout", "checkpointing", "micro_batch")}
     return estimate.Run(
         shape=Shape.from_config(checkpoint.config.to_dict(), checkpoint.name),
-        part=fit.largest_part(words, trained, batch, config.micro_batch, config.pool_bos),
+        part=fit.largest_part(words, trained, batch, micro_batch, pool_bos),
         batch=batch,
+        micro_batch=micro_batch,
         list_pairs=trained,
         rows=len(words.rows),
-        weights=config.weights if placement.ops.supports_nf4 else "full",
+        weights=placement.weights if placement.ops.supports_nf4 else "full",
         exact=not placement.ops.supports_token_tables,
         eager_attention=placement.attention == "eager",
         in_float32=placement.ops.matmul is not None and placement.ops.matmul.in_float32,
         device="gpu" if placement.device.type == "cuda" else "cpu",
         element=placement.dtype.itemsize,
-        token_norm=token_norm != "none",
         tokenizer_bytes=None if tokenizer is None else tokenizer.stat().st_size,
-        **own,
+        **options,
     )
 
 
