@@ -16,6 +16,7 @@ import os
 import pathlib
 import statistics
 import time
+import typing
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class StepConfig:
     layer: int = option(2, "bench", "hidden state to align")
     rank: int = option(16, "bench", "LoRA rank")
     targets: str = option("all-linear", "bench", "all-linear, or a comma list of linear layers")
-    loss: str = option("infonce", "bench", "infonce or hinge", choices=("infonce", "hinge"))
+    loss: typing.Literal["infonce", "hinge"] = option("infonce", "bench", "infonce or hinge")
     subjects: str = option(",".join(SUBJECTS), "bench", "a comma list of these; what is not installed is left out")
     rounds: int = option(9, "bench", "rounds of timed steps")
     device: str = option("cpu", "bench", "cpu, cuda or cuda:N")

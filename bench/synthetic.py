@@ -20,7 +20,7 @@ import zlib
 
 import numpy as np
 
-from tli.config import MODELS
+from tli.config import Model
 from tli.runtime.cli import argument, option, parse
 from tli.runtime.errors import TliError, disk_errors, run_command
 from tli.runtime.files import cache_folder, prepare_output_dir, replacing, sha256, write_text
@@ -68,7 +68,7 @@ class SyntheticConfig:
     """Write a checkpoint of a real model's shape with random weights, as much of it as the first blocks need."""
 
     folder: str = argument("where it goes, new or empty")
-    like: str = option("llama-3-8b", "checkpoint", "whose shape", choices=MODELS)
+    like: Model = option("llama-3-8b", "checkpoint", "whose shape")
     blocks: int = option(2, "checkpoint", "write the shards that hold the embedding and so many blocks; 0: all of it")
     seed: int = option(0, "checkpoint", "fixes the weights")
     overwrite: bool = option(False, "checkpoint", "allow a folder that is not empty")

@@ -2,21 +2,26 @@
 
 import importlib
 import sys
+from typing import Any
 
 import tli
-from tli.runtime.errors import run_command
+from tli import config
+from tli.runtime import cli
+from tli.runtime.errors import TliError, run_command
 
 COMMANDS = {
-    "train": "align word pairs at one layer with LoRA adapters, and measure what came of it",
-    "scan": "measure word pairs at every layer of a model",
-    "evaluate": "compare adapters with their base, or test a table of values",
-    "study": "how alignment depends on the rank; study protocol: the paper's protocol, switch by switch",
-    "export": "merge an adapter into a copy of its model",
-    "memory": "predict what training takes, and what fits",
-    "tune": "measure this GPU's fastest ways",
-    "lexicon": "compare a word list with a dictionary",
-    "starter": "fetch the starter model",
+    "train": config.TrainConfig,
+    "scan": config.ScanConfig,
+    "evaluate": config.EvaluateConfig,
+    "study": config.StudyConfig,
+    "export": config.ExportConfig,
+    "memory": config.MemoryConfig,
+    "tune": config.TuneConfig,
+    "lexicon": config.LexiconConfig,
+    "starter": config.StarterConfig,
 }
+_COMPLETION = "--completion"
+_SHELLS: tuple[Any, ...] = ("bash", "zsh", "fish")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,15 +29,31 @@ def main(argv: list[str] | None = None) -> None:
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in COMMANDS:
         importlib.import_module(f"tli.{name}").main(rest)
-    elif name == "--version":
-        print(f"tli {tli.__version__}")
-    elif name in ("-h", "--help"):
-        print("usage: tli COMMAND [options]\n")
-        print("\n".join(f"  {command:<10} {what}" for command, what in COMMANDS.items()))
-        print("\ntli COMMAND --help lists a command's options; tli --version")
+    elif name == _COMPLETION:
+        shell = (rest or ["none"])[0]
+        if shell not in _SHELLS:
+            raise TliError(_COMPLETION, f"the shell must be one of {', '.join(_SHELLS)}", shell, "name one of these")
+        print(_application().generate_completion(shell=shell))
     else:
-        print(f"error: tli: the command must be one of {', '.join(COMMANDS)}, got {name!r}; see tli --help", file=sys.stderr)
-        sys.exit(2)
+        cli.answer(_application(), [name, *rest])
+
+
+def _application():
+    """All commands as one cyclopts app: for its help, its errors and the shell's completion."""
+    import cyclopts
+
+    app = cyclopts.App(
+        name="tli",
+        help=(tli.__doc__ or "").partition("\n")[0],
+        help_epilogue=f'tli COMMAND --help lists a command\'s options. Completion: eval "$(tli {_COMPLETION} bash)", or zsh or fish.',
+        **cli.appearance(),
+    )
+    for place, (name, kind) in enumerate(COMMANDS.items()):
+        own = cli.application(kind, f"tli.{name}")
+        own.sort_key = place
+        app.command(own, name=name)
+    app["study"].command(cli.application(config.ProtocolConfig, "tli.study protocol"), name="protocol")
+    return app
 
 
 def command() -> None:

@@ -6,45 +6,51 @@ A field is declared once, with its default, its group and its help; ``tli/runtim
 import dataclasses
 import pathlib
 import re
-import typing
+from typing import ClassVar, Literal, get_args
 
-from tli.runtime.cli import argument, check_choices, fill_by_recipe, option
+from tli.runtime.cli import argument, check, option
 from tli.runtime.errors import TliError
 
-RECIPES = ("default", "paper")
+Arm = Literal["early", "full", "full-hook"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Impl = Literal["auto", "reference", "fused"]
+Recipe = Literal["default", "paper"]
+TokenNorm = Literal["auto", "final", "rms", "none"]
+Weights = Literal["full", "nf4"]
 # whose shapes the kernels know by name (kernels/shapes.py)
-MODELS = ("smollm2-135m", "llama-3.2-1b", "llama-3-8b", "qwen3-4b", "gemma-3-4b")
+Model = Literal["smollm2-135m", "llama-3.2-1b", "llama-3-8b", "qwen3-4b", "gemma-3-4b"]
+MODELS: tuple[str, ...] = get_args(Model)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train LoRA adapters that align word pairs at one layer of a language model."""
 
+    EXAMPLE: ClassVar[str] = "{prog} --rank 16 --layer 2"
+
     model: str | None = option(None, "model", "local folder or hub name of a Hugging Face checkpoint (default: the starter, SmolLM2-135M)")
-    arm: str = option(
+    arm: Arm = option(
         "early",
         "model",
         "early: the model ends at --layer, adapters in all its blocks; full: the whole model, adapters in all its blocks, the loss at the "
         "output, after the final norm; full-hook: early's adapters and loss, caught by a hook in the whole model",
-        choices=("early", "full", "full-hook"),
     )
-    layer: int | typing.Literal["auto"] = option(
+    layer: int | Literal["auto"] = option(
         2,
         "model",
         "hidden state to align: the residual stream after this many blocks; auto takes the one where the trained pairs' gap is surely the "
         "largest before training (--arm full aligns the output, and its report shows this layer beside it)",
     )
-    weights: str = option("full", "model", "frozen weights: full precision, or rounded to NF4", paper="nf4", choices=("full", "nf4"))
+    weights: Weights = option("full", "model", "frozen weights: full precision, or rounded to NF4", paper="nf4")
     all_rows: bool = option(False, "model", "keep the whole embedding table, not only the rows that the words use")
-    dtype: str = option(
+    dtype: DType = option(
         "auto",
         "model",
         "compute dtype; auto is bfloat16 on a GPU; on a CPU float32 for whatever is measured, and for training the faster of the two",
         paper="bfloat16",
-        choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = option("auto", "model", "cpu, cuda or cuda:N (auto: a GPU if there is one)")
-    impl: str = option("auto", "model", "which implementation of the ops", choices=("auto", "reference", "fused"))
+    impl: Impl = option("auto", "model", "which implementation of the ops")
 
     pairs: str | None = option(
         None, "words", "word pairs: .tsv .csv .json .jsonl or dictd .index (default: the shipped Swahili-English list)"
@@ -64,22 +70,19 @@ class TrainConfig:
         "all-linear", "adapter", "all-linear, a comma list of names, or a regular expression over module names", paper="q_proj,v_proj"
     )
     dropout: float = option(0.2, "adapter", "dropout on the adapters' input", paper=0.05)
-    init: str = option(
-        "normal", "adapter", "start of A: N(0, 1/K), or peft's Kaiming uniform", paper="kaiming", choices=("normal", "kaiming")
-    )
+    init: Literal["normal", "kaiming"] = option("normal", "adapter", "start of A: N(0, 1/K), or peft's Kaiming uniform", paper="kaiming")
 
-    loss: str = option(
-        "infonce", "objective", "symmetric InfoNCE, or hinge with the hardest negative", paper="hinge", choices=("infonce", "hinge")
+    loss: Literal["infonce", "hinge"] = option(
+        "infonce", "objective", "symmetric InfoNCE, or hinge with the hardest negative", paper="hinge"
     )
     temperature: float = option(0.1, "objective", "InfoNCE temperature")
     margin: float = option(0.4, "objective", "margin of the hinge")
-    token_norm: str = option(
+    token_norm: TokenNorm = option(
         "auto",
         "objective",
         "what a token state goes through before the mean: the model's final norm, plain RMS, or nothing; auto is final, or rms where "
         "only that would need another shard",
         paper="none",
-        choices=("auto", "final", "rms", "none"),
     )
     pool_bos: bool = option(False, "objective", "pool the first position (the attention sink) into every word while training", paper=True)
     eval_pool_bos: bool = option(False, "objective", "pool it in the measurements, too")
@@ -91,14 +94,14 @@ class TrainConfig:
     epochs: int = option(50, "training", "passes over the trained pairs", paper=5)
     lr: float = option(2e-3, "training", "peak learning rate of AdamW", paper=2e-4)
     warmup: int = option(20, "training", "steps of linear warm-up", paper=50)
-    schedule: str = option("linear", "training", "decay after the warm-up", choices=("linear", "cosine", "constant"))
+    schedule: Literal["linear", "cosine", "constant"] = option("linear", "training", "decay after the warm-up")
     weight_decay: float = option(0.01, "training", "AdamW weight decay")
     clip: float = option(1.0, "training", "largest gradient norm; 0 turns clipping off")
     checkpointing: bool = option(
         False, "training", "keep of each block only what goes in, and compute it again for the gradients: less memory, more time"
     )
     seed: int = option(0, "training", "fixes the split, the order, the adapters' start and the dropout")
-    recipe: str = option("default", "training", "where the defaults come from; flags that are given win", choices=RECIPES)
+    recipe: Recipe = option("default", "training", "where the defaults come from; flags that are given win")
 
     output: str = option(None, "output", "folder for the adapter and the report (default: runs/<recipe>[-<arm>]-layer<L>-rank<R>-seed<S>)")
     overwrite: bool = option(False, "output", "allow an output folder that is not empty")
@@ -109,8 +112,7 @@ class TrainConfig:
     json: bool = option(False, "output", "print one JSON object on standard output when done")
 
     def __post_init__(self):
-        check_choices(self)
-        fill_by_recipe(self)
+        check(self)
         if self.layer != "auto" and not isinstance(self.layer, int):
             raise TliError("--layer", "the layer must be a whole number or auto", repr(self.layer), "choose one of these")
         if self.alpha is None:
@@ -125,32 +127,41 @@ def _as_in_training(name: str, by_recipe: bool = False, **changes):
     field = next(field for field in dataclasses.fields(TrainConfig) if field.name == name)
     recipes = field.metadata["recipes"] or {"default": field.default}
     paper = {"paper": recipes["paper"]} if by_recipe else {}
-    told = {"default": recipes["default"], **{key: field.metadata[key] for key in ("group", "help", "choices")}}
+    told = {"default": recipes["default"], **{key: field.metadata[key] for key in ("group", "help", "least", "above")}}
     return option(**told | changes, **paper)
+
+
+def _named_after(model: str | None) -> str:
+    """A path's last part, or that of a hub name."""
+    return pathlib.Path(model or "starter").expanduser().resolve().name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuneConfig:
     """Measure on this GPU from how many rows on each way of a product is the fastest, and keep it for later runs."""
 
+    EXAMPLE: ClassVar[str] = "{prog} --like llama-3-8b"
+
     device: str = option("cuda", "tuning", "the GPU: cuda or cuda:N")
-    like: str = option("llama-3-8b", "tuning", "the model whose linear layers are timed", choices=MODELS)
-    dtype: str = option("bfloat16", "tuning", "compute dtype", choices=("bfloat16", "float16"))
+    like: Model = option("llama-3-8b", "tuning", "the model whose linear layers are timed")
+    dtype: Literal["bfloat16", "float16"] = option("bfloat16", "tuning", "compute dtype")
     rank: int = option(16, "tuning", "LoRA rank")
     dry_run: bool = option(False, "tuning", "measure and print, keep nothing")
-    json: bool = option(False, "tuning", "print one JSON object on standard output when done")
+    json: bool = _as_in_training("json", group="tuning")
 
     def __post_init__(self):
-        check_choices(self)
+        check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """Predict, from config.json alone, the memory that training takes at most, by category, and what fits on a device of some size."""
 
+    EXAMPLE: ClassVar[str] = "{prog} --arm full --batch 64"
+
     model: str | None = _as_in_training("model")
-    arm: str = _as_in_training("arm")
-    layer: int = option(2, "model", "hidden state to align: the residual stream after this many blocks")
+    arm: Arm = _as_in_training("arm")
+    layer: int = option(2, "model", "hidden state to align: the residual stream after this many blocks", least=1)
     all_rows: bool = _as_in_training("all_rows")
 
     pairs: str | None = _as_in_training("pairs")
@@ -159,86 +170,79 @@ class MemoryConfig:
     prefix: str = _as_in_training("prefix")
     held_out: float = _as_in_training("held_out", help="share of the pairs kept out of training")
 
-    rank: int = _as_in_training("rank")
+    rank: int = _as_in_training("rank", least=1)
     targets: str = _as_in_training("targets")
     dropout: float = _as_in_training("dropout")
 
-    batch: int = _as_in_training("batch")
-    micro_batch: int | None = _as_in_training("micro_batch")
+    batch: int = _as_in_training("batch", least=2)
+    micro_batch: int | None = _as_in_training("micro_batch", least=1)
     checkpointing: bool = _as_in_training("checkpointing")
 
-    json: bool = option(False, "output", "print one JSON object on standard output when done")
+    json: bool = _as_in_training("json")
 
     def __post_init__(self):
-        check_choices(self)
-        for name, least in (("rank", 1), ("batch", 2), ("micro_batch", 1), ("layer", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise TliError(f"--{name.replace('_', '-')}", f"the number must be at least {least}", value, "raise it")
+        check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScanConfig:
     """Measure word pairs at every layer of a language model, in one pass with one block in memory at a time."""
 
+    EXAMPLE: ClassVar[str] = "{prog} --sample 686"
+
     model: str | None = _as_in_training("model")
     adapter: str | None = option(None, "model", "folder of a PEFT adapter: it is scanned, too, beside the base")
-    weights: str = _as_in_training("weights", by_recipe=True)
-    dtype: str = _as_in_training("dtype", by_recipe=True)
+    weights: Weights = _as_in_training("weights", by_recipe=True)
+    dtype: DType = _as_in_training("dtype", by_recipe=True)
     device: str = _as_in_training("device")
-    impl: str = _as_in_training("impl")
+    impl: Impl = _as_in_training("impl")
 
     pairs: str | None = _as_in_training("pairs")
     source: str = _as_in_training("source")
     target: str = _as_in_training("target")
     prefix: str = _as_in_training("prefix", by_recipe=True)
-    split: str = option(
+    split: Literal["all", "trained", "held_out"] = option(
         "all",
         "words",
         "which of the pairs: all, or one side of the split that training makes with the same --held-out and --seed",
-        choices=("all", "trained", "held_out"),
     )
     held_out: float = option(0.1, "words", "share of the pairs that training keeps out")
     sample: int | None = option(None, "words", "take so many of these pairs, at random (default: all, of more than 5,000 as many as that)")
-    seed: int = option(0, "words", "fixes the split, the sample and the intervals")
+    seed: int = option(0, "words", "fixes the split, the sample and the intervals", least=0)
 
-    token_norm: str = option(
+    token_norm: TokenNorm = option(
         "auto",
         "vectors",
         "what a token state goes through before the mean: the model's final norm, plain RMS, or nothing; auto is what training would "
         "take. The paper's vectors, with nothing and with BOS pooled, are always measured beside it",
         paper="none",
-        choices=("auto", "final", "rms", "none"),
     )
-    recipe: str = _as_in_training("recipe", group="vectors")
+    recipe: Recipe = _as_in_training("recipe", group="vectors")
 
     output: str = option(None, "output", "folder for scan.json and scan.png (default: runs/scan-<model>, or runs/scan-<adapter's folder>)")
-    overwrite: bool = option(False, "output", "allow an output folder that is not empty")
-    json: bool = option(False, "output", "print one JSON object on standard output when done")
+    overwrite: bool = _as_in_training("overwrite")
+    json: bool = _as_in_training("json")
 
     def __post_init__(self):
-        check_choices(self)
-        fill_by_recipe(self)
-        if self.seed < 0:
-            raise TliError("--seed", "the seed must be at least 0", self.seed, "give another seed")
+        check(self)
         if self.output is None:
-            # a path's last part, or that of a hub name
-            name = pathlib.Path(self.adapter or self.model or "starter").expanduser().resolve().name
-            object.__setattr__(self, "output", f"runs/scan-{name}")
+            object.__setattr__(self, "output", f"runs/scan-{_named_after(self.adapter or self.model)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Compare adapters with the base model, on trained and held-out words; or test a table of values from any source (--from-csv)."""
 
+    EXAMPLE: ClassVar[str] = "{prog} runs/default-layer2-rank16-seed0 --text README.md"
+
     adapters: tuple[str, ...] = option((), "model", "folders of PEFT adapters, tli's own or another tool's")
     model: str | None = option(None, "model", "local folder or hub name of the model (default: the one that the adapter names)")
-    weights: str | None = option(
-        None, "model", "frozen weights: full precision, or rounded to NF4 (default: as in training, else full)", choices=("full", "nf4")
+    weights: Weights | None = option(
+        None, "model", "frozen weights: full precision, or rounded to NF4 (default: as in training, else full)"
     )
-    dtype: str = _as_in_training("dtype")
+    dtype: DType = _as_in_training("dtype")
     device: str = _as_in_training("device")
-    impl: str = _as_in_training("impl")
+    impl: Impl = _as_in_training("impl")
 
     pairs: str | None = option(None, "words", "word pairs (default: the list and the split of the training run, else the shipped list)")
     held_out_pairs: str | None = option(None, "words", "a list of words that training never saw, in place of the recorded split's")
@@ -248,21 +252,21 @@ class EvaluateConfig:
     prefix: str | None = option(None, "words", "text before each word, never pooled (default: as in training, else a space)")
 
     layers: str | None = option(None, "measures", "such as 2,8,output, or all (default: the aligned layer, the middle one and the output)")
-    token_norm: str | None = option(
+    token_norm: TokenNorm | None = option(
         None,
         "measures",
         "what a token state goes through before the mean (default: as in training, else auto)",
-        choices=("auto", "final", "rms", "none"),
     )
-    sink: str | None = option(
-        None, "measures", "whether the first position is pooled into words (default: as in the run's own report)", choices=("out", "in")
+    sink: Literal["out", "in"] | None = option(
+        None, "measures", "whether the first position is pooled into words (default: as in the run's own report)"
     )
     margin: float | None = option(
         None,
         "measures",
         "largest difference of mean gains that counts as none in the equivalence test (default: 0.05 of cosine; no such test of a table)",
+        above=0,
     )
-    seed: int | None = option(None, "measures", "fixes the resamples (default: the training run's, else 0)")
+    seed: int | None = option(None, "measures", "fixes the resamples (default: the training run's, else 0)", least=0)
 
     text: str | None = option(None, "language model", "a text file, to measure perplexity and next-token distributions on")
     text_tokens: int = option(8192, "language model", "read no more of the text than this")
@@ -277,19 +281,14 @@ class EvaluateConfig:
     output: str | None = option(
         None, "output", "folder for evaluation.json and .md (default: ADAPTER/evaluation; a table's is only printed)"
     )
-    overwrite: bool = option(False, "output", "allow an output folder that is not empty")
-    json: bool = option(False, "output", "print one JSON object on standard output when done")
+    overwrite: bool = _as_in_training("overwrite")
+    json: bool = _as_in_training("json")
 
     def __post_init__(self):
-        check_choices(self)
+        check(self)
         if bool(self.adapters) == (self.from_csv is not None):
             got = "both" if self.adapters else "neither"
             raise TliError("ADAPTER", "there must be adapters, or a table with --from-csv", got, "name one or the other")
-        if self.seed is not None and self.seed < 0:
-            raise TliError("--seed", "the seed must be at least 0", self.seed, "give another seed")
-        if self.margin is not None and not self.margin > 0:
-            remedy = "name the largest difference that counts as none"
-            raise TliError("--margin", "the margin of equivalence must be above 0", self.margin, remedy)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,23 +296,26 @@ class StudyConfig:
     """How alignment depends on LoRA rank, for an early layer against the full model: a grid of equal runs. (Another study, with its own
     options: python -m tli.study protocol, the paper's protocol with one switch changed at a time.)"""
 
+    EXAMPLE: ClassVar[str] = "{prog} --ranks 1,4,16,64 --seeds 3 --jobs 2"
+
     ranks: str = option("1,2,4,8,16,32,64,128", "grid", "LoRA ranks, ascending, a comma between them; more can be added later")
     arms: str = option("early,full", "grid", "early, full, or both with a comma between them")
-    seeds: int = option(5, "grid", "runs of each cell: seeds 0, 1, ... fix split, order, start and dropout; more can be added later")
-    alpha_rule: str = option(
+    seeds: int = option(
+        5, "grid", "runs of each cell: seeds 0, 1, ... fix split, order, start and dropout; more can be added later", least=1
+    )
+    alpha_rule: Literal["2R", "rslora"] = option(
         "2R",
         "grid",
         "2R: alpha is twice the rank, so the scale is 2; rslora: the scale is 8/sqrt(R), 2 at rank 16",
-        choices=("2R", "rslora"),
     )
     rates: str = option("1e-4,3e-4,1e-3,3e-3", "grid", "learning rates tried once per arm; a single one is taken as it is")
-    search_rank: int = option(16, "grid", "rank at which the rate is searched and the control on shuffled pairs is run")
+    search_rank: int = option(16, "grid", "rank at which the rate is searched and the control on shuffled pairs is run", least=1)
     search_share: float = option(0.1, "grid", "share of --pairs that the search is judged by; no cell of the grid ever sees them")
 
     model: str | None = _as_in_training("model")
     layer: int = option(2, "model", "hidden state that the early arm aligns")
-    weights: str = _as_in_training("weights")
-    dtype: str = _as_in_training("dtype")
+    weights: Weights = _as_in_training("weights")
+    dtype: DType = _as_in_training("dtype")
     device: str = _as_in_training("device", help="cpu, cuda or cuda:N (auto: a GPU if there is one, under torchrun that of the process)")
 
     pairs: str | None = _as_in_training("pairs")
@@ -329,17 +331,19 @@ class StudyConfig:
     warmup: int = _as_in_training("warmup")
     checkpointing: bool = _as_in_training("checkpointing", help="in the full arm, compute each block's inside again for the gradients")
 
-    jobs: int = option(1, "running", "cells that run at the same time, each in a process of its own with its share of the processors")
+    jobs: int = option(
+        1, "running", "cells that run at the same time, each in a process of its own with its share of the processors", least=1
+    )
     cells: str | None = option(
         None,
         "running",
         "i/n: run the i-th of n parts of the grid, as one job of a batch queue; no coordinator is needed (under torchrun by itself)",
     )
     output: str = option(None, "output", "folder of the study; a study that was stopped goes on there (default: runs/study-<model>)")
-    json: bool = option(False, "output", "print one JSON object on standard output when done")
+    json: bool = _as_in_training("json")
 
     def __post_init__(self):
-        check_choices(self)
+        check(self)
         ranks = [int(part) if part.strip().isdecimal() else 0 for part in self.ranks.split(",")]
         if min(ranks) < 1 or ranks != sorted(set(ranks)):
             raise TliError("--ranks", "the ranks must be whole numbers from 1 on, ascending, each once", repr(self.ranks), "correct them")
@@ -351,12 +355,8 @@ class StudyConfig:
         part = re.fullmatch(r"([1-9][0-9]*)/([1-9][0-9]*)", self.cells or "1/1")
         if part is None or int(part[1]) > int(part[2]):
             raise TliError("--cells", "the part must be i/n with i from 1 to n", repr(self.cells), "write 1/4 for the first of four")
-        for name in ("seeds", "jobs", "search_rank"):
-            if getattr(self, name) < 1:
-                raise TliError(f"--{name.replace('_', '-')}", "the number must be at least 1", getattr(self, name), "raise it")
         if self.output is None:
-            name = pathlib.Path(self.model or "starter").expanduser().resolve().name
-            object.__setattr__(self, "output", f"runs/study-{name}")
+            object.__setattr__(self, "output", f"runs/study-{_named_after(self.model)}")
 
 
 def _is_rate(text: str) -> bool:
@@ -370,40 +370,61 @@ def _is_rate(text: str) -> bool:
 class ProtocolConfig:
     """The paper's protocol with one switch changed at a time, and the number that each choice makes."""
 
+    EXAMPLE: ClassVar[str] = "{prog} --epochs 1"
+
     model: str | None = _as_in_training("model")
     pairs: str | None = _as_in_training("pairs")
     source: str = _as_in_training("source")
     target: str = _as_in_training("target")
-    seed: int = _as_in_training("seed")
-    epochs: int | None = option(None, "training", "passes over the trained pairs, for a quick look (default: the paper's 5)")
+    seed: int = _as_in_training("seed", least=0)
+    epochs: int | None = option(None, "training", "passes over the trained pairs, for a quick look (default: the paper's 5)", least=1)
 
-    jobs: int = option(1, "running", "trainings at the same time, each in a process of its own with its share of the processors")
+    jobs: int = option(1, "running", "trainings at the same time, each in a process of its own with its share of the processors", least=1)
     output: str = option(None, "output", "folder of the protocol; one that was stopped goes on there (default: runs/protocol-<model>)")
     overwrite: bool = option(False, "output", "begin anew in an output folder that is not empty")
-    json: bool = option(False, "output", "print one JSON object on standard output when done")
+    json: bool = _as_in_training("json")
 
     def __post_init__(self):
-        for name, least in (("epochs", 1), ("jobs", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise TliError(f"--{name}", f"the number must be at least {least}", value, "raise it")
+        check(self)
         if self.output is None:
-            name = pathlib.Path(self.model or "starter").expanduser().resolve().name
-            object.__setattr__(self, "output", f"runs/protocol-{name}")
+            object.__setattr__(self, "output", f"runs/protocol-{_named_after(self.model)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Merge an adapter into a copy of its whole model, which transformers loads without peft."""
 
+    EXAMPLE: ClassVar[str] = "{prog} runs/default-layer2-rank16-seed0 merged"
+
     adapter: str = argument("folder of a PEFT adapter, tli's own or another tool's")
     output: str = argument("folder for the merged model, new or empty; it is complete or absent")
     model: str | None = option(None, "model", "local folder or hub name of the model (default: the one that the adapter names)")
-    dtype: str = option("bfloat16", "model", "what all weights are rounded to", choices=("bfloat16", "float16", "float32"))
-    shard_gb: float = option(2.0, "output", "largest weight file in GB, and about the memory that it takes to make it")
-    json: bool = option(False, "output", "print one JSON object on standard output when done")
+    dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "model", "what all weights are rounded to")
+    shard_gb: float = option(2.0, "output", "largest weight file in GB, and about the memory that it takes to make it", above=0)
+    json: bool = _as_in_training("json")
 
     def __post_init__(self):
-        check_choices(self)
-        if not self.shard_gb > 0:
-            raise TliError("--shard-gb", "the size must be positive", self.shard_gb, "leave it out, or choose another")
+        check(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LexiconConfig:
+    """Look after lists of word pairs: compare one with a dictd dictionary; exit code 1 if they agree too little."""
+
+    EXAMPLE: ClassVar[str] = "{prog} check --pairs words.tsv"
+
+    action: Literal["check"] = argument("check: compare the list with a dictionary")
+    pairs: str | None = _as_in_training("pairs")
+    source: str = _as_in_training("source")
+    target: str = _as_in_training("target")
+    dictionary: str | None = option(None, "words", "a dictd dictionary's .index (default: Debian's dict-freedict-swh-eng)")
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class StarterConfig:
+    """Fetch the starter model into the cache, if it is not there, and print its folder."""
+
+    EXAMPLE: ClassVar[str] = "{prog}"

@@ -1,23 +1,16 @@
-"""``python -m tli.evaluate``: adapters against the base model, or the statistics of a table alone.
-
-Options first, and nothing heavy for them: ``--help`` and a wrong flag must not wait for torch.
-"""
-
-import json
+"""``python -m tli.evaluate``: compare adapters with their base, or test a table of values."""
 
 from tli.config import EvaluateConfig
-from tli.runtime.cli import parse
+from tli.runtime.cli import parse, print_json
 from tli.runtime.errors import run_command
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """The command; nothing heavy is loaded before its options are known."""
     config = parse(EvaluateConfig, "tli.evaluate", argv)
     from tli.commands.evaluate import evaluate
 
-    facts = evaluate(config)
-    if config.json:
-        print(json.dumps(facts, allow_nan=False))
+    print_json(config, evaluate(config))
 
 
 if __name__ == "__main__":

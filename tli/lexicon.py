@@ -1,13 +1,18 @@
 """``python -m tli.lexicon check``: how far a list of word pairs agrees with a dictd dictionary."""
 
+import sys
+
+from tli.config import LexiconConfig
+from tli.runtime.cli import parse
 from tli.runtime.errors import run_command
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """The command; nothing heavy is loaded before its options are known."""
+    config = parse(LexiconConfig, "tli.lexicon", argv)
     from tli.commands.lexicon import lexicon
 
-    lexicon(argv)
+    sys.exit(0 if lexicon(config) else 1)
 
 
 if __name__ == "__main__":

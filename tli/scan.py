@@ -1,23 +1,16 @@
-"""``python -m tli.scan``: measure word pairs at every layer of a model, in one pass.
-
-Options first, and nothing heavy for them: ``--help`` and a wrong flag must not wait for torch.
-"""
-
-import json
+"""``python -m tli.scan``: measure word pairs at every layer of a model."""
 
 from tli.config import ScanConfig
-from tli.runtime.cli import parse
+from tli.runtime.cli import parse, print_json
 from tli.runtime.errors import run_command
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """The command; nothing heavy is loaded before its options are known."""
     config = parse(ScanConfig, "tli.scan", argv)
     from tli.commands.scan import scan
 
-    report = scan(config)
-    if config.json:
-        print(json.dumps(report))
+    print_json(config, scan(config))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """``python -m tli.starter``: fetch the starter model ahead of time, and print its folder."""
 
-from tli.model.starter import StarterConfig, starter_folder
+from tli.config import StarterConfig
+from tli.model.starter import starter_folder
 from tli.runtime.cli import parse
 from tli.runtime.errors import run_command
 

@@ -1,23 +1,16 @@
-"""``python -m tli.train``: align word pairs at layer L with LoRA adapters, and measure what came of it.
-
-Options first, and nothing heavy for them: ``--help`` and a wrong flag must not wait for torch.
-"""
-
-import json
+"""``python -m tli.train``: align word pairs at layer L with LoRA adapters, and measure what came of it."""
 
 from tli.config import TrainConfig
-from tli.runtime.cli import parse
+from tli.runtime.cli import parse, print_json
 from tli.runtime.errors import run_command
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """The command; nothing heavy is loaded before its options are known."""
     config = parse(TrainConfig, "tli.train", argv)
     from tli.commands.train import train
 
-    facts = train(config)
-    if config.json:
-        print(json.dumps(facts))
+    print_json(config, train(config))
 
 
 if __name__ == "__main__":

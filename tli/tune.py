@@ -1,23 +1,16 @@
-"""``python -m tli.tune``: measure on this GPU which way of a product is the fastest, and keep it.
-
-Options first, and nothing heavy for them: ``--help`` and a wrong flag must not wait for torch.
-"""
-
-import json
+"""``python -m tli.tune``: measure this GPU's fastest ways, and keep them for later runs."""
 
 from tli.config import TuneConfig
-from tli.runtime.cli import parse
+from tli.runtime.cli import parse, print_json
 from tli.runtime.errors import run_command
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """The command; nothing heavy is loaded before its options are known."""
     config = parse(TuneConfig, "tli.tune", argv)
     from tli.commands.tune import tune
 
-    result = tune(config)
-    if config.json:
-        print(json.dumps(result))
+    print_json(config, tune(config))
 
 
 if __name__ == "__main__":

@@ -315,11 +315,11 @@ def test_an_output_that_holds_something_is_not_touched(llama, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "the following arguments are required: ADAPTER, OUTPUT"),
-        (["a"], "the following arguments are required: OUTPUT"),
-        (["a", "b", "c"], "unrecognized arguments: c"),
-        (["a", "b", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["a", "b", "--shard-gb", "0"], "--shard-gb: the size must be positive, got 0.0; "),
+        ([], "got Parameter --adapter requires an argument; see --help"),
+        (["a"], "got Parameter --output requires an argument; see --help"),
+        (["a", "b", "c"], "got Unused Tokens: ['c']; see --help"),
+        (["a", "b", "--dtype", "int8"], 'got Invalid value "int8" for --dtype. Choose from: "bfloat16", "float16", "float32"; see --help'),
+        (["a", "b", "--shard-gb", "0"], "--shard-gb: the number must be above 0, got 0.0; raise it"),
         (["absent", "b"], "absent: an adapter's folder must hold adapter_config.json, got none; "),
     ],
 )

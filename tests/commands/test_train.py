@@ -236,8 +236,9 @@ def test_flags_and_fields_are_the_same_and_all_have_help(capsys):
     for field in fields.values():
         assert f"--{field.name.replace('_', '-')}" in shown
         assert field.metadata["help"]
-    for group in ("model:", "words:", "adapter:", "objective:", "training:", "output:"):
-        assert f"\n{group}\n" in shown
+    groups = ("model", "words", "adapter", "objective", "training", "output", "configuration", "commands")
+    assert [line.strip() for line in shown.splitlines() if line.strip() in groups] == list(groups)
+    assert "Example: python -m tli.train --rank 16 --layer 2" in shown
     flags = ["--rank", "8", "--recipe", "paper", "--no-pool-bos", "--lr", "1e-3"]
     assert parse(TrainConfig, "tli.train", flags) == TrainConfig(rank=8, recipe="paper", pool_bos=False, lr=1e-3)
     assert parse(TrainConfig, "tli.train", []) == TrainConfig()
@@ -425,10 +426,10 @@ BAD = {
     "held out share": (["--held-out", "1.5"], "--held-out"),
     "layer 0": (["--layer", "0"], "--layer: the layer must be from 1 to 4"),
     "layer beyond": (["--layer", "5"], "--layer: the layer must be from 1 to 4"),
-    "layer in words": (["--layer", "many"], "argument --layer: invalid int|auto value: 'many'"),
+    "layer in words": (["--layer", "many"], 'got Invalid value for --layer: unable to convert "many" into int|Literal[auto]; see --help'),
     "layer of a hook": (["--arm", "full-hook", "--layer", "5"], "--layer: the layer must be from 1 to 4"),
     "layer of a report": (["--arm", "full", "--layer", "0"], "--layer: the layer must be from 1 to 4"),
-    "wrong arm": (["--arm", "late"], "argument --arm: invalid choice: 'late'"),
+    "wrong arm": (["--arm", "late"], 'got Invalid value "late" for --arm. Choose from: "early", "full", "full-hook"'),
     "rank 0": (["--rank", "0"], "--rank: the rank must be at least 1, got 0; "),
     "rank beyond": (["--rank", "1000"], "--rank: the rank must be at most 48"),
     "unknown target": (["--targets", "q_proj,nonsense"], "--targets: each target must be a linear layer of the model"),
@@ -437,9 +438,9 @@ BAD = {
     "batch": (["--batch", "1"], "--batch, --epochs: a batch must have at least 2 pairs"),
     "device": (["--device", "cuda:7"], "--device: the device must be on this machine, got cuda:7; "),
     "fused": (["--impl", "fused", "--device", "cpu", "--dtype", "bfloat16"], "--impl: the fused ops must be able to run"),
-    "wrong number": (["--rank", "many"], "argument --rank: invalid int value: 'many'"),
-    "wrong flag": (["--ranks", "3"], "unrecognized arguments: --ranks 3"),
-    "wrong choice": (["--recipe", "best"], "argument --recipe: invalid choice: 'best'"),
+    "wrong number": (["--rank", "many"], 'got Invalid value for --rank: unable to convert "many" into int; see --help'),
+    "wrong flag": (["--ranks", "3"], "got Unknown option: --ranks. Did you mean --rank?; see --help"),
+    "wrong choice": (["--recipe", "best"], 'got Invalid value "best" for --recipe. Choose from: "default", "paper"'),
     "tensorboard": (["--tensorboard"], "--tensorboard: tensorboard must be installed, got no such package; "),
     "output is a file": (["--output", "{list}"], "--output: the output must be a folder"),
 }

@@ -141,7 +141,7 @@ HEADER = "word,before,after,group\n"
         (HEADER, {}, "at least two rows"),
         ("", {}, ":1: the table must have a header and rows, got none"),
         ("\n\n", {}, "must have a header"),
-        (HEADER + "a,1,2,x\nb,2,4,x\n", {"margin": 0.0}, "^--margin: the margin of equivalence must be above 0, got 0.0"),
+        (HEADER + "a,1,2,x\nb,2,4,x\n", {"margin": 0.0}, "^--margin: the number must be above 0, got 0.0"),
     ],
 )  # fmt: skip
 def test_bad_tables_are_refused_with_the_line(tmp_path, content, more, message):

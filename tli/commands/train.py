@@ -13,11 +13,11 @@ import math
 import operator
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from tli.config import TrainConfig
+from tli.config import TokenNorm, TrainConfig
 from tli.data import word_pairs
 from tli.data.loader import BatchLoader
 from tli.data.packing import TokenisedWords, tokenise
@@ -167,7 +167,7 @@ def _choose_token_norm(config: TrainConfig, checkpoint: Checkpoint, console) -> 
     token_norm = resolve_token_norm(config.token_norm, checkpoint)
     if token_norm != config.token_norm and token_norm == "rms":
         console.print("token states are normalised by plain RMS: the model's final norm lies in a shard that is not needed otherwise")
-    return dataclasses.replace(config, token_norm=token_norm)
+    return dataclasses.replace(config, token_norm=cast(TokenNorm, token_norm))
 
 
 def _measure_layers(

@@ -9,7 +9,6 @@ no pip, no torch.
 """
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import os
@@ -62,11 +61,6 @@ _PARTS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class StarterConfig:
-    """Fetch the starter model into the cache, if it is not there, and print its folder."""
 
 
 def starter_folder(progress: bool = True) -> pathlib.Path:

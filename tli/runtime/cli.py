@@ -1,54 +1,69 @@
-"""What turns a frozen dataclass into a command line: a field is declared once, with its default, its group and its help.
+"""The command line of a frozen dataclass: a field is declared once, with its type, default, group, help and bounds.
 
-``parse`` makes of the fields of any such class flags of the same names with argparse. (tyro was tried: it groups only nested classes,
-which would give a field and its flag two names, and its errors are boxes where one line is wanted.) A field whose default the recipe
-decides is ``None`` until ``fill_by_recipe`` fills it in, so a flag or an argument that was given always wins over the recipe.
+``parse`` makes flags of the fields with cyclopts: the types say what a value may be, a ``Literal`` which words. (jsonargparse was tried:
+a file named behind a flag wins over it, its errors do not name the file, and TOML needs a parser of its own. tyro groups only nested
+classes, which would give a field and its flag two names.) A field whose default the recipe decides is ``None`` until ``check`` fills it
+in, so a flag, a key of ``--config`` or an argument that was given always wins over the recipe.
 """
 
-import argparse
 import dataclasses
+import functools
+import inspect
+import itertools
+import json
 import os
 import pathlib
 import sys
 import types
 import typing
+from collections.abc import Callable
 
 import tli
-from tli.runtime.errors import TliError
+from tli.runtime.errors import TliError, one_line
+
+if typing.TYPE_CHECKING:
+    import cyclopts
+
+_GROUPS = itertools.count()
+_POSITIONAL: typing.Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_KEYWORD: typing.Any = inspect.Parameter.KEYWORD_ONLY
 
 
-def option(default, group: str, help: str, paper=dataclasses.MISSING, choices: tuple[str, ...] = ()):
-    """A configuration field. ``paper`` is its value under ``--recipe paper`` where that differs."""
+def option(default, group: str, help: str, paper=dataclasses.MISSING, least: float | None = None, above: float | None = None):
+    """A field of a configuration. ``paper`` is its value under ``--recipe paper`` where that differs.
+
+    least, above   bounds of a number: ``least`` is allowed, ``above`` is not
+    """
     by_recipe = paper is not dataclasses.MISSING
-    metadata = {"group": group, "help": help, "choices": choices, "recipes": {"default": default, "paper": paper} if by_recipe else None}
+    recipes = {"default": default, "paper": paper} if by_recipe else None
+    metadata = {"group": group, "help": help, "recipes": recipes, "least": least, "above": above}
     return dataclasses.field(default=None if by_recipe else default, metadata=metadata)
 
 
 def argument(help: str):
     """A field that must be given: on the command line it stands without a flag, in the order of the fields."""
-    return dataclasses.field(metadata={"group": "arguments", "help": help, "choices": (), "recipes": None})
+    return dataclasses.field(metadata={"group": "arguments", "help": help, "recipes": None, "least": None, "above": None})
 
 
-def fill_by_recipe(config) -> None:
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check(config) -> None:
+    """Fill in what the recipe decides, then raise ``TliError`` for a word that is no choice or a number out of bounds."""
+    kinds = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        if field.metadata["recipes"] and getattr(config, field.name) is None:
-            object.__setattr__(config, field.name, field.metadata["recipes"][config.recipe])
-
-
-def check_choices(config) -> None:
-    """Raise ``TliError`` for a field whose value is not among its choices."""
-    for field in dataclasses.fields(config):
-        value, choices = getattr(config, field.name), field.metadata["choices"]
-        if choices and value is not None and value not in choices:
-            raise TliError(
-                f"--{field.name.replace('_', '-')}", f"the value must be one of {', '.join(choices)}", repr(value), "choose one of these"
-            )
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        print(f"error: {self.prog}: the command line must be valid, got {message}; see --help", file=sys.stderr)
-        sys.exit(2)
+        metadata, value, words = field.metadata, getattr(config, field.name), _words(kinds[field.name])
+        if words and isinstance(value, str) and value not in words:
+            raise TliError(flag(field.name), f"the value must be one of {', '.join(words)}", repr(value), "choose one of these")
+        if value is None and metadata["recipes"]:
+            object.__setattr__(config, field.name, metadata["recipes"][config.recipe])
+        elif isinstance(value, int | float):
+            least, above = metadata["least"], metadata["above"]
+            if least is not None and not value >= least:
+                raise TliError(flag(field.name), f"the number must be at least {least}", value, "raise it")
+            if above is not None and not value > above:
+                raise TliError(flag(field.name), f"the number must be above {above}", value, "raise it")
 
 
 def parse(config_class, module: str, arguments: list[str] | None = None, many_processes: bool = False):
@@ -56,47 +71,142 @@ def parse(config_class, module: str, arguments: list[str] | None = None, many_pr
 
     many_processes: the command shares its work among torchrun's processes; of any other there must be one
     """
-    # as the console command ``tli``, ``tli.train`` is called ``tli train``
-    prog = module.replace(".", " ", 1) if pathlib.Path(sys.argv[0]).stem == "tli" else f"python -m {module}"
-    parser = _Parser(
-        prog=prog,
-        usage=f"{prog} [options]",
-        description=config_class.__doc__,
-        formatter_class=_help_format,
-        allow_abbrev=False,
-    )
-    kinds = typing.get_type_hints(config_class)
-    groups: dict[str, typing.Any] = {}
-    for field in dataclasses.fields(config_class):
-        group = field.metadata["group"]
-        groups.setdefault(group, parser.add_argument_group(group) if group not in groups else None)
-        flag, help_text = f"--{field.name.replace('_', '-')}", field.metadata["help"] + _default_text(field)
-        if typing.get_origin(kinds[field.name]) is tuple:
-            # what stands without a flag: ADAPTER for the field ``adapters``
-            name = field.name.removesuffix("s").upper()
-            parser.usage = f"{prog} [{name} ...] [options]"
-            groups[group].add_argument(field.name, nargs="*", metavar=name, default=argparse.SUPPRESS, help=help_text)
-        elif field.default is dataclasses.MISSING:
-            # set as the parser was made
-            assert parser.usage is not None
-            parser.usage = parser.usage.replace("[options]", f"{field.name.upper()} [options]")
-            groups[group].add_argument(field.name, metavar=field.name.upper(), help=help_text)
-        elif kinds[field.name] is bool:
-            action = argparse.BooleanOptionalAction if field.metadata["recipes"] else "store_true"
-            groups[group].add_argument(flag, action=action, default=argparse.SUPPRESS, help=help_text)
-        else:
-            choices = field.metadata["choices"] or None
-            kind = _plain_type(kinds[field.name])
-            metavar = None if choices else kind.__name__.upper()
-            groups[group].add_argument(flag, type=kind, choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=help_text)
-    parser.add_argument("--version", action="version", version=f"tli {tli.__version__}")
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parser.parse_args(arguments)).items()}
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        make, given, named = answer(application(config_class, module, _config_file(arguments)), arguments)
+        shown = named.pop("print_config", False)
+        named.pop("config", None)
+        config = make(*given, **named)
         if not many_processes:
             _require_one_process(module)
-        return config_class(**given)
     except TliError as error:
-        parser.exit(2, f"error: {error}\n")
+        _leave(str(error))
+    if shown:
+        import yaml
+
+        # tuples as lists
+        print(yaml.safe_dump(json.loads(json.dumps(as_dict(config))), sort_keys=False, allow_unicode=True), end="")
+        sys.exit(0)
+    return config
+
+
+def answer(app: "cyclopts.App", arguments: list[str]) -> tuple[Callable, tuple, dict[str, typing.Any]]:
+    """The app's function with what to call it with; leaves after ``--help`` and ``--version``, and with 2 on a wrong command line."""
+    import cyclopts
+
+    try:
+        function, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
+    except cyclopts.CycloptsError as error:
+        _leave(f"{app.name[0]}: the command line must be valid, got {' '.join(str(error).split()).rstrip('.')}; see --help")
+    if function is app.default_command:
+        return function, bound.args, dict(bound.kwargs)
+    function(*bound.args, **bound.kwargs)
+    sys.exit(0)
+
+
+def appearance() -> dict[str, typing.Any]:
+    """What all commands' apps have in common."""
+    return {
+        "help_flags": ("--help", "-h"),
+        "version_flags": "--version",
+        "version": f"tli {tli.__version__}",
+        "help_format": "plaintext",
+        "help_formatter": _plain_tables(),
+        "group_commands": _group("commands", 99),
+    }
+
+
+def application(config_class, module: str, config_file: pathlib.Path | None = None) -> "cyclopts.App":
+    """The cyclopts app of a command, whose function makes the configuration.
+
+    Raises:
+        TliError: the file is not there or cannot be read.
+    """
+    import cyclopts
+
+    sources: list[typing.Any] = []
+    if config_file is not None:
+        kind = cyclopts.config.Toml if config_file.suffix == ".toml" else cyclopts.config.Yaml
+        sources = [kind(config_file, must_exist=True, search_parents=False)]
+        try:
+            # read now, so that what is wrong with it is said of it
+            sources[0].config  # noqa: B018
+        except Exception as error:
+            must = "the file must be YAML or TOML of a command's options"
+            raise TliError("--config", must, f"{config_file}: {one_line(error)}", "begin with what --print-config prints") from error
+    example = f"Example: {config_class.EXAMPLE.format(prog=program(module))}" if hasattr(config_class, "EXAMPLE") else None
+    app = cyclopts.App(name=program(module), help=config_class.__doc__, help_epilogue=example, config=sources, **appearance())
+    app.default(_function(config_class))
+    return app
+
+
+@functools.cache
+def _group(name: str, sort_key: int | None = None) -> "cyclopts.Group":
+    """The group of this name, one for all commands; those without a key stand in the order in which they are first asked for."""
+    import cyclopts
+
+    return cyclopts.Group(name, sort_key=next(_GROUPS) if sort_key is None else sort_key)
+
+
+def _plain_tables():
+    """The form of ``--help``: groups without boxes, so that a narrow terminal and a pager show it, too."""
+    from cyclopts.help import DefaultFormatter, PanelSpec
+    from rich import box
+
+    return DefaultFormatter(panel_spec=PanelSpec(box=box.SIMPLE_HEAD, padding=(0, 0), border_style="none", expand=False))
+
+
+def _function(config_class) -> Callable:
+    """``config_class`` as a function with a parameter for each field, and for ``--config`` and ``--print-config``."""
+    from cyclopts import Parameter
+
+    kinds, parameters = typing.get_type_hints(config_class), []
+    for field in dataclasses.fields(config_class):
+        kind, default = kinds[field.name], field.default
+        several = typing.get_origin(kind) is tuple
+        # what stands without a flag
+        how = _POSITIONAL if several or default is dataclasses.MISSING else _KEYWORD
+        kind = kind | None if default is None else kind
+        told = Parameter(
+            group=_group(field.metadata["group"]),
+            help=field.metadata["help"] + _default_text(field),
+            show_default=False,
+            show_env_var=False,
+            negative=() if several or field.name.startswith("no_") else None,
+        )
+        default = inspect.Parameter.empty if default is dataclasses.MISSING else default
+        parameters.append(inspect.Parameter(field.name, how, default=default, annotation=typing.Annotated[kind, told]))
+    own: dict[str, typing.Any] = {"group": _group("configuration", 98), "show_default": False, "negative": ()}
+    further: tuple[tuple[str, typing.Any, typing.Any, str], ...] = (
+        ("config", pathlib.Path | None, None, "a YAML or TOML file of these options; flags win"),
+        ("print_config", bool, False, "print what would be run, as a file for --config, and stop"),
+    )
+    for name, kind, default, help in further:
+        annotation = typing.Annotated[kind, Parameter(help=help, **own)]  # type: ignore[valid-type]
+        parameters.append(inspect.Parameter(name, _KEYWORD, default=default, annotation=annotation))
+
+    signature = inspect.Signature(sorted(parameters, key=lambda one: one.kind))
+
+    def make(*given, **named):
+        return config_class(**signature.bind(*given, **named).arguments)
+
+    make.__signature__ = signature  # type: ignore[attr-defined]
+    return make
+
+
+def program(module: str) -> str:
+    """A command's name: ``tli.train`` is ``tli train`` as the console command, else ``python -m tli.train``."""
+    return module.replace(".", " ", 1) if pathlib.Path(sys.argv[0]).stem == "tli" else f"python -m {module}"
+
+
+def _config_file(arguments: list[str]) -> pathlib.Path | None:
+    """The file that ``--config`` names; it must be known before the other flags are read, which win over it."""
+    for i, given in enumerate(arguments):
+        if given == "--config" and i + 1 < len(arguments):
+            return pathlib.Path(arguments[i + 1])
+        if given.startswith("--config="):
+            return pathlib.Path(given.partition("=")[2])
+    return None
 
 
 def _require_one_process(module: str) -> None:
@@ -106,33 +216,34 @@ def _require_one_process(module: str) -> None:
         raise TliError(module, "one process must do this", f"torchrun's WORLD_SIZE {processes}", "run it without torchrun")
 
 
-def _help_format(prog: str) -> argparse.HelpFormatter:
-    return argparse.HelpFormatter(prog, max_help_position=32)
+def _leave(message: str) -> typing.NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
-def _plain_type(kind):
-    """``int`` for ``int | None``: a flag that is given always carries a value. A word among numbers comes as it is."""
-    kinds = [k for k in typing.get_args(kind) if k is not types.NoneType] or [kind]
-    words = [word for k in kinds[1:] for word in typing.get_args(k)]
-    if not words:
-        return kinds[0]
-
-    def number_or_word(text: str):
-        return text if text in words else kinds[0](text)
-
-    number_or_word.__name__ = "|".join([kinds[0].__name__, *words])
-    return number_or_word
+def _words(kind) -> tuple[str, ...]:
+    """The words that a type allows: those of its ``Literal``, alone or among other kinds."""
+    if typing.get_origin(kind) is typing.Literal:
+        return typing.get_args(kind)
+    parts = typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else ()
+    return tuple(word for part in parts for word in _words(part))
 
 
 def _default_text(field: dataclasses.Field) -> str:
     if field.metadata["recipes"]:
         return " (default: {default}; paper: {paper})".format(**{name: _shown(value) for name, value in field.metadata["recipes"].items()})
-    return "" if field.default in (None, (), dataclasses.MISSING) else f" (default: {_shown(field.default)})"
+    return "" if field.default in (None, (), False, dataclasses.MISSING) else f" (default: {_shown(field.default)})"
 
 
 def _shown(value) -> str:
     # a space would not be seen
     return repr(value) if isinstance(value, str) and not value.strip() else str(value)
+
+
+def print_json(config, facts: dict) -> None:
+    """What ``--json`` asks for: one object on standard output."""
+    if config.json:
+        print(json.dumps(facts, allow_nan=False))
 
 
 def as_dict(config) -> dict:
