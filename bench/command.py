@@ -1,6 +1,6 @@
 """``python -m bench.command``: the whole command from shell to adapter, beside three scripts as a user of other libraries would write them.
 
-``bench/scripts/`` holds the scripts: peft with a model of L blocks, peft with the whole model and a hook, and sentence-transformers with
+``bench/peers/`` holds the scripts: peft with a model of L blocks, peft with the whole model and a hook, and sentence-transformers with
 its Trainer. Each reads the same list of pairs, no two of which mean the same, takes the same number of steps of the same AdamW with
 the same schedule and dropout, and writes a PEFT adapter; tli runs without its report, which none of them makes.
 
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import memory, record
-from bench.peers import SUBJECTS, distinct_pairs
+from bench.peers.subjects import SUBJECTS, distinct_pairs
 from bench.step import dtypes
 from tli.config import TrainConfig
 from tli.data import word_pairs
@@ -135,7 +135,7 @@ def command(
     if dtype is not None:
         flags.append(f"--dtype={dtype}")
     if name != "tli":
-        script = record.ROOT / "bench" / "scripts" / f"{SCRIPTS[name]}.py"
+        script = record.ROOT / "bench" / "peers" / f"{SCRIPTS[name]}.py"
         return [sys.executable, str(script), model, str(lists[0]), output, *flags]
     words = [f"--pairs={lists[0]}", f"--held-out-pairs={lists[1]}", "--source=source", "--target=target"]
     # peft's start of A, too

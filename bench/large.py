@@ -73,7 +73,7 @@ def measure(name: str, config: TrainConfig, warm: int, steps: int) -> dict:
 
 def measure_here(name: str, config: str, warm: str, steps: str) -> None:
     """What the process of one subject does."""
-    from bench.peers import PeftBitsandbytes, Tli
+    from bench.peers.subjects import PeftBitsandbytes, Tli
 
     subject_class = {subject.name: subject for subject in (Tli, PeftBitsandbytes)}[name]
     own = [0]

@@ -42,7 +42,7 @@ def _measure(config: TrainConfig, name: str, distinct: bool) -> dict:
 
 def measure_here(name: str, config: str, distinct: str) -> None:
     """What the process of one subject does."""
-    from bench.peers import SUBJECTS
+    from bench.peers.subjects import SUBJECTS
 
     subject_class = SUBJECTS[name]
     subject_class.imports()

@@ -2,7 +2,7 @@
 
 Seconds go from the shell to the end of the first optimiser step, with the page cache warm: of ``tli.train`` on the starter, of its
 ``--help``, and, with FOLDER (what ``python -m bench.synthetic --like llama-3-8b --blocks 0 FOLDER`` writes), of ``tli.train`` and of
-``bench/scripts/peft_truncated.py`` on that checkpoint, in turns and in random order, the script in each dtype that is timed.
+``bench/peers/peft_truncated.py`` on that checkpoint, in turns and in random order, the script in each dtype that is timed.
 
 Bytes read are those of the checkpoint's shards that are in the page cache afterwards, counted by ``mincore``, when the kernel was
 told to drop them all before (``posix_fadvise``): whatever a run reads or maps and touches, and what the kernel read ahead on its

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import memory, record
-from bench.peers import SUBJECTS, Subject
+from bench.peers.subjects import SUBJECTS, Subject
 from tli.config import TrainConfig
 from tli.runtime.cli import as_dict, option, parse
 from tli.runtime.device import place

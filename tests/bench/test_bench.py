@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from bench import command, cost, large, memory, record, start, step
-from bench.peers import SUBJECTS, Subject, distinct_pairs, drawn_pairs
+from bench.peers.subjects import SUBJECTS, Subject, distinct_pairs, drawn_pairs
 from bench.step import AGAIN, StepConfig, agree, goals, interleave, measure, prepare, summary, taking_part, train_configs
 from tli.config import TrainConfig
 from tli.data import word_pairs

@@ -12,10 +12,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import gpu, gpu_cases, gpu_goals, gpu_operands, gpu_parity, gpu_timing, record
-from bench.gpu_cases import Dequantise, Loss, Product, Subject
-from bench.gpu_operands import Place
-from bench.gpu_timing import AGAIN, Clock, Row, Skipped, Stopwatch
+from bench import record
+from bench.gpu import __main__ as gpu
+from bench.gpu import cases as gpu_cases
+from bench.gpu import goals as gpu_goals
+from bench.gpu import operands as gpu_operands
+from bench.gpu import parity as gpu_parity
+from bench.gpu import timing as gpu_timing
+from bench.gpu.cases import Dequantise, Loss, Product, Subject
+from bench.gpu.operands import Place
+from bench.gpu.timing import AGAIN, Clock, Row, Skipped, Stopwatch
 from tests.support.fidelity import DEVICE
 from tli.commands import tune
 from tli.runtime import ops
@@ -538,8 +544,9 @@ def test_kernels_are_compiled_ahead_for_the_gpu_that_there_is(tmp_path):
     # without the interpreter, in a process of its own
     code = """
 import torch
-from bench import gpu, gpu_cases
-from bench.gpu_operands import Place
+from bench.gpu import __main__ as gpu
+from bench.gpu import cases as gpu_cases
+from bench.gpu.operands import Place
 from tli_kernels import launch
 launch._of_gpu = lambda device: 90
 place = Place(torch.device("cuda"), torch.bfloat16, 0)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from bench import gpu_step
+from bench.gpu import step as gpu_step
 from tli.runtime.errors import TliError
 
 

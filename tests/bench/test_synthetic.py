@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from bench import synthetic
+from tli.config import MODELS
 from tli.data import word_pairs
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
@@ -89,13 +90,13 @@ def test_the_tokens_are_llama_3s(folder):
         assert tokenizer.encode(f" {word}", add_special_tokens=False) == encode(f" {word}".encode())
 
 
-@pytest.mark.parametrize("like", synthetic.MODELS)
+@pytest.mark.parametrize("like", MODELS)
 def test_every_shape_is_its_models(like):
     plain = synthetic.model_config(like)
     shapes = synthetic.tensor_shapes(plain)
-    from tli_kernels.shapes import MODELS
+    from tli_kernels.shapes import MODELS as SHAPES
 
-    for projection, size in MODELS[like].projections().items():
+    for projection, size in SHAPES[like].projections().items():
         part = "self_attn" if projection in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
         assert shapes[f"model.layers.0.{part}.{projection}.weight"] == size
     # billions of parameters as published; the starter's with Llama 3's vocabulary in place of its own, Gemma's of the text part

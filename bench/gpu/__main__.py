@@ -1,9 +1,9 @@
 """``python -m bench.gpu``: the kernels on this GPU beside their peers, in less than nine minutes, from nothing but installed packages.
 
-First every kernel is held against fp64 on this very card (``gpu_parity``): if one is wrong, nothing is timed. Then come the card's own
-ceilings, a large copy and a large product, and then the cases (``gpu_cases``), those that a goal is about first, each as ``gpu_timing``
+First every kernel is held against fp64 on this very card (``parity``): if one is wrong, nothing is timed. Then come the card's own
+ceilings, a large copy and a large product, and then the cases (``cases``), those that a goal is about first, each as ``timing``
 says. What the time does not reach, and what cannot run here, is listed with its reason. One record of it all goes to ``bench/results/``;
-the tables and the goals (``gpu_goals``) are made of it.
+the tables and the goals (``goals``) are made of it.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ import os
 import pathlib
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ import torch
 from rich.console import Console
 
 from bench import record
+from bench.gpu.card import card, state
 from tli.runtime.cli import as_dict, option, parse
 from tli.runtime.errors import TliError, disk_errors, run_command
 
@@ -77,43 +77,6 @@ def _writable(folder: pathlib.Path) -> pathlib.Path:
             return folder
 
 
-def card(device: torch.device) -> dict:
-    """The GPU, its driver and the packages that matter; read only."""
-    versions = {}
-    for name in ("torch", "triton", "bitsandbytes", "peft", "transformers"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    if device.type != "cuda":
-        return {"name": "Triton's interpreter on a CPU", "versions": versions}
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "cache_bytes": getattr(properties, "L2_cache_size", None),
-        "cuda": torch.version.cuda,
-        "fp32_products": torch.get_float32_matmul_precision(),
-        "versions": versions,
-        "before": state(),
-    }
-
-
-def state() -> dict:
-    """Driver, clocks, power and temperature at this moment, as nvidia-smi tells."""
-    fields = "driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"unread": str(error)}
-    if done.returncode != 0 or not done.stdout.strip():
-        return {"unread": done.stderr.strip()[:200] or "nothing was printed"}
-    return dict(zip(fields.split(","), (value.strip() for value in done.stdout.splitlines()[0].split(","))))
-
-
 def sources() -> str:
     """One hash over all that was measured and all that measured it: a tree without version control is known by it."""
     whole = hashlib.sha256()
@@ -130,7 +93,7 @@ def compile_ahead(cases: list, place, timeout_s: float) -> dict:
     """Fill Triton's cache with what the cases launch, on all cores at once; whatever is missing is compiled when it is met."""
     from tli_kernels import launch
 
-    from bench.gpu_operands import forget
+    from bench.gpu.operands import forget
 
     began = time.perf_counter()
     jobs = {job.key: (kernel, job) for case in cases for kernel, job in jobs_of(case, launch.capability(place.device), place.dtype)}
@@ -146,8 +109,8 @@ def jobs_of(case, capability: int, dtype: torch.dtype) -> list[tuple]:
     """Every kernel that our own subjects of a case launch, with the specialisation, found on tensors without memory."""
     from tli_kernels import gate, launch
 
-    from bench.gpu_cases import WAYS
-    from bench.gpu_operands import Place
+    from bench.gpu.cases import WAYS
+    from bench.gpu.operands import Place
 
     with launch.recording(capability) as launches:
         for name, maker in case.makers(Place(torch.device("meta"), dtype, cold_bytes=0)).items():
@@ -175,9 +138,9 @@ def compile_job(place: int) -> str | None:
 
 def run_cases(cases: list, place, clock, ceiling: dict, watch, console: Console, found: list[dict], left_out: list[dict]) -> None:
     """Add the records of the cases to ``found``, and to ``left_out`` those that were skipped or failed, with the reason."""
-    from bench.gpu_goals import line
-    from bench.gpu_operands import forget
-    from bench.gpu_timing import Skipped, free, measure, reason, wait
+    from bench.gpu.goals import line
+    from bench.gpu.operands import forget
+    from bench.gpu.timing import Skipped, free, measure, reason, wait
 
     for number, case in enumerate(cases):
         try:
@@ -206,9 +169,9 @@ def run_cases(cases: list, place, clock, ceiling: dict, watch, console: Console,
 
 def run(cases: list, place, sizes, watch, console: Console, keep_going: bool) -> dict:
     """Compile, check and time, as far as the time reaches."""
-    from bench import gpu_parity
-    from bench.gpu_operands import bitsandbytes, forget
-    from bench.gpu_timing import Clock, ceilings, free, reason
+    from bench.gpu import parity as gpu_parity
+    from bench.gpu.operands import bitsandbytes, forget
+    from bench.gpu.timing import Clock, ceilings, free, reason
 
     checks = gpu_parity.Checks()
     # where one is missing, its subjects say so
@@ -263,8 +226,11 @@ def main() -> None:
     console = Console(width=180)
     from tli_kernels import launch
 
-    from bench import gpu_cases, gpu_goals, gpu_operands, gpu_parity
-    from bench.gpu_timing import Stopwatch
+    from bench.gpu import cases as gpu_cases
+    from bench.gpu import goals as gpu_goals
+    from bench.gpu import operands as gpu_operands
+    from bench.gpu import parity as gpu_parity
+    from bench.gpu.timing import Stopwatch
 
     # other people's
     warnings.simplefilter("ignore", FutureWarning)

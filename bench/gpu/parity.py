@@ -15,9 +15,9 @@ from tli_kernels import nf4, reference
 from tli_kernels.nf4_weight import NF4Weight
 from torch import Tensor
 
-from bench.gpu_cases import TEMPERATURE, WAYS, Case, Dequantise, Loss, Product
-from bench.gpu_operands import SCALE, Place, bitsandbytes, edges, paths, quant_state, units
-from bench.gpu_timing import free, reason
+from bench.gpu.cases import TEMPERATURE, WAYS, Case, Dequantise, Loss, Product
+from bench.gpu.operands import SCALE, Place, bitsandbytes, edges, paths, quant_state, units
+from bench.gpu.timing import free, reason
 from tli.commands import tune
 from tli.runtime import ops
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.gpu_cases import Case, Place, Subject
+from bench.gpu.cases import Case, Place, Subject
 
 AGAIN = "again"
 # how far the results of a case's subjects may be apart, relatively: bf16, and TF32

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from bench.gpu_cases import PEFT, RANK
-from bench.gpu_timing import AGAIN
+from bench.gpu.cases import PEFT, RANK
+from bench.gpu.timing import AGAIN
 from tli.commands import tune
 
 

@@ -1,4 +1,4 @@
-"""The steps under pytest-benchmark: ``python -m pytest bench/test_step.py``.
+"""The steps under pytest-benchmark: ``python -m pytest bench/peers/test_step.py``.
 
 pytest-benchmark times one function after the other, and on a shared machine minutes lie between them. So a fixture times
 all subjects interleaved (``bench.step``), once for each batch and only when they agree, and each test plays its subject's

@@ -1,4 +1,4 @@
-"""``python -m bench.gpu_step FOLDER``: a training step of a large model on a GPU beside its peers', in one command of under nine minutes.
+"""``python -m bench.gpu.step FOLDER``: a training step of a large model on a GPU beside its peers', in one command of under nine minutes.
 
 FOLDER is what ``python -m bench.synthetic --like llama-3-8b --blocks 0 FOLDER`` writes (16 GB). In rounds, each in a new random order:
 
@@ -27,9 +27,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import record
-from bench.gpu import card
+from bench.gpu.card import card
 from bench.large import step_work
-from bench.peers import PeftBitsandbytes, PeftTruncated, Subject, Tli, truncated_config
+from bench.peers.subjects import PeftBitsandbytes, PeftTruncated, Subject, Tli, truncated_config
 from tli.config import TrainConfig
 from tli.runtime.cli import argument, as_dict, option, parse
 from tli.runtime.errors import TliError, run_command
@@ -301,10 +301,10 @@ def tables(rows: list[dict], full: list[dict], least: dict | None, reached: list
 
 def main() -> None:
     """The command."""
-    config, console = parse(GpuStepConfig, "bench.gpu_step"), Console(width=140)
+    config, console = parse(GpuStepConfig, "bench.gpu.step"), Console(width=140)
     if not (torch.cuda.is_available() or config.rehearse):
         raise TliError(
-            "bench.gpu_step", "there must be a GPU to measure", "none that torch sees", "run it where one is, or --rehearse it here"
+            "bench.gpu.step", "there must be a GPU to measure", "none that torch sees", "run it where one is, or --rehearse it here"
         )
     device = torch.device("cpu" if config.rehearse else "cuda")
     folder = record.ROOT / "runs" / "rehearsal" if config.rehearse else pathlib.Path(config.results)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tli_kernels import launch, nf4, reference, shapes
 from torch import Tensor
 
-from bench.gpu_operands import SCALE, Place, bitsandbytes, copied, edges, layers, paths, quant_state, units
+from bench.gpu.operands import SCALE, Place, bitsandbytes, copied, edges, layers, paths, quant_state, units
 from tli.commands import tune
 from tli.runtime import ops
 
