@@ -13,23 +13,19 @@ every 20 ms.
 import csv
 import dataclasses
 import importlib.util
-import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench import memory, record
+from bench import record
+from bench.harness import Run, chosen, dtypes, goal, goals_table, ratios, results_option, run, turns
 from bench.peers.subjects import SUBJECTS, distinct_pairs
-from bench.step import dtypes
 from tli.config import TrainConfig
 from tli.data import word_pairs
 from tli.model.starter import starter_folder
@@ -61,47 +57,7 @@ class CommandConfig:
     subjects: str = option(",".join(["tli", *SCRIPTS]), "bench", "a comma list of these; what is not installed is left out")
     model: str | None = option(None, "bench", "folder of a checkpoint (default: the starter)")
     pairs: str | None = option(None, "bench", "word pairs (default: the shipped list)")
-    results: str = option(str(record.RESULTS.relative_to(record.ROOT)), "bench", "folder for the record")
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A process that ran to its end: when it began, how long it took, its peak memory, and the last line of its output as JSON."""
-
-    began: float
-    seconds: float
-    peak_bytes: int
-    said: dict
-
-
-def run(name: str, command: list[str]) -> Run:
-    """Run a process to its end.
-
-    Raises:
-        TliError: it failed.
-    """
-    began = time.time()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(command, cwd=record.ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-        peak = [0]
-        watch = threading.Thread(target=_watch, args=(process, peak))
-        watch.start()
-        process.wait()
-        seconds = time.time() - began
-        watch.join()
-        out.seek(0)
-        err.seek(0)
-        if process.returncode != 0:
-            last = (err.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-            raise TliError(name, "the process must run to its end", last, f"run it by hand to see why: {' '.join(command)}")
-        lines = out.read().splitlines()
-    return Run(began, seconds, peak[0], json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {})
-
-
-def _watch(process: subprocess.Popen, peak: list[int]) -> None:
-    while process.poll() is None:
-        peak[0] = max(peak[0], memory.resident("VmHWM", process.pid))
-        time.sleep(0.02)
+    results: str = results_option()
 
 
 def tli_train(flags: list[str]) -> Run:
@@ -118,11 +74,11 @@ def write_lists(pairs: list[word_pairs.Pair], folder: pathlib.Path, batch: int, 
     if len(numbers) == 0:
         raise TliError("--batch", f"the list must have as many pairs of different meaning as a batch, {batch}", 0, "choose a smaller batch")
     lists = folder / "pairs.tsv", folder / "held_out.tsv"
-    for path, chosen in zip(lists, ([trained[i] for i in numbers], held_out)):
+    for path, part in zip(lists, ([trained[i] for i in numbers], held_out)):
         with path.open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file, delimiter="\t", lineterminator="\n")
             rows.writerow(("source", "target"))
-            rows.writerows((pair.source, pair.target) for pair in chosen)
+            rows.writerows((pair.source, pair.target) for pair in part)
     return lists
 
 
@@ -162,8 +118,7 @@ def require_comparable(trials: list[dict]) -> None:
 
 def installed(names: list[str]) -> tuple[list[str], list[str]]:
     """Those of the subjects that can run here, and the others."""
-    if unknown := [name for name in names if name not in ("tli", *SCRIPTS)]:
-        raise TliError("--subjects", f"each must be one of tli, {', '.join(SCRIPTS)}", ", ".join(unknown), "choose among these")
+    chosen("--subjects", names, ["tli", *SCRIPTS])
     # its Trainer wants its data as one of these
     trainer = importlib.util.find_spec("datasets") is not None
     there = [name for name in names if SUBJECTS[name].installed() and (trainer or name != "sentence-transformers")]
@@ -193,18 +148,15 @@ def main() -> None:
         require_comparable(trials)
         faster = {name: min((t for t in trials if t["subject"] == name), key=lambda t: t["seconds"])["dtype"] for name in names}
         rows = {name: {"subject": name, "dtype": faster[name], "runs": [], "peaks": []} for name in names}
-        order = np.random.default_rng(0)
-        for number in range(config.runs):
-            for name in order.permutation(names):
-                done = once(str(name), faster[name], number)
-                rows[name]["runs"].append(done.seconds)
-                rows[name]["peaks"].append(done.peak_bytes)
-                # equal seeds: the same in each run
-                rows[name] |= losses(name, done.said)
+        for number, name in turns(names, config.runs):
+            done = once(name, faster[name], number)
+            rows[name]["runs"].append(done.seconds)
+            rows[name]["peaks"].append(done.peak_bytes)
+            # equal seeds: the same in each run
+            rows[name] |= losses(name, done.said)
     reached = goals(list(rows.values()))
     console.print(_table(list(rows.values()), missing))
-    for row in reached:
-        console.print(f"{row['goal']}: {row['bound']:g} wanted, {row['got']:.2f} got: {'met' if row['met'] else 'missed'}")
+    console.print(goals_table(reached))
     load["after"] = os.getloadavg()
     content = {"setting": as_dict(config), **record.material(TrainConfig(model=config.model, pairs=config.pairs)), "load_average": load}
     content |= {"not_installed": missing, "trials": trials, "command": list(rows.values()), "goals": reached}
@@ -216,21 +168,18 @@ def goals(rows: list[dict]) -> list[dict]:
     own = next(row for row in rows if row["subject"] == "tli")
     reached = []
     for row in rows:
-        ratios = [mine / tli for mine, tli in zip(row["runs"], own["runs"], strict=True)]
-        row |= {"seconds": statistics.median(row["runs"]), "peak_bytes": max(row["peaks"])}
-        row |= {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
-        if row["subject"] in GOALS:
-            goal, bound = f"times faster from shell to adapter than {row['subject']}, at least", GOALS[row["subject"]]
-            reached.append({"goal": goal, "bound": bound, "got": row["ratio"], "met": row["ratio"] >= bound})
+        row |= {"seconds": statistics.median(row["runs"]), "peak_bytes": max(row["peaks"]), **ratios(row["runs"], own["runs"])}
+        if (name := row["subject"]) in GOALS:
+            reached.append(goal(f"times faster from shell to adapter than {name}, at least", GOALS[name], row["ratio"], at_least=True))
     return reached
 
 
 def _table(rows: list[dict], missing: list[str]) -> Table:
     shown = Table("subject", "dtype", "median s", "times tli's", "lowest", "highest", "peak, MB", "loss", title="shell to adapter")
     for row in rows:
-        ratios = [f"{row[key]:.2f}" for key in ("ratio", "ratio_low", "ratio_high")]
+        times = [f"{row[key]:.2f}" for key in ("ratio", "ratio_low", "ratio_high")]
         last = [f"{row['peak_bytes'] / 1e6:,.0f}", f"{row['loss_first']:.3f} -> {row['loss_last']:.3f}"]
-        shown.add_row(row["subject"], row["dtype"] or "its own choice", f"{row['seconds']:.1f}", *ratios, *last)
+        shown.add_row(row["subject"], row["dtype"] or "its own choice", f"{row['seconds']:.1f}", *times, *last)
     for name in missing:
         shown.add_row(name, "not installed")
     return shown

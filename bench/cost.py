@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import record, synthetic
+from bench.harness import dtypes, results_option
 from bench.large import floor, measure
-from bench.step import dtypes
 from tli.config import MODELS, TrainConfig
 from tli.reports.figures.style import save_figure
 from tli.runtime.cli import as_dict, option, parse
@@ -53,7 +53,7 @@ class CostConfig:
     batch: int = option(128, "bench", "the pairs there; 64 for the shapes")
     steps: int = option(5, "bench", "timed steps of each point, behind two that are not")
     figure: str = option("docs/cost.png", "bench", "the figure's file")
-    results: str = option(str(record.RESULTS.relative_to(record.ROOT)), "bench", "folder for the record")
+    results: str = results_option()
 
 
 def points(config: CostConfig) -> list[tuple[str, int | str, TrainConfig]]:

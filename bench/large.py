@@ -21,17 +21,14 @@ import functools
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
-import threading
 import time
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import memory, record
-from bench.step import dtypes
+from bench import record
+from bench.harness import MemoryWatch, call_in_process, chosen, dtypes, resident, results_option
 from tli.config import TrainConfig
 from tli.runtime.cli import argument, as_dict, option, parse
 from tli.runtime.errors import TliError, run_command
@@ -46,7 +43,6 @@ SUBJECTS = {
     "peft-bitsandbytes-bfloat16": ("peft-bitsandbytes", "nf4", "bfloat16", 1),
 }
 LOSS_TOLERANCE = 1e-3
-_HERE = "import sys; from bench.large import measure_here; measure_here(*sys.argv[1:])"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,17 +54,12 @@ class LargeConfig:
     layer: int = option(2, "bench", "hidden state to align")
     rank: int = option(16, "bench", "LoRA rank, in all linear layers")
     subjects: str = option(",".join(SUBJECTS), "bench", "a comma list of these")
-    results: str = option(str(record.RESULTS.relative_to(record.ROOT)), "bench", "folder for the record")
+    results: str = results_option()
 
 
 def measure(name: str, config: TrainConfig, warm: int, steps: int) -> dict:
     """What a process of the subject ``tli`` or ``peft-bitsandbytes`` says of itself: ``warm`` steps that are not timed, then ``steps``."""
-    command = [sys.executable, "-c", _HERE, name, json.dumps(as_dict(config)), str(warm), str(steps)]
-    done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise TliError(name, "the process must take its steps", last, "free memory, or leave it out")
-    return json.loads(done.stdout.splitlines()[-1])
+    return call_in_process(name, measure_here, name, json.dumps(as_dict(config)), str(warm), str(steps))
 
 
 def measure_here(name: str, config: str, warm: str, steps: str) -> None:
@@ -76,26 +67,19 @@ def measure_here(name: str, config: str, warm: str, steps: str) -> None:
     from bench.peers.subjects import PeftBitsandbytes, Tli
 
     subject_class = {subject.name: subject for subject in (Tli, PeftBitsandbytes)}[name]
-    own = [0]
-    threading.Thread(target=_watch, args=(own,), daemon=True).start()
-    subject_class.imports()
-    began = time.monotonic()
-    subject = subject_class(TrainConfig(**json.loads(config)))
-    loaded = time.monotonic() - began
-    losses, seconds = [], []
-    for _ in range(int(warm) + int(steps)):
+    with MemoryWatch("RssAnon") as own:
+        subject_class.imports()
         began = time.monotonic()
-        losses.append(subject.step())
-        seconds.append(time.monotonic() - began)
+        subject = subject_class(TrainConfig(**json.loads(config)))
+        loaded = time.monotonic() - began
+        losses, seconds = [], []
+        for _ in range(int(warm) + int(steps)):
+            began = time.monotonic()
+            losses.append(subject.step())
+            seconds.append(time.monotonic() - began)
     facts = {"losses": losses, "seconds": seconds[int(warm) :], "load_seconds": loaded}
-    facts |= {"peak_bytes": memory.resident("VmHWM"), "own_peak_bytes": own[0]}
+    facts |= {"peak_bytes": resident("VmHWM"), "own_peak_bytes": own.most}
     print(json.dumps(facts | {"nodes": subject.nodes() if name == "tli" else None}))
-
-
-def _watch(own: list[int]) -> None:
-    while True:
-        own[0] = max(own[0], memory.resident("RssAnon"))
-        time.sleep(0.02)
 
 
 def step_work(config: TrainConfig, nodes: int) -> tuple[int, int]:
@@ -152,21 +136,19 @@ def agree(rows: list[dict]) -> None:
 def main() -> None:
     """The command."""
     config = parse(LargeConfig, "bench.large")
-    console, names = Console(width=120), config.subjects.split(",")
-    if unknown := [name for name in names if name not in SUBJECTS]:
-        raise TliError("--subjects", f"each must be one of {', '.join(SUBJECTS)}", ", ".join(unknown), "choose among these")
+    console, names = Console(width=120), chosen("--subjects", config.subjects.split(","), list(SUBJECTS))
     settings = {"model": config.folder, "layer": config.layer, "rank": config.rank, "batch": config.batch, "device": "cpu"}
-    chosen = dtypes("cpu")[-1]
+    fastest = dtypes("cpu")[-1]
     rows = []
     for name in names:
         which, weights, dtype, steps = SUBJECTS[name]
-        train = TrainConfig(**settings, weights=weights, dtype=dtype or chosen, dropout=0.0, warmup=0, schedule="constant")
+        train = TrainConfig(**settings, weights=weights, dtype=dtype or fastest, dropout=0.0, warmup=0, schedule="constant")
         facts = measure(which, train, warm=int(which == "tli"), steps=steps)
-        rows.append({"subject": name, "dtype": dtype or chosen, **facts})
+        rows.append({"subject": name, "dtype": dtype or fastest, **facts})
         console.print(f"{name}: {statistics.median(facts['seconds']):.2f} s, loss {facts['losses'][0]:.6f}")
     agree(rows)
     nodes = next((row["nodes"] for row in rows if row["nodes"]), None)
-    least = floor(TrainConfig(**settings, dtype=chosen), nodes) if nodes else None
+    least = floor(TrainConfig(**settings, dtype=fastest), nodes) if nodes else None
     console.print(_table(rows, least))
     content = {"setting": as_dict(config), "model": json.loads((pathlib.Path(config.folder) / "config.json").read_text())}
     path = record.write("large", content | {"rows": rows, "floor": least}, pathlib.Path(config.results))

@@ -12,10 +12,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 
@@ -26,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import record
-from bench.memory import resident
+from bench.harness import MemoryWatch, call_in_process, resident
 from tli.config import TrainConfig
 from tli.reports.figures.style import save_figure
 from tli.runtime.cli import as_dict, option, parse
@@ -43,7 +40,6 @@ _SYLLABLES = [
 # the largest prime below the number of words of four syllables: multiplying, modulo it, is a permutation, and mixes all syllables
 _WORDS = 146_409_997
 _STRIDES = 83_492_791, 73_856_093
-_HERE = "import sys; from bench.long_lists import measure_here; measure_here(*sys.argv[1:])"
 _MIB = 1 << 20
 
 
@@ -97,12 +93,7 @@ def measure(config: LongListsConfig) -> list[dict]:
 
 def measure_in_a_process(options: dict, steps: int) -> dict:
     """What ``measure_here`` finds with these options of ``tli.train``, in a process of its own."""
-    command = [sys.executable, "-c", _HERE, json.dumps(options), str(steps)]
-    done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise TliError("long lists", "the process must measure its list", last, "choose shorter lists, or free memory")
-    return json.loads(done.stdout.splitlines()[-1])
+    return call_in_process("long lists", measure_here, json.dumps(options), str(steps))
 
 
 def _write_model(folder: pathlib.Path) -> None:
@@ -141,7 +132,7 @@ def measure_here(options: str, steps: str) -> None:
     tokenizer = checkpoint.tokenizer()
     tokenizer(["word"], return_offsets_mapping=True)
     word_pairs.split_pairs([word_pairs.Pair(f"a{i}", f"b{i}") for i in range(4)], 0.5, 0)
-    most = own["imports"] = resident("RssAnon")
+    own["imports"] = resident("RssAnon")
 
     @contextlib.contextmanager
     def stage(name: str) -> Iterator[None]:
@@ -149,14 +140,7 @@ def measure_here(options: str, steps: str) -> None:
         yield
         seconds[name], own[name] = time.process_time() - began, resident("RssAnon")
 
-    def watch() -> None:
-        nonlocal most
-        while not stop.wait(0.01):
-            most = max(most, resident("RssAnon"))
-
-    stop = threading.Event()
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    watch = MemoryWatch("RssAnon").__enter__()
     with stage("read"):
         pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     with stage("split"):
@@ -184,11 +168,14 @@ def measure_here(options: str, steps: str) -> None:
         else:
             taken += sum(len(part.sinks) for part in parts) // 2
     seconds["step"], own["step"] = time.process_time() - began, resident("RssAnon")
-    stop.set()
-    watcher.join()
+    watch.__exit__()
     counts = {"step": taken, "pack": len(trained), "hash": len(trained)}
     per_pair = {name: value / counts.get(name, len(pairs)) for name, value in seconds.items()}
-    print(json.dumps({"seconds": seconds, "seconds_per_pair": per_pair, "own_bytes": own, "own_bytes_at_most": max(most, *own.values())}))
+    print(
+        json.dumps(
+            {"seconds": seconds, "seconds_per_pair": per_pair, "own_bytes": own, "own_bytes_at_most": max(watch.most, *own.values())}
+        )
+    )
 
 
 def table(rows: list[dict]) -> Table:

@@ -7,21 +7,18 @@ high-water mark of resident memory (VmHWM). ``ru_maxrss`` would not do: a proces
 import dataclasses
 import json
 import pathlib
-import re
-import subprocess
-import sys
 
 from rich.console import Console
 from rich.table import Table
 
 from bench import record
+from bench.harness import StepConfig, call_in_process, dtypes, resident, train_configs
 from tli.config import TrainConfig
-from tli.runtime.cli import as_dict
-from tli.runtime.errors import TliError, run_command
+from tli.runtime.cli import as_dict, parse
+from tli.runtime.errors import run_command
 
 STEPS = 3
 _MIB = 1 << 20
-_HERE = "import sys; from bench.memory import measure_here; measure_here(*sys.argv[1:])"
 
 
 def measure(config: TrainConfig, names: list[str]) -> list[dict]:
@@ -32,12 +29,7 @@ def measure(config: TrainConfig, names: list[str]) -> list[dict]:
 
 
 def _measure(config: TrainConfig, name: str, distinct: bool) -> dict:
-    command = [sys.executable, "-c", _HERE, name, json.dumps(as_dict(config)), "distinct" if distinct else ""]
-    done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise TliError(f"memory of {name}", "the process must take its steps", last, "choose a smaller batch, or free memory")
-    return json.loads(done.stdout.splitlines()[-1])
+    return call_in_process(f"memory of {name}", measure_here, name, json.dumps(as_dict(config)), "distinct" if distinct else "")
 
 
 def measure_here(name: str, config: str, distinct: str) -> None:
@@ -52,16 +44,6 @@ def measure_here(name: str, config: str, distinct: str) -> None:
     for _ in range(STEPS):
         subject.step()
     print(json.dumps({"imported_bytes": imported, "built_bytes": built, "peak_bytes": resident("VmHWM")}))
-
-
-def resident(what: str, process: int | str = "self") -> int:
-    """A line of the process's status, VmRSS, VmHWM or RssAnon, in bytes; 0 of a process that has ended."""
-    try:
-        with open(f"/proc/{process}/status", encoding="ascii") as status:
-            found = re.search(rf"{what}:\s*(\d+) kB", status.read())
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return int(found[1]) * 1024 if found else 0
 
 
 def table(rows: list[dict]) -> Table:
@@ -81,11 +63,10 @@ def table(rows: list[dict]) -> Table:
 
 def main() -> None:
     """The command."""
-    from bench.step import StepConfig, dtypes, taking_part, train_configs
-    from tli.runtime.cli import parse
+    from bench.peers.subjects import taking_part
 
     config = parse(StepConfig, "bench.memory")
-    names, _ = taking_part(config)
+    names, _ = taking_part(config.subjects.split(","))
     settings = [dataclasses.replace(one, dtype=dtype) for one in train_configs(config) for dtype in dtypes(one.device)]
     rows = [row for one in settings for row in measure(one, names)]
     console = Console(width=140)

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from bench import record
 from bench.command import tli_train
+from bench.harness import chosen, results_option
 from tli.config import TrainConfig
 from tli.runtime.cli import as_dict, option, parse
-from tli.runtime.errors import TliError, run_command
+from tli.runtime.errors import run_command
 
 VARIANTS = {"default": [], "shuffled": ["--shuffle-pairs"], "paper": ["--recipe", "paper"]}
 METRICS = ("cosine", "mismatched", "gap", "p_at_1", "mrr")
@@ -30,7 +31,7 @@ class RecipeConfig:
     layer: int = option(2, "bench", "hidden state to align")
     rank: int = option(16, "bench", "LoRA rank")
     variants: str = option(",".join(VARIANTS), "bench", "a comma list of these")
-    results: str = option(str(record.RESULTS.relative_to(record.ROOT)), "bench", "folder for the record")
+    results: str = results_option()
 
 
 def run(variant: str, seed: int, layer: int, rank: int) -> dict:
@@ -108,9 +109,7 @@ def main() -> None:
     """The command."""
     config = parse(RecipeConfig, "bench.recipe")
     console, runs = Console(width=140), []
-    variants, seeds = config.variants.split(","), [int(seed) for seed in config.seeds.split(",")]
-    if unknown := [variant for variant in variants if variant not in VARIANTS]:
-        raise TliError("--variants", f"each must be one of {', '.join(VARIANTS)}", ", ".join(unknown), "choose among these")
+    variants, seeds = chosen("--variants", config.variants.split(","), list(VARIANTS)), [int(seed) for seed in config.seeds.split(",")]
     for seed in seeds:
         for variant in variants:
             runs.append(run(variant, seed, config.layer, config.rank))

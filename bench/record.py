@@ -16,7 +16,7 @@ from tli.data import word_pairs
 from tli.model import starter
 from tli.model.checkpoint import open_checkpoint
 from tli.runtime import cpu, environment
-from tli.runtime.files import sha256
+from tli.runtime.files import SCHEMA, sha256
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -64,7 +64,7 @@ def write(kind: str, content: dict, folder: pathlib.Path = RESULTS) -> pathlib.P
     date = datetime.date.today().isoformat()
     name = re.sub(r"[^a-z0-9]+", "-", facts["processor"].lower()).strip("-")
     stem = f"{date}-{kind}-{name}-{facts['cores']}-cores"
-    text = json.dumps({"date": date, "kind": kind, "machine": facts, **content}, indent=1) + "\n"
+    text = json.dumps({"schema": SCHEMA, "date": date, "kind": kind, "machine": facts, **content}, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(1, 1000):
         path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")

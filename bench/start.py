@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import record
-from bench.command import CommandConfig, command, run, tli_train, write_lists
-from bench.step import dtypes
+from bench.command import CommandConfig, command, tli_train, write_lists
+from bench.harness import dtypes, goal, goals_table, ratios, results_option, run, turns
 from tli.data import word_pairs
 from tli.runtime.cli import as_dict, option, parse
 from tli.runtime.errors import TliError, run_command
@@ -41,7 +41,7 @@ class StartConfig:
     batch: int = option(64, "bench", "pairs of the step on the large checkpoint")
     layer: int = option(2, "bench", "hidden state to align")
     rank: int = option(16, "bench", "LoRA rank")
-    results: str = option(str(record.RESULTS.relative_to(record.ROOT)), "bench", "folder for the record")
+    results: str = results_option()
 
 
 def starter(config: StartConfig) -> dict:
@@ -91,17 +91,15 @@ def large(config: StartConfig, console: Console) -> dict:
                 "runs": [],
             }
         # the peer's read more than tli's do
-        order = np.random.default_rng(0)
-        for number in range(config.runs):
-            for which in order.permutation(len(keys)):
-                rows[keys[which]]["runs"].append(once(keys[which], number)[0])
+        for number, key in turns(keys, config.runs):
+            rows[key]["runs"].append(once(key, number)[0])
         needed = needed_bytes(
             model, config.layer, [pair for path in lists for pair in word_pairs.read_pairs(str(path), "source", "target")]
         )
     own = rows["tli", None]
     for row in rows.values():
-        ratios = [mine / tli for mine, tli in zip(row["runs"], own["runs"], strict=True)]
-        row |= {"seconds": statistics.median(row["runs"]), "ratio": statistics.median(ratios), "times_needed": row["bytes_read"] / needed}
+        row |= {"seconds": statistics.median(row["runs"]), "ratio": ratios(row["runs"], own["runs"])["ratio"]}
+        row["times_needed"] = row["bytes_read"] / needed
     return {"needed_bytes": needed, "rows": list(rows.values())}
 
 
@@ -177,7 +175,7 @@ def goals(begun: dict, of_large: dict | None) -> list[dict]:
         tli, *peers = of_large["rows"]
         found.append(("times sooner at the first step than peft-truncated, at least", 3, min(row["ratio"] for row in peers), True))
         found.append(("times the needed tensors' bytes read, at most", 1.05, tli["times_needed"], False))
-    return [{"goal": goal, "bound": bound, "got": got, "met": got >= bound if more else got <= bound} for goal, bound, got, more in found]
+    return [goal(*each) for each in found]
 
 
 def main() -> None:
@@ -195,8 +193,7 @@ def main() -> None:
             shown.add_row(row["subject"], row["dtype"] or "its own choice", *seconds, *sizes)
         console.print(shown)
     reached = goals(begun, of_large)
-    for row in reached:
-        console.print(f"{row['goal']}: {row['bound']:g} wanted, {row['got']:.2f} got: {'met' if row['met'] else 'missed'}")
+    console.print(goals_table(reached))
     load["after"] = os.getloadavg()
     content = {"setting": as_dict(config), "load_average": load, "starter": begun, "large": of_large, "goals": reached}
     console.print("written:", str(record.write("start", content, pathlib.Path(config.results))))

@@ -16,19 +16,17 @@ import os
 import pathlib
 import statistics
 import time
-import typing
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from bench import memory, record
-from bench.peers.subjects import SUBJECTS, Subject
+from bench.harness import StepConfig, dtypes, goal, goals_table, ratios, train_configs, turns
+from bench.peers.subjects import SUBJECTS, Subject, taking_part
 from tli.config import TrainConfig
-from tli.runtime.cli import as_dict, option, parse
-from tli.runtime.device import place
+from tli.runtime.cli import as_dict, parse
 from tli.runtime.errors import TliError, run_command
 
 AGAIN = "tli again"
@@ -40,47 +38,6 @@ _START_OF_B = 0.02
 
 # a subject and its dtype
 Key = tuple[str, str]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepConfig:
-    """Compare tli's training step with peft's, truncated and whole, and with sentence-transformers'."""
-
-    batches: str = option("64,128,256", "bench", "pairs per step, a comma list")
-    layer: int = option(2, "bench", "hidden state to align")
-    rank: int = option(16, "bench", "LoRA rank")
-    targets: str = option("all-linear", "bench", "all-linear, or a comma list of linear layers")
-    loss: typing.Literal["infonce", "hinge"] = option("infonce", "bench", "infonce or hinge")
-    subjects: str = option(",".join(SUBJECTS), "bench", "a comma list of these; what is not installed is left out")
-    rounds: int = option(9, "bench", "rounds of timed steps")
-    device: str = option("cpu", "bench", "cpu, cuda or cuda:N")
-    model: str | None = option(None, "bench", "checkpoint (default: the starter)")
-    pairs: str | None = option(None, "bench", "word pairs (default: the shipped list)")
-    results: str = option(str(record.RESULTS.relative_to(record.ROOT)), "bench", "folder for the record")
-
-
-def train_configs(config: StepConfig) -> list[TrainConfig]:
-    """One training configuration in float32 for each batch."""
-    try:
-        batches = [int(batch) for batch in config.batches.split(",")]
-    except ValueError:
-        raise TliError("--batches", "the value must be a comma list of numbers", repr(config.batches), "write, say, 64,128") from None
-    same = {name: getattr(config, name) for name in ("model", "pairs", "layer", "rank", "targets", "loss", "device")}
-    # the learning rate is lr at every step, as the peers have it
-    return [TrainConfig(**same, dropout=0.0, warmup=0, schedule="constant", dtype="float32", batch=batch) for batch in batches]
-
-
-def taking_part(config: StepConfig) -> tuple[list[str], list[str]]:
-    """The subjects that are to be measured, tli first, and those that are wanted and not installed."""
-    names = ["tli", *(name for name in config.subjects.split(",") if name != "tli")]
-    if unknown := [name for name in names if name not in SUBJECTS]:
-        raise TliError("--subjects", f"each must be one of {', '.join(SUBJECTS)}", ", ".join(unknown), "choose among these")
-    return [name for name in names if SUBJECTS[name].installed()], [name for name in names if not SUBJECTS[name].installed()]
-
-
-def dtypes(device: str) -> list[str]:
-    """The dtypes that are timed, tli's default last: float32, and the one that training chooses here, where that is another."""
-    return list(dict.fromkeys(["float32", str(place(device, "fastest").dtype).removeprefix("torch.")]))
 
 
 def prepare(config: TrainConfig, names: list[str]) -> dict[str, Subject]:
@@ -152,28 +109,24 @@ def _errors(subject: Subject, probe: _Probe, truth: _Probe) -> dict:
 
 def interleave(subjects: dict[Key, Subject], rounds: int, own: Key) -> dict[Key, list[float]]:
     """Seconds of each subject's step in each round; ``tli again`` is the second step of ``own`` in the round."""
-    turns = {**subjects, (AGAIN, own[1]): subjects[own]}
-    seconds, keys = {key: [] for key in turns}, list(turns)
-    order = np.random.default_rng(0)
-    for _ in range(rounds):
-        for number in order.permutation(len(keys)):
-            began = time.perf_counter()
-            turns[keys[number]].step()
-            if torch.cuda.is_available():
-                # a GPU's optimiser may still be at it
-                torch.cuda.synchronize()
-            seconds[keys[number]].append(time.perf_counter() - began)
+    every = {**subjects, (AGAIN, own[1]): subjects[own]}
+    seconds: dict[Key, list[float]] = {key: [] for key in every}
+    for _, key in turns(list(every), rounds):
+        began = time.perf_counter()
+        every[key].step()
+        if torch.cuda.is_available():
+            # a GPU's optimiser may still be at it
+            torch.cuda.synchronize()
+        seconds[key].append(time.perf_counter() - began)
     return seconds
 
 
 def summary(seconds: dict[Key, list[float]], own: Key) -> list[dict]:
     """Median seconds of each subject, and the median, lowest and highest of its rounds' ratios to those of ``own``."""
-    rows = []
-    for (name, dtype), mine in seconds.items():
-        ratios = [its / tli for its, tli in zip(mine, seconds[own], strict=True)]
-        ratio = {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
-        rows.append({"subject": name, "dtype": dtype, "seconds": statistics.median(mine), **ratio, "rounds": mine})
-    return rows
+    return [
+        {"subject": name, "dtype": dtype, "seconds": statistics.median(mine), **ratios(mine, seconds[own]), "rounds": mine}
+        for (name, dtype), mine in seconds.items()
+    ]
 
 
 def measure(config: TrainConfig, names: list[str], rounds: int) -> tuple[list[dict], list[dict]]:
@@ -190,21 +143,17 @@ def measure(config: TrainConfig, names: list[str], rounds: int) -> tuple[list[di
 def goals(steps: list[dict], peaks: list[dict]) -> list[dict]:
     """Each goal with what was got, each peer at its best dtype."""
     rows = []
-
-    def add(goal: str, bound: float, got: float, at_least: bool) -> None:
-        rows.append({"goal": goal, "bound": bound, "got": got, "met": got >= bound if at_least else got <= bound})
-
     for batch in dict.fromkeys(row["batch"] for row in steps):
         for name, bound in GOALS.items():
-            ratios = [row["ratio"] for row in steps if (row["batch"], row["subject"]) == (batch, name)]
-            if ratios:
-                add(f"times faster per step than {name}, batch {batch}, at least", bound, min(ratios), at_least=True)
+            found = [row["ratio"] for row in steps if (row["batch"], row["subject"]) == (batch, name)]
+            if found:
+                rows.append(goal(f"times faster per step than {name}, batch {batch}, at least", bound, min(found), at_least=True))
     for batch in dict.fromkeys(row["batch"] for row in peaks):
         of = {name: [row["peak_bytes"] for row in peaks if (row["batch"], row["subject"]) == (batch, name)] for name in GOALS | {"tli": 0}}
         if of["tli"] and of["peft-truncated"]:
             # tli's default dtype comes last
             share = of["tli"][-1] / min(of["peft-truncated"])
-            add(f"of peft-truncated's peak memory, batch {batch}, at most", 0.6, share, at_least=False)
+            rows.append(goal(f"of peft-truncated's peak memory, batch {batch}, at most", 0.6, share, at_least=False))
     return rows
 
 
@@ -216,23 +165,20 @@ def show(console: Console, agreement: list[dict], steps: list[dict], reached: li
     off = {(row["batch"], row["subject"], row["dtype"]): row for row in agreement}
     for row in steps:
         errors = off.get((row["batch"], row["subject"], row["dtype"]))
-        ratios = [f"{row[name]:.2f}" for name in ("ratio", "ratio_low", "ratio_high")]
+        times = [f"{row[name]:.2f}" for name in ("ratio", "ratio_low", "ratio_high")]
         agreed = [f"{errors['loss']:.5f}", *(f"{errors[name]:.0e}" for name in ("loss_error", "gradient_error"))] if errors else []
-        shown.add_row(str(row["batch"]), row["subject"], row["dtype"], f"{row['seconds']:.4f}", *ratios, *agreed)
+        shown.add_row(str(row["batch"]), row["subject"], row["dtype"], f"{row['seconds']:.4f}", *times, *agreed)
     for name in missing:
         shown.add_row("", name, "not installed")
     console.print(shown)
-    shown = Table("goal", "bound", "got", "met", title="goals")
-    for row in reached:
-        shown.add_row(row["goal"], f"{row['bound']:g}", f"{row['got']:.2f}", "yes" if row["met"] else "no")
-    console.print(shown)
+    console.print(goals_table(reached))
 
 
 def main() -> None:
     """The command."""
     config = parse(StepConfig, "bench.step")
     console = Console(width=140)
-    names, missing = taking_part(config)
+    names, missing = taking_part(config.subjects.split(","))
     load = {"before": os.getloadavg()}
     agreement, steps, peaks = [], [], []
     for one in train_configs(config):

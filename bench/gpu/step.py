@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench import record
+from bench import harness, record
 from bench.gpu.card import card
 from bench.large import step_work
 from bench.peers.subjects import PeftBitsandbytes, PeftTruncated, Subject, Tli, truncated_config
@@ -254,9 +254,8 @@ def goals(rows: list[dict], full: list[dict], least: dict | None) -> list[dict]:
     of = {row["subject"]: row for row in [*rows, *full] if "seconds" in row}
     found = []
 
-    def add(goal: str, bound: float, got: float | None, at_least: bool) -> None:
-        met = None if got is None else (got >= bound if at_least else got <= bound)
-        found.append({"goal": goal, "bound": bound, "got": got, "met": met})
+    def add(*told, at_least: bool) -> None:
+        found.append(harness.goal(*told, at_least=at_least))
 
     def ratio(name: str, ours: str, what: str) -> float | None:
         # a CPU's allocator counts nothing
@@ -268,7 +267,7 @@ def goals(rows: list[dict], full: list[dict], least: dict | None) -> list[dict]:
     if least:
         add("times the floor, at most", 2, of[best]["seconds"] / least["seconds"] if best else None, at_least=False)
     add("GB of memory in NF4, at most", 0.5, of["tli NF4"]["peak_bytes"] / 1e9 if "tli NF4" in of else None, at_least=False)
-    add("of the whole peer's memory, at most", 0.1, ratio("tli NF4", "peft + bitsandbytes whole, hook", "peak_bytes"), False)
+    add("of the whole peer's memory, at most", 0.1, ratio("tli NF4", "peft + bitsandbytes whole, hook", "peak_bytes"), at_least=False)
     ours, peer = FULL
     add("full arm: times faster than peft + bitsandbytes", 1.5, ratio(peer, ours, "seconds"), at_least=True)
     add("full arm: of peft + bitsandbytes's memory, at most", 1, ratio(ours, peer, "peak_bytes"), at_least=False)
@@ -292,11 +291,7 @@ def tables(rows: list[dict], full: list[dict], least: dict | None, reached: list
         if least and part is rows:
             table.add_row("floor", f"{least['seconds'] * 1e3:.2f}")
         shown.append(table)
-    table = Table("goal", "bound", "got", "met", title="goals")
-    for row in reached:
-        got = "not measured" if row["got"] is None else f"{row['got']:.2f}"
-        table.add_row(row["goal"], f"{row['bound']:g}", got, {None: "", True: "yes", False: "no"}[row["met"]])
-    return [*shown, table]
+    return [*shown, harness.goals_table(reached)]
 
 
 def main() -> None:

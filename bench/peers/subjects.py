@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.harness import chosen
 from tli.config import TrainConfig
 from tli.data import word_pairs
 from tli.model.starter import starter_folder
@@ -392,3 +393,9 @@ def truncated_config(folder: str, layer: int) -> dict:
 
 
 SUBJECTS = {subject.name: subject for subject in (Tli, PeftTruncated, PeftHook, SentenceTransformers)}
+
+
+def taking_part(wanted: list[str]) -> tuple[list[str], list[str]]:
+    """The subjects that are to be measured, tli first, and those that are wanted and not installed."""
+    names = chosen("--subjects", ["tli", *(name for name in wanted if name != "tli")], list(SUBJECTS))
+    return [name for name in names if SUBJECTS[name].installed()], [name for name in names if not SUBJECTS[name].installed()]

@@ -12,7 +12,9 @@ import os
 import pytest
 
 from bench import record
-from bench.step import AGAIN, StepConfig, dtypes, measure, taking_part, train_configs
+from bench.harness import StepConfig, dtypes, train_configs
+from bench.peers.subjects import taking_part
+from bench.step import AGAIN, measure
 
 CONFIG = StepConfig(**json.loads(os.environ.get("TLI_BENCH", "{}")))
 
@@ -36,13 +38,13 @@ clock = Clock()
 @pytest.fixture(scope="module", params=train_configs(CONFIG), ids=lambda config: f"batch{config.batch}")
 def timed(request) -> tuple[dict, dict]:
     """Of one batch: how well each subject agrees with tli, and its timed steps."""
-    agreement, steps = measure(request.param, taking_part(CONFIG)[0], CONFIG.rounds)
+    agreement, steps = measure(request.param, taking_part(CONFIG.subjects.split(","))[0], CONFIG.rounds)
     return {(row["subject"], row["dtype"]): row for row in agreement}, {(row["subject"], row["dtype"]): row for row in steps}
 
 
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize("dtype", dtypes(CONFIG.device))
-@pytest.mark.parametrize("subject", [*taking_part(CONFIG)[0], AGAIN])
+@pytest.mark.parametrize("subject", [*taking_part(CONFIG.subjects.split(","))[0], AGAIN])
 def test_step(benchmark, timed, subject, dtype):
     agreement, steps = timed
     if (subject, dtype) not in steps:

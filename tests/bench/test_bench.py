@@ -13,8 +13,9 @@ from rich.console import Console
 from torch import nn
 
 from bench import command, cost, large, memory, record, start, step
-from bench.peers.subjects import SUBJECTS, Subject, distinct_pairs, drawn_pairs
-from bench.step import AGAIN, StepConfig, agree, goals, interleave, measure, prepare, summary, taking_part, train_configs
+from bench.harness import StepConfig, train_configs
+from bench.peers.subjects import SUBJECTS, Subject, distinct_pairs, drawn_pairs, taking_part
+from bench.step import AGAIN, agree, goals, interleave, measure, prepare, summary
 from tli.config import TrainConfig
 from tli.data import word_pairs
 from tli.model.families import FAMILIES
@@ -96,9 +97,9 @@ def test_sentence_transformers_agrees_on_a_batch_without_two_of_a_meaning(make_c
 
 def test_what_is_not_installed_is_left_out_and_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert taking_part(StepConfig(subjects="peft-hook,sentence-transformers")) == (["tli", "peft-hook"], ["sentence-transformers"])
+    assert taking_part(["peft-hook", "sentence-transformers"]) == (["tli", "peft-hook"], ["sentence-transformers"])
     with pytest.raises(TliError, match="--subjects"):
-        taking_part(StepConfig(subjects="peft-hok"))
+        taking_part(["peft-hok"])
 
 
 def test_distinct_pairs_leave_no_two_of_a_meaning_and_none_out_without_need():
