@@ -37,6 +37,7 @@ def rehearse(folder, monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_every_subject_takes_its_steps_and_is_timed(rehearse):
     found = rehearse()
     assert len(found["early"]) == 6

@@ -42,6 +42,7 @@ def test_asking_for_fused_ops_never_falls_back(monkeypatch):
         resolved("fused")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["nf4_lora", "pool_norm", "infonce", "hinge"])
 def test_fused_ops_that_give_other_numbers_are_not_taken(monkeypatch, op):
     """As on a GPU, at the start of a run: here the try itself, in the interpreter."""
@@ -72,6 +73,7 @@ def test_on_a_gpu_where_the_try_fails_auto_takes_the_reference_and_says_so(monke
         resolved("fused", torch.bfloat16, gpu)
 
 
+@pytest.mark.slow
 def test_a_machine_without_triton_imports_and_trains_on_the_reference(tmp_path, make_model):
     model = make_model("llama", hidden_size=64, intermediate_size=128)
     (tmp_path / "words.tsv").write_text("swahili\tenglish\nkitabu\tbook\nmtoto\tchild\nmtu\tperson\nnyumba\thouse\n")
@@ -110,6 +112,7 @@ def words(tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -9,7 +9,6 @@ in, so a flag, a key of ``--config`` or an argument that was given always wins o
 import dataclasses
 import functools
 import inspect
-import itertools
 import json
 import os
 import pathlib
@@ -24,7 +23,21 @@ from tli.runtime.errors import TliError, one_line
 if typing.TYPE_CHECKING:
     import cyclopts
 
-_GROUPS = itertools.count()
+# in the order in which --help shows them; "" stands for any other
+_GROUPS: tuple[str, ...] = (
+    "arguments",
+    "grid",
+    "model",
+    "words",
+    "vectors",
+    "measures",
+    "language model",
+    "table",
+    "adapter",
+    "objective",
+    "training",
+)
+_GROUPS += ("tuning", "running", "", "output", "configuration", "commands")
 _POSITIONAL: typing.Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _KEYWORD: typing.Any = inspect.Parameter.KEYWORD_ONLY
 
@@ -112,7 +125,7 @@ def appearance() -> dict[str, typing.Any]:
         "version": f"tli {tli.__version__}",
         "help_format": "plaintext",
         "help_formatter": _plain_tables(),
-        "group_commands": _group("commands", 99),
+        "group_commands": _group("commands"),
     }
 
 
@@ -135,17 +148,24 @@ def application(config_class, module: str, config_file: pathlib.Path | None = No
             must = "the file must be YAML or TOML of a command's options"
             raise TliError("--config", must, f"{config_file}: {one_line(error)}", "begin with what --print-config prints") from error
     example = f"Example: {config_class.EXAMPLE.format(prog=program(module))}" if hasattr(config_class, "EXAMPLE") else None
-    app = cyclopts.App(name=program(module), help=config_class.__doc__, help_epilogue=example, config=sources, **appearance())
+    app = cyclopts.App(
+        name=program(module),
+        usage=f"Usage: {' '.join([program(module), *_positional(config_class), '[OPTIONS]'])}",
+        help=config_class.__doc__,
+        help_epilogue=example,
+        config=sources,
+        **appearance(),
+    )
     app.default(_function(config_class))
     return app
 
 
 @functools.cache
-def _group(name: str, sort_key: int | None = None) -> "cyclopts.Group":
-    """The group of this name, one for all commands; those without a key stand in the order in which they are first asked for."""
+def _group(name: str) -> "cyclopts.Group":
+    """The group of this name, one object for all commands."""
     import cyclopts
 
-    return cyclopts.Group(name, sort_key=next(_GROUPS) if sort_key is None else sort_key)
+    return cyclopts.Group(name, sort_key=_GROUPS.index(name) if name in _GROUPS else _GROUPS.index(""))
 
 
 def _plain_tables():
@@ -172,11 +192,13 @@ def _function(config_class) -> Callable:
             help=field.metadata["help"] + _default_text(field),
             show_default=False,
             show_env_var=False,
+            # of a flag that is repeated the last counts: an alias can be overridden
+            allow_repeating=None if several else True,
             negative=() if several or field.name.startswith("no_") else None,
         )
         default = inspect.Parameter.empty if default is dataclasses.MISSING else default
         parameters.append(inspect.Parameter(field.name, how, default=default, annotation=typing.Annotated[kind, told]))
-    own: dict[str, typing.Any] = {"group": _group("configuration", 98), "show_default": False, "negative": ()}
+    own: dict[str, typing.Any] = {"group": _group("configuration"), "show_default": False, "negative": ()}
     further: tuple[tuple[str, typing.Any, typing.Any, str], ...] = (
         ("config", pathlib.Path | None, None, "a YAML or TOML file of these options; flags win"),
         ("print_config", bool, False, "print what would be run, as a file for --config, and stop"),
@@ -192,6 +214,17 @@ def _function(config_class) -> Callable:
 
     make.__signature__ = signature  # type: ignore[attr-defined]
     return make
+
+
+def _positional(config_class) -> list[str]:
+    """What stands without a flag, as the usage shows it: ADAPTER for a field that must be given, [ADAPTER ...] for a tuple."""
+    kinds, shown = typing.get_type_hints(config_class), []
+    for field in dataclasses.fields(config_class):
+        if typing.get_origin(kinds[field.name]) is tuple:
+            shown.append(f"[{field.name.removesuffix('s').upper()} ...]")
+        elif field.default is dataclasses.MISSING:
+            shown.append(field.name.upper())
+    return shown
 
 
 def program(module: str) -> str:
