@@ -172,7 +172,8 @@ RUNS = st.fixed_dictionaries(
         "weights": st.sampled_from(("full", "nf4")),
         "checkpointing": st.booleans(),
         "rank": st.integers(1, 128),
-        "batch": st.integers(8, 4096),
+        # from the part's own pairs on: of fewer no bin is full, and their number says nothing
+        "batch": st.integers(64, 4096),
         "dropout": st.sampled_from((0.0, 0.2)),
     }
 )
@@ -194,9 +195,10 @@ def test_what_is_to_save_memory_does(options, device, size):
     assert estimate.predict(dataclasses.replace(run, weights="nf4"))["weights"] <= estimate.predict(run)["weights"]
     assert need(checkpointing=True) <= whole * 1.001
     if run.batch > 4 * size:
-        # what it costs: the batch's vectors with their gradients, thrice in fp32, and the adapters' gradients from the first part on
+        # it saves activations, and costs the batch's vectors with their gradients and the adapters' gradients from the first part on
         cost = 3 * 2 * run.batch * run.shape.width * 4 + 4 * run.parameters
-        assert need(micro_batch=size) <= max(whole * 1.001, whole + 1.2 * min(cost, 0.005 * whole))
+        assert need(micro_batch=size) <= whole + 1.2 * cost
+        assert estimate.predict(dataclasses.replace(run, micro_batch=size))["activations"] <= estimate.predict(run)["activations"]
     assert need(batch=2 * run.batch) >= whole
 
 
