@@ -195,10 +195,9 @@ def test_what_is_to_save_memory_does(options, device, size):
     assert estimate.predict(dataclasses.replace(run, weights="nf4"))["weights"] <= estimate.predict(run)["weights"]
     assert need(checkpointing=True) <= whole * 1.001
     if run.batch > 4 * size:
-        # it saves activations, and costs the batch's vectors with their gradients and the adapters' gradients from the first part on
+        # what it costs at most: the batch's vectors with their gradients and the adapters' gradients from the first part on
         cost = 3 * 2 * run.batch * run.shape.width * 4 + 4 * run.parameters
         assert need(micro_batch=size) <= whole + 1.2 * cost
-        assert estimate.predict(dataclasses.replace(run, micro_batch=size))["activations"] <= estimate.predict(run)["activations"]
     assert need(batch=2 * run.batch) >= whole
 
 
