@@ -13,7 +13,7 @@ Letters: B batch (pairs), D width, E edges (forbidden pairs); u source, v target
 import torch
 import triton
 import triton.language as tl
-from tli_kernels import launch
+from tli_kernels import checks, launch
 from torch import Tensor
 
 # a power of two that keeps the lower parts of unit rows out of fp16's denormal numbers
@@ -131,18 +131,18 @@ def operands(source: Tensor, target: Tensor, config: launch.Contrast) -> tuple[T
 
 def check(where: str, source: Tensor, target: Tensor, same: Tensor, *others: Tensor) -> None:
     """Raise unless the arguments are what infonce and hinge must get."""
-    launch.require_device(where, source, target, same, *others)
+    checks.require_device(where, source, target, same, *others)
     kinds = (torch.float32, torch.bfloat16, torch.float16)
     must = "source and target must be float32, bfloat16 or float16"
-    launch.require({source.dtype, target.dtype} <= set(kinds), where, must, lambda: f"{source.dtype} and {target.dtype}", "convert them")
+    checks.require({source.dtype, target.dtype} <= set(kinds), where, must, lambda: f"{source.dtype} and {target.dtype}", "convert them")
     fit = source.ndim == 2 and source.shape == target.shape and 0 not in source.shape
     must = "source and target must be [B, D] of one shape, B and D at least 1"
-    launch.require(fit, where, must, lambda: f"{tuple(source.shape)} and {tuple(target.shape)}", "pass one row for each word of a pair")
+    checks.require(fit, where, must, lambda: f"{tuple(source.shape)} and {tuple(target.shape)}", "pass one row for each word of a pair")
     edges = same.dtype == torch.int64 and same.ndim == 2 and same.shape[1] == 2
-    launch.require(edges, where, "same must be int64 [E, 2]", lambda: f"{same.dtype} {tuple(same.shape)}", "pass ordered (i, j)")
+    checks.require(edges, where, "same must be int64 [E, 2]", lambda: f"{same.dtype} {tuple(same.shape)}", "pass ordered (i, j)")
     # on a GPU a look at the values would wait for it
     if same.device.type == "cpu" and len(same) > 0:
         i, j = same.unbind(1)
         sound = same.min() >= 0 and same.max() < len(source) and (i != j).all() and (i.diff() >= 0).all()
         must = "same must hold (i, j) of two pairs of the batch, sorted by i"
-        launch.require(bool(sound), where, must, lambda: same.tolist()[:8], "sort it and leave out what is not of the batch")
+        checks.require(bool(sound), where, must, lambda: same.tolist()[:8], "sort it and leave out what is not of the batch")

@@ -46,7 +46,7 @@ from torch import Tensor
 
 try:
     import triton
-    from tli_kernels import launch, shapes
+    from tli_kernels import checks, launch, shapes
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -357,7 +357,7 @@ def main() -> int:
     parser.add_argument("--no-cache", action="store_true", help="compile all of it again")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write every result, too")
     options = parser.parse_args()
-    if launch.interpreted():
+    if checks.interpreted():
         parser.error("TRITON_INTERPRET must not be set, got 1; unset it, so that Triton compiles")
     began = time.perf_counter()
     results = run(options.capability or launch.CAPABILITIES, not options.no_cache)

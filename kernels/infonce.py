@@ -22,7 +22,7 @@ Letters: B batch (pairs), D width, E edges (forbidden pairs); u source, v target
 import torch
 import triton
 import triton.language as tl
-from tli_kernels import launch
+from tli_kernels import checks, launch
 from tli_kernels.cosines import UNIT_SCALE, add_product, check, halve, load_parts, operands, scaled_cosines, swizzled
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -340,5 +340,5 @@ def infonce(source: Tensor, target: Tensor, temperature: float | Tensor, same: T
     learned = isinstance(temperature, Tensor)
     check("infonce", source, target, same, *([temperature] if learned else []))
     one = not learned or temperature.numel() == 1
-    launch.require(one, "infonce", "temperature must be one number", lambda: tuple(temperature.shape), "pass a tensor of one element")
+    checks.require(one, "infonce", "temperature must be one number", lambda: tuple(temperature.shape), "pass a tensor of one element")
     return _InfoNCE.apply(source, target, temperature if learned else float(temperature), same)

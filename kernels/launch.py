@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -69,28 +69,6 @@ def capability(device: torch.device) -> int:
 def _of_gpu(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def require(condition: bool, where: str, must: str, got: Callable[[], object], remedy: str) -> None:
-    """Raise a ``ValueError`` that names what must hold, what was got and what to do, unless ``condition``."""
-    if not condition:
-        raise ValueError(f"{where}: {must}, got {got()}; {remedy}")
-
-
-def require_device(where: str, *tensors: Tensor | None) -> None:
-    """Raise unless all tensors are on one device that can run Triton kernels: a GPU, or the CPU under TRITON_INTERPRET=1."""
-    devices = {tensor.device for tensor in tensors if tensor is not None}
-    require(len(devices) == 1, where, "all tensors must be on one device", lambda: sorted(map(str, devices)), "move them together")
-    (device,) = devices
-    runs = device.type in ("cuda", "meta") or (device.type == "cpu" and interpreted())
-    require(runs, where, "the tensors must be on a GPU, or the interpreter be on (TRITON_INTERPRET=1)", lambda: device, "use reference")
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
-    import triton
-
-    return triton.knobs.runtime.interpret
 
 
 @dataclasses.dataclass(frozen=True)

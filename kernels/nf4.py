@@ -15,7 +15,7 @@ Letters: N out-features, K in-features, q 4-bit numbers, S scales (one for each 
 import torch
 import triton
 import triton.language as tl
-from tli_kernels import launch
+from tli_kernels import checks, launch
 from tli_kernels.nf4_weight import BLOCKSIZE, NESTED_BLOCKSIZE, NF4Weight
 from torch import Tensor
 
@@ -69,14 +69,14 @@ def dequantise(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None)
         [N, K] in ``dtype``: out, if given. Without gradients. Bit for bit what bitsandbytes gives on a CPU in each of the three dtypes,
         but for bf16 results below 2⁻¹²⁶: these are rounded like all others, where bitsandbytes makes zeros of them on some processors.
     """
-    launch.require_device("dequantise", weight.codes, out)
+    checks.require_device("dequantise", weight.codes, out)
     floats = (torch.bfloat16, torch.float16, torch.float32)
-    launch.require(dtype in floats, "dequantise", f"dtype must be one of {', '.join(map(str, floats))}", lambda: dtype, "choose one")
+    checks.require(dtype in floats, "dequantise", f"dtype must be one of {', '.join(map(str, floats))}", lambda: dtype, "choose one")
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     fits = out.shape == weight.shape and out.dtype == dtype and out.is_contiguous()
     must = f"out must be contiguous {list(weight.shape)} of {dtype}"
-    launch.require(fits, "dequantise", must, lambda: f"{list(out.shape)} of {out.dtype}, strides {out.stride()}", "pass another or none")
+    checks.require(fits, "dequantise", must, lambda: f"{list(out.shape)} of {out.dtype}, strides {out.stride()}", "pass another or none")
     blocks, config = weight.absmax.numel(), launch.dequantise()
     grid = (launch.tiles((blocks, config["S"])),)
     launch.run(_dequantise_kernel, grid, *weight.pointers, out, blocks, NESTED=weight.nested, **config.options(), enable_fp_fusion=False)

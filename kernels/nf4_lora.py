@@ -22,7 +22,7 @@ forward, N and K backward. Products are made transposed, [P, M] = W·xᵀ: the l
 import torch
 import triton
 import triton.language as tl
-from tli_kernels import launch, nf4
+from tli_kernels import checks, launch, nf4
 from tli_kernels.dropout import column_keys, keep, parameters, row_keys
 from tli_kernels.nf4 import NF4Weight, block_scales, decode
 from tli_kernels.token_table import TokenTable
@@ -334,17 +334,17 @@ def _rows(x: Tensor) -> Tensor:
 
 def _check(where: str, x: Tensor, weight: NF4Weight | Tensor, bias: Tensor | None) -> None:
     operand = weight.codes if isinstance(weight, NF4Weight) else weight.products if isinstance(weight, TokenTable) else weight
-    launch.require_device(where, x, operand, bias)
+    checks.require_device(where, x, operand, bias)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    launch.require(x.dtype in dtypes, where, "x must be float32, bfloat16 or float16", lambda: x.dtype, "convert it")
+    checks.require(x.dtype in dtypes, where, "x must be float32, bfloat16 or float16", lambda: x.dtype, "convert it")
     fits = x.ndim > 0 and len(weight.shape) == 2 and x.shape[-1] == weight.shape[1]
-    launch.require(fits, where, "x must be [..., K] for a weight [N, K]", lambda: (tuple(x.shape), tuple(weight.shape)), "check both")
+    checks.require(fits, where, "x must be [..., K] for a weight [N, K]", lambda: (tuple(x.shape), tuple(weight.shape)), "check both")
     if not isinstance(weight, NF4Weight | TokenTable):
-        launch.require(weight.dtype == x.dtype, where, f"the weight must be {x.dtype} as x is", lambda: weight.dtype, "convert one of them")
-        launch.require(weight.is_contiguous(), where, "the weight must lie row by row", weight.stride, "make it contiguous, once")
+        checks.require(weight.dtype == x.dtype, where, f"the weight must be {x.dtype} as x is", lambda: weight.dtype, "convert one of them")
+        checks.require(weight.is_contiguous(), where, "the weight must lie row by row", weight.stride, "make it contiguous, once")
     if bias is not None:
         fits = tuple(bias.shape) == (weight.shape[0],) and bias.is_contiguous()
-        launch.require(fits, where, f"the bias must be contiguous [{weight.shape[0]}]", lambda: tuple(bias.shape), "check it")
+        checks.require(fits, where, f"the bias must be contiguous [{weight.shape[0]}]", lambda: tuple(bias.shape), "check it")
 
 
 def linear(x: Tensor, weight: NF4Weight | Tensor, bias: Tensor | None = None) -> Tensor:
@@ -383,12 +383,12 @@ def nf4_lora(
         ValueError: tensors of other devices, dtypes or shapes than these.
     """
     _check("nf4_lora", x, weight, bias)
-    launch.require_device("nf4_lora", x, lora_a, lora_b)
+    checks.require_device("nf4_lora", x, lora_a, lora_b)
     rank, (out_features, in_features) = lora_a.shape[0], weight.shape
     fits = rank > 0 and tuple(lora_a.shape) == (rank, in_features) and tuple(lora_b.shape) == (out_features, rank)
     shapes = f"lora_a must be [R, {in_features}] and lora_b [{out_features}, R], R at least 1"
-    launch.require(fits, "nf4_lora", shapes, lambda: (tuple(lora_a.shape), tuple(lora_b.shape)), "use factors made for this weight")
-    launch.require(0.0 <= dropout < 1.0, "nf4_lora", "dropout must be in [0, 1)", lambda: dropout, "choose another")
+    checks.require(fits, "nf4_lora", shapes, lambda: (tuple(lora_a.shape), tuple(lora_b.shape)), "use factors made for this weight")
+    checks.require(0.0 <= dropout < 1.0, "nf4_lora", "dropout must be in [0, 1)", lambda: dropout, "choose another")
     if dropout > 0 and not isinstance(seed, Tensor):
         seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
     y = _LoRALinear.apply(_rows(x), weight, lora_a, lora_b, scale, bias, dropout, seed)

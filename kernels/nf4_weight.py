@@ -12,7 +12,7 @@ import dataclasses
 import json
 
 import torch
-from tli_kernels.launch import require
+from tli_kernels.checks import require
 from torch import Tensor
 
 # how many elements share a scale, and how many scales share a nested one

@@ -17,7 +17,7 @@ Letters: B batch (words), T nodes, E edges (entries of the paths), D width.
 import torch
 import triton
 import triton.language as tl
-from tli_kernels import launch
+from tli_kernels import checks, launch
 from tli_kernels.reference import UNIT_EPS, transpose_paths
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -138,7 +138,7 @@ def _backward(
 
 
 def _check(states: Tensor, indptr: Tensor, indices: Tensor, norm_weight: Tensor | None, transposed: tuple[Tensor, Tensor] | None) -> None:
-    launch.require_device("pool_norm", states, indptr, indices, norm_weight, *(transposed or ()))
+    checks.require_device("pool_norm", states, indptr, indices, norm_weight, *(transposed or ()))
     floats = states.ndim == 2 and states.dtype in (torch.float32, torch.bfloat16, torch.float16)
     _require(floats, "states must be fp32, bf16 or fp16 [T, D]", states, "pass one row per node")
     _require(1 <= states.shape[1] <= 8192, "states must be 1 to 8192 wide", states, "use reference")
@@ -160,14 +160,14 @@ def _check_paths(names: str, indptr: Tensor, indices: Tensor, limit: int) -> Non
     if indptr.device.type == "cpu":
         rising = indptr[0] == 0 and indptr[-1] <= len(indices) and (indptr.diff() >= 0).all()
         must = f"{names}: the first must rise from 0 to at most {len(indices)}"
-        launch.require(bool(rising), "pool_norm", must, indptr.tolist, "build the paths anew")
+        checks.require(bool(rising), "pool_norm", must, indptr.tolist, "build the paths anew")
         outside = indices[(indices < 0) | (indices >= limit)].tolist()
         must = f"{names}: the second must lie in 0..{limit - 1}"
-        launch.require(not outside, "pool_norm", must, lambda: outside[0], "build the paths anew")
+        checks.require(not outside, "pool_norm", must, lambda: outside[0], "build the paths anew")
 
 
 def _require(condition: bool, must: str, tensor: Tensor, remedy: str) -> None:
-    launch.require(condition, "pool_norm", must, lambda: f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch."), remedy)
+    checks.require(condition, "pool_norm", must, lambda: f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch."), remedy)
 
 
 class _PoolNorm(torch.autograd.Function):

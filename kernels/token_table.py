@@ -7,7 +7,7 @@ stand in the place of the weight, as an ``NF4Weight`` does. Letters: V distinct 
 import dataclasses
 
 import torch
-from tli_kernels.launch import require
+from tli_kernels.checks import require
 from torch import Tensor
 
 

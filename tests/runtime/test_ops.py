@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tli_kernels import launch, reference
+from tli_kernels import checks, launch, reference
 
 from tests.support.fidelity import DEVICE
 from tli import train
@@ -37,7 +37,7 @@ def test_what_was_asked_for_is_taken_and_said():
 def test_asking_for_fused_ops_never_falls_back(monkeypatch):
     with pytest.raises(TliError, match="^--impl: the fused ops must be able to run, got bfloat16, which Triton's interpreter"):
         resolved("fused", torch.bfloat16)
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(checks, "interpreted", lambda: False)
     with pytest.raises(TliError, match="got device cpu without TRITON_INTERPRET=1; use --impl auto or reference$"):
         resolved("fused")
 

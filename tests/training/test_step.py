@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tli_kernels import launch
+from tli_kernels import checks, launch
 
 from tli.config import TrainConfig
 from tli.data.loader import BatchLoader, prefetch, tensors_of
@@ -69,7 +69,7 @@ def interpreted():
     return place("cpu", "float32", impl="fused")
 
 
-@pytest.mark.skipif(not launch.interpreted(), reason="on a GPU the real thing is tested")
+@pytest.mark.skipif(not checks.interpreted(), reason="on a GPU the real thing is tested")
 @pytest.mark.parametrize("options", [{"dropout": 0.2}, {"micro_batch": 4, "loss": "hinge", "targets": "q_proj,v_proj"}], ids=str)
 def test_replays_are_the_steps_as_written(make_model, word_list, interpreted, options):
     pairs = [make(kind, str(make_model("llama")), str(word_list), interpreted, **options) for kind in (TrainStep, Replayed)]
@@ -80,7 +80,7 @@ def test_replays_are_the_steps_as_written(make_model, word_list, interpreted, op
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not launch.interpreted(), reason="on a GPU the real thing is tested")
+@pytest.mark.skipif(not checks.interpreted(), reason="on a GPU the real thing is tested")
 def test_a_replay_drops_other_entries_each_time_and_every_shape_has_its_recording(make_model, word_list, interpreted):
     steps, batches = make(Replayed, str(make_model("llama")), str(word_list), interpreted, dropout=0.5, lr=1e-12, weight_decay=0.0)
     # B is zero at the start: nothing would come of what is dropped
@@ -100,7 +100,7 @@ def test_a_replay_drops_other_entries_each_time_and_every_shape_has_its_recordin
     assert set(steps.recordings) == shapes
 
 
-@pytest.mark.skipif(not launch.interpreted(), reason="compares with the plain ops on the CPU")
+@pytest.mark.skipif(not checks.interpreted(), reason="compares with the plain ops on the CPU")
 def test_a_padded_batch_has_the_loss_and_gradients_of_the_batch(make_model, word_list, interpreted):
     found = {}
     for name, step in (("plain", 1), ("padded", 16)):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from tli_kernels import blocked, cpu, launch, reference, shapes
+from tli_kernels import blocked, checks, cpu, launch, reference, shapes
 from tli_kernels.cpu import PLAIN, Matmul  # noqa: F401
 from tli_kernels.launch import ALWAYS  # noqa: F401
 from tli_kernels.nf4_weight import NF4Weight  # noqa: F401
@@ -129,7 +129,7 @@ def _against_fused(dtype: torch.dtype, device: torch.device) -> str | None:
     except ImportError:
         return "no triton on this machine"
     if device.type != "cuda":
-        if not launch.interpreted():
+        if not checks.interpreted():
             return f"device {device} without TRITON_INTERPRET=1"
         return "bfloat16, which Triton's interpreter does not know" if dtype == torch.bfloat16 else None
     # whatever a compiler, a driver or a card may raise
