@@ -47,6 +47,7 @@ from torch import Tensor
 try:
     import triton
     from tli_kernels import checks, launch, shapes
+    from tli_kernels.cache_folder import cache_folder
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -294,7 +295,7 @@ def kernels() -> set[str]:
 
 def run(capabilities: list[int], use_cache: bool = True) -> list[tuple[Job, Result]]:
     """Every job with its result, from the cache or compiled by as many processes as there are processors."""
-    folder = _cache_folder()
+    folder = cache_folder() / "gate"
     folder.mkdir(parents=True, exist_ok=True)
     # copies of this process, made before it does anything: they need not find tli_kernels, and miss no thread of autograd's
     fork, processes = multiprocessing.get_context("fork"), min(len(os.sched_getaffinity(0)), 16)
@@ -311,12 +312,6 @@ def run(capabilities: list[int], use_cache: bool = True) -> list[tuple[Job, Resu
                 temporary.write_text(json.dumps(vars(result)))
                 temporary.replace(kept[job.key])
     return [(job, Result(**json.loads(kept[job.key].read_text()))) for job in found]
-
-
-def _cache_folder() -> pathlib.Path:
-    ours = os.environ.get("TLI_CACHE")
-    everyones = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return (pathlib.Path(ours).expanduser() if ours else everyones / "tli") / "gate"
 
 
 def table(results: list[tuple[Job, Result]]) -> Iterator[str]:

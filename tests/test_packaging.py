@@ -68,8 +68,10 @@ def test_kernels_know_nothing_of_tli():
     assert importers("tli", "kernels") == []
 
 
-def test_only_ops_imports_the_kernels():
-    assert importers("tli_kernels", "tli") == ["tli/runtime/ops.py"]
+def test_only_ops_imports_the_kernels_and_files_their_cache_folder():
+    assert importers("tli_kernels", "tli") == ["tli/runtime/files.py", "tli/runtime/ops.py"]
+    theirs = {name for name in imported(ROOT / "tli" / "runtime" / "files.py") if name.startswith("tli_kernels")}
+    assert theirs == {"tli_kernels.cache_folder", "tli_kernels.cache_folder.cache_folder"}
 
 
 def test_the_library_imports_no_bench_and_no_peft():

@@ -4,24 +4,15 @@ import contextlib
 import hashlib
 import os
 import pathlib
-import sys
 import tempfile
 from collections.abc import Iterator
+
+# one folder for tli and its kernels
+from tli_kernels.cache_folder import cache_folder  # noqa: F401
 
 from tli.runtime.errors import TliError, disk_errors
 
 _HASH_CHUNK_BYTES = 1 << 20
-
-
-def cache_folder() -> pathlib.Path:
-    """The folder for converted models: ``$TLI_CACHE``, else the platform's cache folder with ``tli`` below it."""
-    if os.environ.get("TLI_CACHE"):
-        return pathlib.Path(os.environ["TLI_CACHE"]).expanduser()
-    if sys.platform == "darwin":
-        return pathlib.Path.home() / "Library" / "Caches" / "tli"
-    if os.name == "nt":
-        return pathlib.Path(os.environ.get("LOCALAPPDATA", pathlib.Path.home())) / "tli"
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "tli"
 
 
 @contextlib.contextmanager
