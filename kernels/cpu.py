@@ -225,14 +225,14 @@ def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, matmul: Matmul = PLAIN) -> Tensor:
+def linear(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | None = None, matmul: Matmul = PLAIN) -> Tensor:
     """y = x·Wᵀ + b with W and b frozen; arguments and result as of ``reference.linear``, and what multiplies."""
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, matmul).view(*x.shape[:-1], weight.shape[0])
 
 
 def nf4_lora(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4Weight | TokenTable,
     lora_a: Tensor,
     lora_b: Tensor,
     scale: float,

@@ -332,7 +332,7 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _check(where: str, x: Tensor, weight: NF4Weight | Tensor, bias: Tensor | None) -> None:
+def _check(where: str, x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | None) -> None:
     operand = weight.codes if isinstance(weight, NF4Weight) else weight.products if isinstance(weight, TokenTable) else weight
     checks.require_device(where, x, operand, bias)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -347,7 +347,7 @@ def _check(where: str, x: Tensor, weight: NF4Weight | Tensor, bias: Tensor | Non
         checks.require(fits, where, f"the bias must be contiguous [{weight.shape[0]}]", lambda: tuple(bias.shape), "check it")
 
 
-def linear(x: Tensor, weight: NF4Weight | Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | None = None) -> Tensor:
     """y = x·Wᵀ + bias with W and bias frozen; arguments and result as of ``reference.linear``."""
     _check("linear", x, weight, bias)
     return _Linear.apply(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
@@ -355,7 +355,7 @@ def linear(x: Tensor, weight: NF4Weight | Tensor, bias: Tensor | None = None) ->
 
 def nf4_lora(
     x: Tensor,
-    weight: NF4Weight | Tensor,
+    weight: Tensor | NF4Weight | TokenTable,
     lora_a: Tensor,
     lora_b: Tensor,
     scale: float,
@@ -367,7 +367,7 @@ def nf4_lora(
 
     Args:
         x:        [..., K] bf16, fp16 or fp32
-        weight:   [N, K] frozen, an ``NF4Weight`` or a contiguous tensor of x's dtype
+        weight:   [N, K] frozen: a contiguous tensor in x's dtype, an ``NF4Weight`` or a ``TokenTable``
         lora_a:   [R, K] cast to x's dtype
         lora_b:   [N, R] cast to x's dtype
         scale:    s, alpha/R or alpha/sqrt(R)

@@ -14,6 +14,7 @@ Norms, cosines and losses are computed in fp32 whatever comes in; only ``linear`
 import torch
 import torch.nn.functional as F
 from tli_kernels.nf4_weight import BLOCKSIZE, NESTED_BLOCKSIZE, NF4Weight
+from tli_kernels.token_table import TokenTable
 from torch import Tensor
 
 # F.normalize's own guard, named because the kernels must use the same
@@ -95,23 +96,27 @@ def block_scales(weight: NF4Weight) -> Tensor:
     return weight.nested_code[weight.absmax.int()] * units + weight.offset
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | None = None) -> Tensor:
     """y = x·Wᵀ + bias with frozen weights.
 
     Args:
         x:       [..., K] in the compute dtype
-        weight:  [N, K] frozen, same dtype as x
+        weight:  [N, K] frozen: a tensor in x's dtype, an ``NF4Weight``, dequantised to x's dtype, or a ``TokenTable`` of its products
         bias:    [N] frozen, or None
 
     Returns:
-        [..., N] in x's dtype. Gradient to x alone.
+        [..., N] in x's dtype. Gradient to x alone; none where the weight is a ``TokenTable``.
     """
+    if isinstance(weight, TokenTable):
+        return weight.looked_up(x.reshape(-1, x.shape[-1])).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    if isinstance(weight, NF4Weight):
+        weight = dequantise(weight, x.dtype)
     return F.linear(x, weight, bias)
 
 
 def nf4_lora(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4Weight | TokenTable,
     lora_a: Tensor,
     lora_b: Tensor,
     scale: float,
@@ -123,7 +128,7 @@ def nf4_lora(
 
     Args:
         x:        [..., K] in the compute dtype
-        weight:   [N, K] frozen, same dtype as x
+        weight:   [N, K] frozen, as for ``linear``
         lora_a:   [R, K] cast to x's dtype
         lora_b:   [N, R] cast to x's dtype
         scale:    s, alpha/R or alpha/sqrt(R)

@@ -51,17 +51,13 @@ class Ops:
     matmul: Matmul | None = None
 
     @property
-    def supports_nf4(self) -> bool:
-        """Whether they compute from packed NF4 weights; else a weight is rounded to NF4 and held in the compute dtype.
+    def exact(self) -> bool:
+        """Whether they are transformers' own layers bit for bit: then no products are precomputed, and NF4 is dequantised once, at loading.
 
-        (PyTorch's own products would keep a dequantised copy of every layer for the backward pass.)
+        All ops compute from every kind of weight, but from a packed one the reference ops would dequantise it for each matmul, and
+        autograd would keep each layer's copy for the backward pass.
         """
-        return self.kind != "reference"
-
-    @property
-    def supports_token_tables(self) -> bool:
-        """Whether they look products up in a ``TokenTable``. The reference ops, bit for bit transformers' own, multiply."""
-        return self.kind != "reference"
+        return self.kind == "reference"
 
 
 # the losses by blocks of rows: as the reference's, with nothing of size batch x batch held
