@@ -1,13 +1,13 @@
-"""A block of u·vᵀ at a time, forbidden pairs at -inf, nearly as exact as in fp32: what infonce and hinge are built from.
+"""Blocks of u·vᵀ to nearly fp32 precision on tensor cores, false negatives at -inf: the building block of infonce and hinge.
 
-A product of two fp32 matrices is three products of fp16 matrices, on tensor cores of every generation. Each number x·2⁸ is hi + lo in
-fp16, and hi·hi + hi·lo + lo·hi lacks about 2⁻²¹ of |x|·|y|. Tensor cores cut their running sums off instead of rounding them, so each
-step of the depth begins at zero and is added in fp32, rounded. Made for unit rows: |x| > 255 overflows to NaN, never to a wrong number.
-Where Triton has no tensor cores (capability 7.5) the products are plain fp32.
+A matmul of fp32 matrices is three fp16 matmuls, on tensor cores of every generation. Each number x·2⁸ is split into hi + lo in fp16, and
+hi·hi + hi·lo + lo·hi has an error of about 2⁻²¹·|x|·|y|. Tensor cores truncate their running sums instead of rounding them, so each step
+of the depth starts from zero and is added in fp32, rounded. For unit rows: |x| > 255 overflows to NaN, never to a wrong number.
+Where Triton has no tensor cores (capability 7.5) the matmuls are plain fp32.
 
 Source: Ootomo and Yokota 2022 (arXiv 2203.03341) for split products and for sums outside of the tensor cores.
 
-Letters: B batch (pairs), D width, E edges (forbidden pairs); u source, v target; m rows and n columns of u·vᵀ.
+Letters: B batch (pairs), D width, E edges (false negatives); u source, v target; m rows and n columns of u·vᵀ.
 """
 
 import torch
@@ -16,7 +16,7 @@ import triton.language as tl
 from tli_kernels import checks, launch
 from torch import Tensor
 
-# a power of two that keeps the lower parts of unit rows out of fp16's denormal numbers
+# a power of two that keeps the low parts of unit rows out of fp16's subnormal range
 UNIT_SCALE = tl.constexpr(2.0**8)
 
 
@@ -55,7 +55,7 @@ def add_product(acc, x_hi, x_lo, y_hi, y_lo, WAY: tl.constexpr):
 
 @triton.jit
 def forbidden_range(same_ptr, edges, rows):
-    # Where each row's forbidden columns begin and end, by bisection of the sorted first column of [E, 2]
+    # Where each row's false negatives begin and end, by binary search in the sorted first column of [E, 2]
     begin = tl.zeros_like(rows).to(tl.int64)
     end = begin
     size = edges
@@ -72,7 +72,7 @@ def scaled_cosines(
     source_ptr, target_ptr, stride, lower, same_ptr, edges, offs_m, offs_n, scale, B, D,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAY: tl.constexpr,
 ):  # fmt: skip
-    # u·vᵀ·scale for some rows and columns; -inf where forbidden and outside
+    # u·vᵀ·scale for some rows and columns; -inf for false negatives and out of range
     mask_m, mask_n = offs_m < B, offs_n < B
     offs_d = tl.arange(0, BLOCK_K)
     u_ptrs = source_ptr + offs_m.to(tl.int64)[:, None] * stride + offs_d[None, :]
@@ -88,7 +88,7 @@ def scaled_cosines(
     first, last = tl.min(offs_n, axis=0), tl.max(offs_n, axis=0)
     for k in range(0, tl.max(end - begin, axis=0).to(tl.int32)):
         column = tl.load(same_ptr + 2 * (begin + k) + 1, mask=begin + k < end, other=-1).to(tl.int32)
-        # most blocks of a large batch hold no forbidden pair
+        # most blocks of a large batch contain no false negative
         if tl.max(((column >= first) & (column <= last)).to(tl.int32), axis=0) > 0:
             s = tl.where(column[:, None] == offs_n[None, :], float("-inf"), s)
     return s
@@ -96,7 +96,7 @@ def scaled_cosines(
 
 @triton.jit
 def swizzled(pid, row_blocks, column_blocks, GROUP: tl.constexpr):
-    # Which block a program computes: neighbours in time share few rows and columns, so the L2 cache holds what they read
+    # Which block a program computes: programs that run together share few rows and columns, which stay in the L2 cache
     first = pid // (GROUP * column_blocks) * GROUP
     height = tl.minimum(row_blocks - first, GROUP)
     within = pid % (GROUP * column_blocks)
@@ -105,7 +105,7 @@ def swizzled(pid, row_blocks, column_blocks, GROUP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B"])
 def _halve_kernel(x_ptr, halves_ptr, B, D, stride, lower, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    # Each program computes the two fp16 parts of a block of x·2⁸, zeros outside of x
+    # Each program computes the two fp16 parts of a block of x·2⁸, zeros outside x
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     x_ptrs = x_ptr + offs_m[:, None] * D + offs_d[None, :]
@@ -130,7 +130,7 @@ def operands(source: Tensor, target: Tensor, config: launch.Contrast) -> tuple[T
 
 
 def check(where: str, source: Tensor, target: Tensor, same: Tensor, *others: Tensor) -> None:
-    """Raise unless the arguments are what infonce and hinge must get."""
+    """Check the arguments of infonce and hinge."""
     checks.require_device(where, source, target, same, *others)
     kinds = (torch.float32, torch.bfloat16, torch.float16)
     must = "source and target must be float32, bfloat16 or float16"
@@ -140,7 +140,7 @@ def check(where: str, source: Tensor, target: Tensor, same: Tensor, *others: Ten
     checks.require(fit, where, must, lambda: f"{tuple(source.shape)} and {tuple(target.shape)}", "pass one row for each word of a pair")
     edges = same.dtype == torch.int64 and same.ndim == 2 and same.shape[1] == 2
     checks.require(edges, where, "same must be int64 [E, 2]", lambda: f"{same.dtype} {tuple(same.shape)}", "pass ordered (i, j)")
-    # on a GPU a look at the values would wait for it
+    # on a GPU reading the values would synchronise
     if same.device.type == "cpu" and len(same) > 0:
         i, j = same.unbind(1)
         sound = same.min() >= 0 and same.max() < len(source) and (i != j).all() and (i.diff() >= 0).all()

@@ -1,17 +1,17 @@
 """loss = mean_i max(0, margin - u_i·v_i + max_{j allowed, j ≠ i} u_i·v_j), and its gradients to u and v.
 
-    forward    each block of u·vᵀ gives the largest allowed cosine of its rows and the first column that has it; of all blocks' largest
-               the first is h_i, the hardest negative of row i, where row i adds to the loss, and else -1
+    forward    each block of u·vᵀ gives the largest allowed cosine of its rows and the first column that has it; the first of the largest
+               over all blocks is h_i, the hardest negative of row i, if row i adds to the loss; else h_i = -1
     backward   du_i = (v_{h_i} - v_i)/B where h_i ≥ 0,  dv_j = (Σ_{i: h_i = j} u_i - [h_j ≥ 0]·u_j)/B
 
-Among equally hard negatives the first counts. Forbidden pairs are -inf before any maximum. Never in memory: the cosines; the forward
-holds a maximum and a column for each row of a block (8·B²/64 bytes at most), the backward nothing: a program that owns some columns
-looks for them in h and sums their rows by a product with ones and zeros, so there are no atomics, and each sum has one order.
-Saved: source, target and h [B]. Cosines lack about 2⁻²¹ of a unit (cosines.py), and so do the rows that are summed.
+Among equally hard negatives the first counts. False negatives are -inf before any maximum. Never in memory: the cosines; the forward
+holds a maximum and a column for each row of a block (8·B²/64 bytes at most), the backward nothing: the program of some columns finds
+them in h and sums their rows by a matmul with zeros and ones, so there are no atomics, and each sum has one order.
+Saved: source, target and h [B]. Cosines have an error of about 2⁻²¹ (cosines.py), and so have the rows that are summed.
 
 Source: TLI (arXiv 2506.15415).
 
-Letters: B batch (pairs), D width, E edges (forbidden pairs); u source, v target; m rows and n columns of u·vᵀ.
+Letters: B batch (pairs), D width, E edges (false negatives); u source, v target; m rows and n columns of u·vᵀ.
 """
 
 import torch
@@ -66,12 +66,12 @@ def _excess_kernel(
         part_hardest = tl.load(hardest_ptr + places, mask=mask, other=_NO_COLUMN)
         new = tl.maximum(largest, tl.max(part_largest, axis=0))
         found = tl.min(tl.where(part_largest == new[None, :], part_hardest, _NO_COLUMN), axis=0)
-        # columns of earlier parts come first
+        # earlier parts have the earlier columns
         hardest = tl.where(largest == new, hardest, found)
         largest = new
     excess = margin - tl.load(own_ptr + offs_b, mask=mask_b, other=0.0) + largest
     tl.store(chosen_ptr + offs_b, tl.where(excess > 0.0, hardest, -1), mask=mask_b)
-    # a comparison, because a maximum would hide NaN
+    # tl.maximum would hide NaN
     loss = tl.where(mask_b, tl.where(excess <= 0.0, 0.0, excess), 0.0)
     tl.store(sums_ptr + pid, tl.sum(loss, axis=0) / B)
 
@@ -91,7 +91,7 @@ def _gradients_kernel(
     for k in range(0, B, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         columns = tl.load(chosen_ptr + offs_k, mask=offs_k < B, other=-1)
-        # most blocks of a large batch chose none of these columns
+        # in a large batch most blocks of rows chose none of these columns
         if tl.max(((columns >= first) & (columns < first + BLOCK_M)).to(tl.int32), axis=0) > 0:
             u_ptrs = source_ptr + offs_k.to(tl.int64)[:, None] * D + offs_d[None, :]
             u_hi, u_lo = load_parts(u_ptrs, 0, (offs_k < B)[:, None] & mask_d, WAY)
@@ -121,7 +121,7 @@ def _forward(source: Tensor, target: Tensor, margin: float, same: Tensor) -> tup
         _hardest_kernel, (row_blocks * column_blocks,), *operands(source, target, config), same, len(same), own, largest, hardest,
         pairs, width, row_blocks, column_blocks, GROUP=8, WAY=config.way, **config.cosines.options(),
     )  # fmt: skip
-    # one program for a common batch: no sum over programs is left
+    # one program for a batch of common size: no sum over programs
     block, warps = (1024, 8) if pairs <= 1024 else (128, 4)
     sums = own.new_empty(triton.cdiv(pairs, block))
     launch.run(
@@ -161,13 +161,13 @@ def hinge(source: Tensor, target: Tensor, margin: float, same: Tensor) -> Tensor
         source:  fp32, bf16 or fp16 [B, D] unit rows
         target:  fp32, bf16 or fp16 [B, D] unit rows; row i belongs to source row i
         margin:  the paper's 0.4
-        same:    int64 [E, 2] ordered (i, j), i ≠ j, that are no negatives. Sorted by i; this is checked on a CPU only, as a look at the
-                 values would wait for a GPU
+        same:    int64 [E, 2] ordered (i, j), i ≠ j, false negatives, sorted by i; checked on a CPU only, as reading the values would
+                 synchronise with a GPU
 
     Returns:
         fp32 scalar; a row without any negative adds 0. Gradients to source and target in their own dtypes; among equally hard
-        negatives to the first. Cosines lack about 2⁻²¹ of a unit, sums are fp32, runs are equal bit for bit. NaN, or a number above 255
-        in what must be unit rows, gives NaN. Source: TLI (arXiv 2506.15415).
+        negatives to the first. Cosines have an error of about 2⁻²¹, sums are fp32, results are equal bit for bit between runs. NaN, or a
+        number above 255, in the unit rows gives NaN. Source: TLI (arXiv 2506.15415).
     """
     check("hinge", source, target, same)
     return _Hinge.apply(source, target, float(margin), same)

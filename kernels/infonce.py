@@ -1,22 +1,22 @@
 """loss = 1/(2B) Σ_i [ log Σ_j exp(s_ij) + log Σ_j exp(s_ji) - 2·s_ii ],  s = u·vᵀ/τ, and its gradients to u, v and τ.
 
-    forward    each block of s gives the maxima of its rows and columns and their sums of exp(s - maximum), without the pairs' own
-               of all blocks' and s_ii: the maximum m_i and the logarithm l_i of Σ_j exp(s_ij - m_i), and m'_j and l'_j of column j
+    forward    each block of s gives the maxima of its rows and columns and their sums of exp(s - maximum), without the diagonal;
+               from those of all blocks and s_ii: the maximum m_i, the logarithm l_i of Σ_j exp(s_ij - m_i), and m'_j, l'_j of column j
     backward   w_ij = exp(s_ij - m_i - l_i) + exp(s_ij - m'_j - l'_j) - 2·[i = j]
                du = w·v / (2Bτ),  dv = wᵀ·u / (2Bτ),  dτ = -Σ_i u_i·du_i / τ
 
-Forbidden pairs are -inf in s before any maximum, both ways. Never in memory: s, its exponentials and B×B gradients. The forward holds
-two numbers for each row and column of a block, of 4,096 columns at a time; the backward recomputes s and holds w for squares of 4,096
-pairs at a time: never more than 64 MiB, whatever B is. Saved: source, target, and s_ii, m, l, m' and l' of each pair [5, B].
+False negatives are -inf in s before any maximum, in both directions. Never in memory: s, its exponentials and B×B gradients. The forward
+holds two numbers for each row and column of a block, of 4,096 columns at a time; the backward recomputes s and holds w for squares of
+4,096 pairs at a time: never more than 64 MiB for any B. Saved: source, target, and s_ii, m, l, m' and l' of each pair [5, B].
 
-The pair's own logit stays out of the sums until the last step, and maxima and logarithms stay apart, so that neither the small loss of
-a pair that stands out drowns in 1 + small, nor a logarithm in a large maximum. Cosines lack about 2⁻²¹ (cosines.py), w·v and wᵀ·u
-likewise; all sums are fp32 and have one order: the same bits each time.
+The diagonal logit is added to the sums in the last step, and maxima and logarithms are kept apart: otherwise the small loss of a well
+separated pair would be lost in 1 + small, and a logarithm in a large maximum. Cosines, w·v and wᵀ·u have an error of about 2⁻²¹
+(cosines.py); all sums are fp32 and have one order: the same bits each time.
 
-Source: van den Oord et al. 2018 (arXiv 1807.03748), both ways as in CLIP (arXiv 2103.00020); log-sum-exp by parts: Milakov and
+Source: van den Oord et al. 2018 (arXiv 1807.03748), symmetric as in CLIP (arXiv 2103.00020); log-sum-exp by parts: Milakov and
 Gimelshein 2018 (arXiv 1805.02867).
 
-Letters: B batch (pairs), D width, E edges (forbidden pairs); u source, v target, w weights; m rows and n columns of s.
+Letters: B batch (pairs), D width, E edges (false negatives); u source, v target, w weights; m rows and n columns of s.
 """
 
 import torch
@@ -27,13 +27,13 @@ from tli_kernels.cosines import UNIT_SCALE, add_product, check, halve, load_part
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# weights are at most 2: as large as fp16 takes them, so that few of their lower parts are denormal
+# weights are at most 2: scaled to fp16's largest range, so that few of their low parts are subnormal
 _WEIGHT_SCALE = tl.constexpr(2.0**14)
 
 
 @triton.jit
 def _number(x, LOADED: tl.constexpr):
-    # A number, or what the tensor holds that was given in its place
+    # A number, or the value of a tensor of one element
     if LOADED:
         x = tl.load(x).to(tl.float32)
     return x
@@ -41,7 +41,7 @@ def _number(x, LOADED: tl.constexpr):
 
 @triton.jit
 def _store_sums(ptrs, s, lower, mask, AXIS: tl.constexpr):
-    # Maxima and sums of exp(s - maximum) along an axis; where all is -inf the sum is 0, not NaN
+    # Maxima and sums of exp(s - maximum) along an axis; if all are -inf the sum is 0, not NaN
     maximum = tl.max(s, axis=AXIS)
     finite = tl.where(maximum == float("-inf"), 0.0, maximum)
     tl.store(ptrs, maximum, mask=mask)
@@ -104,11 +104,11 @@ def _merge_kernel(parts_ptr, merged_ptr, parts, size, lower, BLOCK_B: tl.constex
 
 @triton.jit
 def _with_own(maximum, total, own):
-    # The maximum m and log Σ_j exp(s_ij - m) of a row (or column) once the pair's own logit is counted, too
+    # The maximum m and log Σ_j exp(s_ij - m) of a row (or column), with the diagonal logit added
     gap = maximum - own
     less = tl.exp(-tl.abs(gap))
     rest = tl.where(gap > 0.0, total - 1.0 + less, total * less)
-    # log1p: what rounding takes from 1 + rest is made up for
+    # log1p(rest), corrected for the rounding of 1 + rest
     whole = 1.0 + rest
     kept = tl.where(whole == 1.0, 1.0, whole - 1.0)
     return tl.maximum(maximum, own), tl.where(whole == 1.0, rest, tl.log(whole) * (rest / kept))
@@ -118,7 +118,7 @@ def _with_own(maximum, total, own):
 def _losses_kernel(
     statistics_ptr, rows_ptr, columns_ptr, sums_ptr, row_parts, column_parts, B, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr
 ):  # fmt: skip
-    # Each program computes the maxima and logarithms of a block of pairs, both ways, and the pairs' share of the loss
+    # Each program computes the maxima and logarithms of a block of pairs, both ways, and these pairs' part of the loss
     pid = tl.program_id(0).to(tl.int64)
     offs_b = pid * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < B
@@ -138,7 +138,7 @@ def _losses_kernel(
 
 @triton.jit
 def _lack(loss):
-    # 1 - exp(-loss), what a pair's own probability lacks of 1, by its series where the difference would be all rounding
+    # 1 - exp(-loss), one minus the pair's probability: by series where the difference would be all rounding
     series = loss * (1.0 - loss / 2.0 * (1.0 - loss / 3.0 * (1.0 - loss / 4.0 * (1.0 - loss / 5.0))))
     return tl.where(loss < 0.125, series, 1.0 - tl.exp(-loss))
 
@@ -263,7 +263,7 @@ def _forward(source: Tensor, target: Tensor, temperature: float | Tensor, same: 
             launch.run(_merge_kernel, (triton.cdiv(size, 128),), columns, merged_columns, row_parts, size, pairs, **merging)
     if strips > 1:
         rows, columns, column_parts, row_parts = all_rows, all_columns, strips, 1
-    # one program for a common batch: no sum over programs is left
+    # one program for a batch of common size: no sum over programs
     block, warps = (1024, 8) if pairs <= 1024 else (128, 4)
     sums = statistics.new_empty(triton.cdiv(pairs, block))
     launch.run(
@@ -282,7 +282,7 @@ def _backward(
     squares = range(0, pairs, side)
     loaded, whole = isinstance(temperature, Tensor), config.way == "fp32"
     weights = source.new_empty(1 if whole else 2, side, side, dtype=torch.float32 if whole else torch.float16)
-    # the sum over several squares is made in fp32
+    # the sum over several squares is in fp32
     gradients = [x.new_empty(x.shape, dtype=x.dtype if len(squares) == 1 else torch.float32) for x in (source, target)]
     weights_grid = (side // config.cosines["M"], side // config.cosines["N"])
     grid = (triton.cdiv(width, config.gradients["N"]), side // config.gradients["M"], 2)
@@ -329,12 +329,12 @@ def infonce(source: Tensor, target: Tensor, temperature: float | Tensor, same: T
         source:       fp32, bf16 or fp16 [B, D] unit rows
         target:       fp32, bf16 or fp16 [B, D] unit rows; row i belongs to source row i
         temperature:  τ, a number or a tensor of one element
-        same:         int64 [E, 2] ordered (i, j), i ≠ j, that mean the same: never a negative of one another. Sorted by i; this is
-                      checked on a CPU only, as a look at the values would wait for a GPU
+        same:         int64 [E, 2] ordered (i, j), i ≠ j, false negatives, sorted by i; checked on a CPU only, as reading the values would
+                      synchronise with a GPU
 
     Returns:
-        fp32 scalar; gradients to source, target and a tensor temperature in their own dtypes. Cosines lack about 2⁻²¹ of a unit, sums
-        are fp32, runs are equal bit for bit. NaN, or a number above 255 in what must be unit rows, gives NaN.
+        fp32 scalar; gradients to source, target and a tensor temperature in their own dtypes. Cosines have an error of about
+        2⁻²¹, sums are fp32, results are equal bit for bit between runs. NaN, or a number above 255, in the unit rows gives NaN.
         Source: van den Oord et al. 2018 (arXiv 1807.03748).
     """
     learned = isinstance(temperature, Tensor)
