@@ -25,38 +25,38 @@ def _blocks(pairs: int) -> list[slice]:
     return [slice(start, min(start + rows, pairs)) for start in range(0, pairs, rows)]
 
 
-def _products(source: Tensor, target: Tensor, same: Tensor, own: Tensor | float, rows: slice) -> Tensor:
+def _products(source: Tensor, target: Tensor, false_negatives: Tensor, own: Tensor | float, rows: slice) -> Tensor:
     """Cosines of these rows with all columns, [rows, B]; ``own`` on the diagonal, minus infinity for false negatives."""
     cosines = source[rows] @ target.t()
     cosines.diagonal(rows.start)[: rows.stop - rows.start] = own if isinstance(own, float) else own[rows]
-    here = (same[:, 0] >= rows.start) & (same[:, 0] < rows.stop)
-    cosines[same[here, 0] - rows.start, same[here, 1]] = float("-inf")
+    here = (false_negatives[:, 0] >= rows.start) & (false_negatives[:, 0] < rows.stop)
+    cosines[false_negatives[here, 0] - rows.start, false_negatives[here, 1]] = float("-inf")
     return cosines
 
 
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, source: Tensor, target: Tensor, temperature: Tensor, same: Tensor) -> Tensor:
+    def forward(ctx, source: Tensor, target: Tensor, temperature: Tensor, false_negatives: Tensor) -> Tensor:
         pairs, cosine = len(source), (source.double() * target).sum(1).float()
         own = cosine / temperature
         row, column = source.new_empty(pairs), source.new_full((pairs,), float("-inf"))
         for rows in _blocks(pairs):
             # bit for bit the numbers in ``own``: a small loss consists of their differences
-            logits = _products(source, target, same, cosine, rows) / temperature
+            logits = _products(source, target, false_negatives, cosine, rows) / temperature
             row[rows] = (logits - own[rows, None]).logsumexp(1)
             column = torch.logaddexp(column, (logits - own).logsumexp(0))
-        ctx.save_for_backward(source, target, temperature, same, cosine, row, column)
+        ctx.save_for_backward(source, target, temperature, false_negatives, cosine, row, column)
         return (row.double() + column).mean().float() / 2
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        source, target, temperature, same, cosine, row, column = ctx.saved_tensors
+        source, target, temperature, false_negatives, cosine, row, column = ctx.saved_tensors
         pairs, own = len(source), cosine / temperature
         d_source, d_target = torch.empty_like(source), torch.zeros_like(target)
         d_temperature = torch.zeros((), dtype=torch.float64, device=source.device)
         for rows in _blocks(pairs):
-            logits = _products(source, target, same, cosine, rows) / temperature
+            logits = _products(source, target, false_negatives, cosine, rows) / temperature
             d_logits = (logits - own[rows, None] - row[rows, None]).exp_() + (logits - own - column).exp_()
             d_logits.diagonal(rows.start)[: rows.stop - rows.start] = torch.expm1(-row[rows]) + torch.expm1(-column[rows])
             if ctx.needs_input_grad[2]:
@@ -70,12 +70,12 @@ class _InfoNCE(torch.autograd.Function):
 
 class _Hinge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, source: Tensor, target: Tensor, margin: float, same: Tensor) -> Tensor:
+    def forward(ctx, source: Tensor, target: Tensor, margin: float, false_negatives: Tensor) -> Tensor:
         pairs = len(source)
-        hardest, index = source.new_empty(pairs), same.new_empty(pairs)
+        hardest, index = source.new_empty(pairs), false_negatives.new_empty(pairs)
         columns = torch.arange(pairs, device=source.device)
         for rows in _blocks(pairs):
-            cosines = _products(source, target, same, float("-inf"), rows)
+            cosines = _products(source, target, false_negatives, float("-inf"), rows)
             hardest[rows] = cosines.amax(1)
             index[rows] = torch.where(cosines == hardest[rows, None], columns, pairs - 1).amin(1)
         costs = margin - (source * target).sum(1) + hardest
@@ -91,15 +91,17 @@ class _Hinge(torch.autograd.Function):
         return weight * (target[index] - target), d_target, None, None
 
 
-def infonce(source: Tensor, target: Tensor, temperature: float | Tensor, same: Tensor) -> Tensor:
+def infonce(source: Tensor, target: Tensor, temperature: float | Tensor, false_negatives: Tensor) -> Tensor:
     """``reference.infonce``; a batch above ``BLOCK_NUMBERS`` cosines goes block by block, with gradients equal to rounding."""
     if len(source) ** 2 <= BLOCK_NUMBERS:
-        return reference.infonce(source, target, temperature, same)
-    return _InfoNCE.apply(source.float(), target.float(), torch.as_tensor(temperature, dtype=torch.float32, device=source.device), same)
+        return reference.infonce(source, target, temperature, false_negatives)
+    return _InfoNCE.apply(
+        source.float(), target.float(), torch.as_tensor(temperature, dtype=torch.float32, device=source.device), false_negatives
+    )
 
 
-def hinge(source: Tensor, target: Tensor, margin: float, same: Tensor) -> Tensor:
+def hinge(source: Tensor, target: Tensor, margin: float, false_negatives: Tensor) -> Tensor:
     """``reference.hinge``; a batch above ``BLOCK_NUMBERS`` cosines goes block by block, with gradients equal to rounding."""
     if len(source) ** 2 <= BLOCK_NUMBERS:
-        return reference.hinge(source, target, margin, same)
-    return _Hinge.apply(source.float(), target.float(), margin, same)
+        return reference.hinge(source, target, margin, false_negatives)
+    return _Hinge.apply(source.float(), target.float(), margin, false_negatives)

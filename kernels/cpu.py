@@ -1,4 +1,4 @@
-"""``nf4_lora`` on a CPU, through the faster of torch's two matmul libraries instead of its default.
+"""``lora_linear`` on a CPU, through the faster of torch's two matmul libraries instead of its default.
 
     y  = x·Wᵀ + b + s·(kept(x)·Aᵀ)·Bᵀ             the low-rank term is added into y, not beside it
     dx = dy·W + s·kept((dy·B)·A)                  and into dx
@@ -230,7 +230,7 @@ def linear(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | No
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, matmul).view(*x.shape[:-1], weight.shape[0])
 
 
-def nf4_lora(
+def lora_linear(
     x: Tensor,
     weight: Tensor | NF4Weight | TokenTable,
     lora_a: Tensor,
@@ -241,6 +241,6 @@ def nf4_lora(
     seed: Tensor | int = 0,
     matmul: Matmul = PLAIN,
 ) -> Tensor:
-    """y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias on a CPU, through ``matmul``; else as ``reference.nf4_lora``."""
+    """y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias on a CPU, through ``matmul``; else as ``reference.lora_linear``."""
     rows = x.reshape(-1, x.shape[-1])
     return _LoRALinear.apply(rows, weight, lora_a, lora_b, scale, bias, dropout, seed, matmul).view(*x.shape[:-1], weight.shape[0])

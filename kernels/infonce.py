@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from tli_kernels import checks, launch
-from tli_kernels.cosines import UNIT_SCALE, add_product, check, halve, load_parts, operands, scaled_cosines, swizzled
+from tli_kernels.cosines import UNIT_SCALE, add_product, check, load_parts, operands, scaled_cosines, split_hi_lo, swizzled
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -50,10 +50,10 @@ def _store_sums(ptrs, s, lower, mask, AXIS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["edges", "column", "size", "B", "row_blocks", "column_blocks"])
 def _statistics_kernel(
-    source_ptr, target_ptr, stride, lower, same_ptr, edges, temperature, own_ptr, rows_ptr, columns_ptr,
+    source_ptr, target_ptr, stride, lower, false_negatives_ptr, edges, temperature, own_ptr, rows_ptr, columns_ptr,
     column, size, B, D, row_blocks, column_blocks,
     LOADED: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Each program computes the maxima and sums of the rows and columns of a block of s, of the ``size`` columns from ``column`` on
     row_block, column_block = swizzled(tl.program_id(0), row_blocks, column_blocks, GROUP)
@@ -61,8 +61,8 @@ def _statistics_kernel(
     at_n = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_n = column + at_n
     s = scaled_cosines(
-        source_ptr, target_ptr, stride, lower, same_ptr, edges, offs_m, offs_n, 1.0 / _number(temperature, LOADED), B, D,
-        BLOCK_M, BLOCK_N, BLOCK_K, WAY,
+        source_ptr, target_ptr, stride, lower, false_negatives_ptr, edges, offs_m, offs_n, 1.0 / _number(temperature, LOADED), B, D,
+        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
     diagonal = offs_m[:, None] == offs_n[None, :]
     first = column + column_block * BLOCK_N
@@ -145,8 +145,8 @@ def _lack(loss):
 
 @triton.jit(do_not_specialize=["edges", "row", "column", "B"])
 def _weights_kernel(
-    source_ptr, target_ptr, stride, lower, same_ptr, edges, temperature, statistics_ptr, weights_ptr, row, column, B, D, side,
-    LOADED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAY: tl.constexpr,
+    source_ptr, target_ptr, stride, lower, false_negatives_ptr, edges, temperature, statistics_ptr, weights_ptr, row, column, B, D, side,
+    LOADED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Each program computes a block of the square of weights w [side, side] from (row, column) on
     at_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -154,8 +154,8 @@ def _weights_kernel(
     offs_m, offs_n = row + at_m, column + at_n
     mask_m, mask_n = offs_m < B, offs_n < B
     s = scaled_cosines(
-        source_ptr, target_ptr, stride, lower, same_ptr, edges, offs_m, offs_n, 1.0 / _number(temperature, LOADED), B, D,
-        BLOCK_M, BLOCK_N, BLOCK_K, WAY,
+        source_ptr, target_ptr, stride, lower, false_negatives_ptr, edges, offs_m, offs_n, 1.0 / _number(temperature, LOADED), B, D,
+        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
     ptrs_m, ptrs_n = statistics_ptr + offs_m, statistics_ptr + offs_n
     maximum_m = tl.load(ptrs_m + B, mask=mask_m, other=0.0)
@@ -169,10 +169,10 @@ def _weights_kernel(
     w = tl.where(offs_m[:, None] == offs_n[None, :], own_w[:, None], w) * _WEIGHT_SCALE
     # a square has fewer than 2³¹ weights
     w_ptrs = weights_ptr + at_m[:, None] * side + at_n[None, :]
-    if WAY == "fp32":
+    if PRECISION == "fp32":
         tl.store(w_ptrs, w)
     else:
-        w_hi, w_lo = halve(w)
+        w_hi, w_lo = split_hi_lo(w)
         tl.store(w_ptrs, w_hi)
         tl.store(w_ptrs + side * side, w_lo)
 
@@ -180,7 +180,7 @@ def _weights_kernel(
 @triton.jit
 def _add_gradient(
     weights_ptr, stride_m, stride_k, x_ptr, stride, lower, dx_ptr, scale, row, column, B, D, side,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAY: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # dx[row + m] (+)= scale·Σ_k w[m, k]·x[column + k] for a block of m and D, and what was added
     at_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -191,14 +191,14 @@ def _add_gradient(
         at_k = k + tl.arange(0, BLOCK_K)
         w_ptrs = weights_ptr + at_m[:, None] * stride_m + at_k[None, :] * stride_k
         w_hi = tl.load(w_ptrs)
-        if WAY == "fp32":
+        if PRECISION == "fp32":
             w_lo = w_hi
         else:
             w_lo = tl.load(w_ptrs + side * side)
         offs_k = column + at_k
         x_ptrs = x_ptr + offs_k.to(tl.int64)[:, None] * stride + offs_d[None, :]
-        x_hi, x_lo = load_parts(x_ptrs, lower, (offs_k < B)[:, None] & mask_d[None, :], WAY)
-        acc = add_product(acc, w_hi, w_lo, x_hi, x_lo, WAY)
+        x_hi, x_lo = load_parts(x_ptrs, lower, (offs_k < B)[:, None] & mask_d[None, :], PRECISION)
+        acc = add_product(acc, w_hi, w_lo, x_hi, x_lo, PRECISION)
     offs_m = row + at_m
     mask = (offs_m < B)[:, None] & mask_d[None, :]
     dx_ptrs = dx_ptr + offs_m.to(tl.int64)[:, None] * D + offs_d[None, :]
@@ -214,31 +214,33 @@ def _add_gradient(
 def _gradients_kernel(
     source_ptr, target_ptr, stride, lower, temperature, dloss_ptr, weights_ptr, dsource_ptr, dtarget_ptr, dtemperature_ptr,
     row, column, B, D, side,
-    LOADED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WAY: tl.constexpr,
+    LOADED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Each program computes what the square of weights from (row, column) on adds to a block of du and to dτ, or to a block of dv
     tau = _number(temperature, LOADED)
     scale = tl.load(dloss_ptr) / (2.0 * B * tau) / (_WEIGHT_SCALE * UNIT_SCALE)
     if tl.program_id(2) == 1:
         _add_gradient(
-            weights_ptr, 1, side, source_ptr, stride, lower, dtarget_ptr, scale, column, row, B, D, side, BLOCK_M, BLOCK_N, BLOCK_K, WAY
+            weights_ptr, 1, side, source_ptr, stride, lower, dtarget_ptr, scale, column, row, B, D, side,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
     else:
         du = _add_gradient(
-            weights_ptr, side, 1, target_ptr, stride, lower, dsource_ptr, scale, row, column, B, D, side, BLOCK_M, BLOCK_N, BLOCK_K, WAY
+            weights_ptr, side, 1, target_ptr, stride, lower, dsource_ptr, scale, row, column, B, D, side,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         if dtemperature_ptr is not None:
             offs_m = row + tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
             offs_d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
             u_ptrs = source_ptr + offs_m.to(tl.int64)[:, None] * stride + offs_d[None, :]
-            u, u_lo = load_parts(u_ptrs, lower, (offs_m < B)[:, None] & (offs_d < D)[None, :], WAY)
-            if WAY != "fp32":
+            u, u_lo = load_parts(u_ptrs, lower, (offs_m < B)[:, None] & (offs_d < D)[None, :], PRECISION)
+            if PRECISION != "fp32":
                 u = u.to(tl.float32) + u_lo.to(tl.float32)
             share = tl.sum(u * du) / (-UNIT_SCALE * tau)
             tl.store(dtemperature_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), share)
 
 
-def _forward(source: Tensor, target: Tensor, temperature: float | Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(source: Tensor, target: Tensor, temperature: float | Tensor, false_negatives: Tensor) -> tuple[Tensor, Tensor]:
     pairs, width = source.shape
     config = launch.contrast(launch.capability(source.device), pairs)
     side, row_parts = min(config.side, pairs), triton.cdiv(pairs, config.cosines["M"])
@@ -252,8 +254,9 @@ def _forward(source: Tensor, target: Tensor, temperature: float | Tensor, same: 
         column, size = strip * side, min(side, pairs - strip * side)
         column_parts = triton.cdiv(size, config.cosines["N"])
         launch.run(
-            _statistics_kernel, (row_parts * column_parts,), *arguments, same, len(same), temperature, statistics, rows, columns,
-            column, size, pairs, width, row_parts, column_parts, LOADED=isinstance(temperature, Tensor), GROUP=8, WAY=config.way,
+            _statistics_kernel, (row_parts * column_parts,), *arguments, false_negatives, len(false_negatives), temperature,
+            statistics, rows, columns, column, size, pairs, width, row_parts, column_parts,
+            LOADED=isinstance(temperature, Tensor), GROUP=8, PRECISION=config.precision,
             **config.cosines.options(),
         )  # fmt: skip
         if strips > 1:
@@ -274,13 +277,13 @@ def _forward(source: Tensor, target: Tensor, temperature: float | Tensor, same: 
 
 
 def _backward(
-    dloss: Tensor, source: Tensor, target: Tensor, temperature: float | Tensor, same: Tensor, statistics: Tensor, learns: bool
+    dloss: Tensor, source: Tensor, target: Tensor, temperature: float | Tensor, false_negatives: Tensor, statistics: Tensor, learns: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     pairs, width = source.shape
     config = launch.contrast(launch.capability(source.device), pairs)
     side = min(config.side, config.padded(pairs))
     squares = range(0, pairs, side)
-    loaded, whole = isinstance(temperature, Tensor), config.way == "fp32"
+    loaded, whole = isinstance(temperature, Tensor), config.precision == "fp32"
     weights = source.new_empty(1 if whole else 2, side, side, dtype=torch.float32 if whole else torch.float16)
     # the sum over several squares is in fp32
     gradients = [x.new_empty(x.shape, dtype=x.dtype if len(squares) == 1 else torch.float32) for x in (source, target)]
@@ -291,12 +294,12 @@ def _backward(
     for i, row in enumerate(squares):
         for j, column in enumerate(squares):
             launch.run(
-                _weights_kernel, weights_grid, *arguments, same, len(same), temperature, statistics, weights,
-                row, column, pairs, width, side, LOADED=loaded, WAY=config.way, **config.cosines.options(),
+                _weights_kernel, weights_grid, *arguments, false_negatives, len(false_negatives), temperature, statistics, weights,
+                row, column, pairs, width, side, LOADED=loaded, PRECISION=config.precision, **config.cosines.options(),
             )  # fmt: skip
             launch.run(
                 _gradients_kernel, grid, *arguments, temperature, dloss, weights, *gradients, dtemperature[i, j] if learns else None,
-                row, column, pairs, width, side, LOADED=loaded, WAY=config.way, **config.gradients.options(),
+                row, column, pairs, width, side, LOADED=loaded, PRECISION=config.precision, **config.gradients.options(),
             )  # fmt: skip
     dsource, dtarget = (gradient.to(x.dtype) for gradient, x in zip(gradients, (source, target)))
     return dsource, dtarget, dtemperature.sum() if learns else None
@@ -304,33 +307,33 @@ def _backward(
 
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, source, target, temperature, same):
-        source, target, same = source.contiguous(), target.contiguous(), same.contiguous()
-        loss, statistics = _forward(source, target, temperature, same)
+    def forward(ctx, source, target, temperature, false_negatives):
+        source, target, false_negatives = source.contiguous(), target.contiguous(), false_negatives.contiguous()
+        loss, statistics = _forward(source, target, temperature, false_negatives)
         learned = isinstance(temperature, Tensor)
-        ctx.save_for_backward(source, target, same, statistics, temperature if learned else None)
+        ctx.save_for_backward(source, target, false_negatives, statistics, temperature if learned else None)
         ctx.temperature = None if learned else temperature
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        source, target, same, statistics, temperature = ctx.saved_tensors
+        source, target, false_negatives, statistics, temperature = ctx.saved_tensors
         learns = ctx.needs_input_grad[2]
         tau = ctx.temperature if temperature is None else temperature
-        dsource, dtarget, dtemperature = _backward(dloss, source, target, tau, same, statistics, learns)
+        dsource, dtarget, dtemperature = _backward(dloss, source, target, tau, false_negatives, statistics, learns)
         return dsource, dtarget, dtemperature.to(temperature.dtype).view(temperature.shape) if learns else None, None
 
 
-def infonce(source: Tensor, target: Tensor, temperature: float | Tensor, same: Tensor) -> Tensor:
+def infonce(source: Tensor, target: Tensor, temperature: float | Tensor, false_negatives: Tensor) -> Tensor:
     """½ Σ over both directions of mean_i [ log Σ_{j allowed} exp(u_i·v_j / τ) - u_i·v_i / τ ], streaming.
 
     Args:
-        source:       fp32, bf16 or fp16 [B, D] unit rows
-        target:       fp32, bf16 or fp16 [B, D] unit rows; row i belongs to source row i
-        temperature:  τ, a number or a tensor of one element
-        same:         int64 [E, 2] ordered (i, j), i ≠ j, false negatives, sorted by i; checked on a CPU only, as reading the values would
-                      synchronise with a GPU
+        source:           fp32, bf16 or fp16 [B, D] unit rows
+        target:           fp32, bf16 or fp16 [B, D] unit rows; row i belongs to source row i
+        temperature:      τ, a number or a tensor of one element
+        false_negatives:  int64 [E, 2] ordered (i, j), i ≠ j, sorted by i; checked on a CPU only, as reading the values
+                          would synchronise with a GPU
 
     Returns:
         fp32 scalar; gradients to source, target and a tensor temperature in their own dtypes. Cosines have an error of about
@@ -338,7 +341,7 @@ def infonce(source: Tensor, target: Tensor, temperature: float | Tensor, same: T
         Source: van den Oord et al. 2018 (arXiv 1807.03748).
     """
     learned = isinstance(temperature, Tensor)
-    check("infonce", source, target, same, *([temperature] if learned else []))
+    check("infonce", source, target, false_negatives, *([temperature] if learned else []))
     one = not learned or temperature.numel() == 1
     checks.require(one, "infonce", "temperature must be one number", lambda: tuple(temperature.shape), "pass a tensor of one element")
-    return _InfoNCE.apply(source, target, temperature if learned else float(temperature), same)
+    return _InfoNCE.apply(source, target, temperature if learned else float(temperature), false_negatives)

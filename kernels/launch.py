@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# the generations that the kernels are compiled for (gate.py): Turing to Blackwell
+# the generations that the kernels are compiled for (compile_check.py): Turing to Blackwell
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 
 
@@ -250,13 +250,13 @@ def dequantise() -> Blocks:
 class Contrast:
     """Blocks and precision of infonce and hinge for B pairs.
 
-    way:        what is multiplied: "halves" (fp16 parts made beforehand), "split" (made while loading), "fp32" (no tensor cores)
+    precision:  of the matmuls: "hi_lo" (fp16 parts split beforehand), "split" (split while loading), "fp32" (no tensor cores)
     cosines:    a block of u·vᵀ: rows M, columns N, depth K along D
     gradients:  a block of du or dv: words M, columns of D N, depth K along the other side's words
     side:       columns whose statistics, and rows and columns whose weights infonce holds at a time; below 32,768
     """
 
-    way: str
+    precision: str
     cosines: Blocks
     gradients: Blocks
     side: int = 4096
@@ -278,19 +278,19 @@ def contrast(capability: int, pairs: int) -> Contrast:
         return Contrast("split", small, wide)
     if capability == 90:
         large = _depth(128, 128, 64, 8, 3)
-        return Contrast("halves", large, large)
+        return Contrast("hi_lo", large, large)
     if capability == 100:
         # with 128 columns of cosines their sums run out of registers
-        return Contrast("halves", _depth(128, 64, 64, 8, 3), _depth(128, 128, 64, 8, 2))
+        return Contrast("hi_lo", _depth(128, 64, 64, 8, 3), _depth(128, 128, 64, 8, 2))
     # these may have 99 KiB of shared memory, and spill with 128 columns; 12.0 spills with the others' gradients, too
     large = _depth(128, 64, 32, 8, 3)
     if capability >= 120:
-        return Contrast("halves", dataclasses.replace(large, max_registers=_enough(capability)), _depth(64, 128, 32, 8, 3))
-    return Contrast("halves", large, large)
+        return Contrast("hi_lo", dataclasses.replace(large, max_registers=_enough(capability)), _depth(64, 128, 32, 8, 3))
+    return Contrast("hi_lo", large, large)
 
 
 def gather(capability: int) -> tuple[str, Blocks]:
-    """What the hinge's gradient multiplies, as of ``Contrast.way``, and its blocks: words M, columns of D N, depth K along the rows."""
+    """The precision of the hinge's gradient, as in ``Contrast``, and its blocks: words M, columns of D N, depth K along the rows."""
     return ("fp32", _depth(64, 64, 16, 8, 1)) if capability < 80 else ("split", _depth(64, 64, 64, 4, 1))
 
 

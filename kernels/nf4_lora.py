@@ -223,12 +223,12 @@ def _product(
 ) -> Tensor:  # fmt: skip
     """x·Wᵀ (backward: x·W) + s·kept(low·Fᵀ) + bias for F [P, R] of any strides, computed as ``launch.dispatch`` says."""
     (rows, terms), length = x.shape, weight.shape[1 if backward else 0]
-    way = launch.dispatch(launch.capability(x.device))
-    nf4_in_loop = isinstance(weight, NF4Weight) and rows <= way.decode_rows
+    dispatch = launch.dispatch(launch.capability(x.device))
+    nf4_in_loop = isinstance(weight, NF4Weight) and rows <= dispatch.decode_rows
     if isinstance(weight, NF4Weight) and not nf4_in_loop:
         weight = nf4.dequantise(weight, x.dtype, out=_buffer(weight.shape, x))
     known = isinstance(weight, TokenTable)
-    by_cublas = not nf4_in_loop and rows > (way.decode_rows if x.dtype == torch.float32 else way.fused_rows)
+    by_cublas = not nf4_in_loop and rows > (dispatch.decode_rows if x.dtype == torch.float32 else dispatch.fused_rows)
     y = weight.looked_up(x) if known else x.new_empty((rows, length))
     low_splits, rank, strides = (1, 1, (0, 0)) if low is None else (low.shape[0], low.shape[2], factor.stride())
     adding = (rank, low_splits, *strides, scale, *parameters(dropout, seed))
@@ -352,7 +352,7 @@ def linear(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | No
     return _Linear.apply(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def nf4_lora(
+def lora_linear(
     x: Tensor,
     weight: Tensor | NF4Weight | TokenTable,
     lora_a: Tensor,
@@ -381,13 +381,13 @@ def nf4_lora(
     Raises:
         ValueError: tensors of other devices, dtypes or shapes than these.
     """
-    _check("nf4_lora", x, weight, bias)
-    checks.require_device("nf4_lora", x, lora_a, lora_b)
+    _check("lora_linear", x, weight, bias)
+    checks.require_device("lora_linear", x, lora_a, lora_b)
     rank, (out_features, in_features) = lora_a.shape[0], weight.shape
     fits = rank > 0 and tuple(lora_a.shape) == (rank, in_features) and tuple(lora_b.shape) == (out_features, rank)
     shapes = f"lora_a must be [R, {in_features}] and lora_b [{out_features}, R], R at least 1"
-    checks.require(fits, "nf4_lora", shapes, lambda: (tuple(lora_a.shape), tuple(lora_b.shape)), "use factors made for this weight")
-    checks.require(0.0 <= dropout < 1.0, "nf4_lora", "dropout must be in [0, 1)", lambda: dropout, "choose another")
+    checks.require(fits, "lora_linear", shapes, lambda: (tuple(lora_a.shape), tuple(lora_b.shape)), "use factors made for this weight")
+    checks.require(0.0 <= dropout < 1.0, "lora_linear", "dropout must be in [0, 1)", lambda: dropout, "choose another")
     if dropout > 0 and not isinstance(seed, Tensor):
         seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
     y = _LoRALinear.apply(_rows(x), weight, lora_a, lora_b, scale, bias, dropout, seed)

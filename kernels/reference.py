@@ -2,13 +2,13 @@
 
     linear      y = x·Wᵀ + bias
     dequantise  W = code[q] · scale
-    nf4_lora    y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias
+    lora_linear y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias
     pool_norm   u_b = normalise(mean over the nodes t of word b of norm(h_t))
     infonce     ½ Σ over both directions of mean_i [ log Σ_{j allowed} exp(u_i·v_j / τ) - u_i·v_i / τ ]
     hinge       mean_i max(0, margin - u_i·v_i + max_{j allowed, j ≠ i} u_i·v_j)
 
 Letters: B batch, T nodes, M rows, K in-features, N out-features, R rank, D width, E edges.
-Norms, cosines and losses are computed in fp32 for any input dtype; only ``linear`` and ``nf4_lora`` work in the dtype of their input.
+Norms, cosines and losses are computed in fp32 for any input dtype; only ``linear`` and ``lora_linear`` work in the dtype of their input.
 """
 
 import torch
@@ -114,7 +114,7 @@ def linear(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | No
     return F.linear(x, weight, bias)
 
 
-def nf4_lora(
+def lora_linear(
     x: Tensor,
     weight: Tensor | NF4Weight | TokenTable,
     lora_a: Tensor,
@@ -192,33 +192,33 @@ def transpose_paths(indptr: Tensor, indices: Tensor, nodes: int) -> tuple[Tensor
     return node_indptr, words
 
 
-def infonce(source: Tensor, target: Tensor, temperature: float | Tensor, same: Tensor) -> Tensor:
+def infonce(source: Tensor, target: Tensor, temperature: float | Tensor, false_negatives: Tensor) -> Tensor:
     """Symmetric InfoNCE over a batch of unit vectors, without false negatives.
 
     Args:
-        source:       fp32 [B, D] unit rows
-        target:       fp32 [B, D] unit rows; row i belongs to source row i
-        temperature:  τ
-        same:         int64 [E, 2] ordered (i, j), i ≠ j, false negatives: left out of the negatives
+        source:           fp32 [B, D] unit rows
+        target:           fp32 [B, D] unit rows; row i belongs to source row i
+        temperature:      τ
+        false_negatives:  int64 [E, 2] ordered (i, j), i ≠ j: left out of the negatives
 
     Returns:
         fp32 scalar; ln(B) if all vectors are equal. Gradients to source, target and a tensor temperature.
         Source: van den Oord et al. 2018 (arXiv 1807.03748); symmetric as in CLIP (arXiv 2103.00020).
     """
     logits = source.float() @ target.float().t() / temperature
-    logits = logits.index_put((same[:, 0], same[:, 1]), logits.new_tensor(float("-inf")))
+    logits = logits.index_put((false_negatives[:, 0], false_negatives[:, 1]), logits.new_tensor(float("-inf")))
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
 
 
-def hinge(source: Tensor, target: Tensor, margin: float, same: Tensor) -> Tensor:
-    """mean_i max(0, margin - u_i·v_i + max_{j ≠ i, (i, j) not in same} u_i·v_j): the hardest negative, source to target only.
+def hinge(source: Tensor, target: Tensor, margin: float, false_negatives: Tensor) -> Tensor:
+    """mean_i max(0, margin - u_i·v_i + max_{j allowed, j ≠ i} u_i·v_j): the hardest negative, source to target only.
 
     Args:
-        source:  fp32 [B, D] unit rows
-        target:  fp32 [B, D] unit rows
-        margin:  the paper's 0.4
-        same:    int64 [E, 2] ordered (i, j), i ≠ j, false negatives
+        source:           fp32 [B, D] unit rows
+        target:           fp32 [B, D] unit rows
+        margin:           the paper's 0.4
+        false_negatives:  int64 [E, 2] ordered (i, j), i ≠ j
 
     Returns:
         fp32 scalar; a row without any negative adds 0. Among equally hard negatives the gradient goes to the first.
@@ -226,7 +226,9 @@ def hinge(source: Tensor, target: Tensor, margin: float, same: Tensor) -> Tensor
     """
     cosines = source.float() @ target.float().t()
     own = torch.arange(len(cosines), device=cosines.device)
-    negatives = cosines.index_put((torch.cat([same[:, 0], own]), torch.cat([same[:, 1], own])), cosines.new_tensor(float("-inf")))
+    negatives = cosines.index_put(
+        (torch.cat([false_negatives[:, 0], own]), torch.cat([false_negatives[:, 1], own])), cosines.new_tensor(float("-inf"))
+    )
     # argmax may return any of several equal columns; in a row with NaN none is equal, and any will do
     equal = negatives == negatives.amax(dim=1, keepdim=True)
     first = torch.where(equal, own, len(own) - 1).amin(dim=1, keepdim=True)

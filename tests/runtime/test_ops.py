@@ -46,7 +46,7 @@ def test_every_implementation_computes_from_every_kind_of_weight(kind):
     truth = packed.code.double()[nibbles].view(40, 64) * scales.double()[:, None]
     x, a, b, bias, dy = (torch.randn(size, generator=generator) for size in ((3, 5, 64), (4, 64), (40, 4), (40,), (3, 5, 40)))
     low_rank = 0.5 * b.double() @ a.double()
-    for name, added, factors in (("linear", 0.0, ()), ("nf4_lora", low_rank, (a.to(DEVICE), b.to(DEVICE), 0.5))):
+    for name, added, factors in (("linear", 0.0, ()), ("lora_linear", low_rank, (a.to(DEVICE), b.to(DEVICE), 0.5))):
         wanted = x.double() @ (truth + added).T + bias.double()
         op = getattr(chosen, name)
         for weight in (packed.to(DEVICE), truth.float().to(DEVICE)):
@@ -70,7 +70,7 @@ def test_asking_for_fused_ops_never_falls_back(monkeypatch):
         resolved("fused")
 
 
-@pytest.mark.parametrize("op", ["nf4_lora", "pool_norm", "infonce", "hinge"])
+@pytest.mark.parametrize("op", ["lora_linear", "pool_norm", "infonce", "hinge"])
 def test_fused_ops_that_give_other_numbers_are_not_taken(monkeypatch, op):
     """As on a GPU, at the start of a run: here the try itself, in the interpreter."""
     ops._fused_agree.cache_clear()
@@ -243,7 +243,7 @@ def test_reference_and_fused_ops_have_one_signature():
 
     from tli_kernels import hinge, infonce, nf4_lora, pool_norm
 
-    for module, names in ((nf4_lora, ("nf4_lora", "linear")), (pool_norm, ("pool_norm",)), (infonce, ("infonce",)), (hinge, ("hinge",))):
+    for module, names in ((nf4_lora, ("lora_linear", "linear")), (pool_norm, ("pool_norm",)), (infonce, ("infonce",)), (hinge, ("hinge",))):
         for name in names:
             mine, theirs = (inspect.signature(getattr(owner, name)) for owner in (module, reference))
             assert list(mine.parameters) == list(theirs.parameters), name

@@ -43,7 +43,7 @@ class Ops:
 
     kind: Literal["reference", "cpu", "fused"]
     linear: Callable[..., Tensor]
-    nf4_lora: Callable[..., Tensor]
+    lora_linear: Callable[..., Tensor]
     pool_norm: Callable[..., Tensor]
     infonce: Callable[..., Tensor]
     hinge: Callable[..., Tensor]
@@ -61,20 +61,20 @@ class Ops:
 
 
 # the losses are blocked: equal to the reference's, without holding batch x batch cosines of a large batch
-REFERENCE = Ops("reference", reference.linear, reference.nf4_lora, reference.pool_norm, blocked.infonce, blocked.hinge, "reference ops")
+REFERENCE = Ops("reference", reference.linear, reference.lora_linear, reference.pool_norm, blocked.infonce, blocked.hinge, "reference ops")
 
 
 def on_cpu(matmul: Matmul, description: str = "") -> Ops:
     """The reference ops, with the linear layers through ``matmul``."""
-    linear, nf4_lora = (functools.partial(op, matmul=matmul) for op in (cpu.linear, cpu.nf4_lora))
-    return dataclasses.replace(REFERENCE, kind="cpu", linear=linear, nf4_lora=nf4_lora, description=description, matmul=matmul)
+    linear, lora_linear = (functools.partial(op, matmul=matmul) for op in (cpu.linear, cpu.lora_linear))
+    return dataclasses.replace(REFERENCE, kind="cpu", linear=linear, lora_linear=lora_linear, description=description, matmul=matmul)
 
 
 def fused(description: str = "") -> Ops:
     """The Triton ops; importing them needs Triton."""
     from tli_kernels import hinge, infonce, nf4_lora, pool_norm
 
-    return Ops("fused", nf4_lora.linear, nf4_lora.nf4_lora, pool_norm.pool_norm, infonce.infonce, hinge.hinge, description)
+    return Ops("fused", nf4_lora.linear, nf4_lora.lora_linear, pool_norm.pool_norm, infonce.infonce, hinge.hinge, description)
 
 
 def resolve(impl: str, dtype: torch.dtype, device: torch.device, matmul: Callable[[], Matmul], weights: str = "full") -> Ops:
@@ -152,7 +152,7 @@ def _fused_agree(dtype: torch.dtype, device: torch.device) -> bool:
 
     def found(ops: Ops, where: torch.device, kind: torch.dtype) -> list[Tensor]:
         leaves = [value.to(where, kind if i == 0 else torch.float32).requires_grad_() for i, value in enumerate((x, a, b))]
-        y = ops.nf4_lora(leaves[0], weight.to(where, kind), *leaves[1:], 0.5, dropout=0.25, seed=7)
+        y = ops.lora_linear(leaves[0], weight.to(where, kind), *leaves[1:], 0.5, dropout=0.25, seed=7)
         y.backward(dy.to(where, kind))
         states = x.to(where, kind).requires_grad_()
         vectors = ops.pool_norm(states, indptr.to(where), indices.to(where), None)
@@ -184,7 +184,7 @@ def projections(model: str) -> list[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def dispatched(device: torch.device, decode_rows: int, fused_rows: int) -> Iterator[None]:
+def override_dispatch(device: torch.device, decode_rows: int, fused_rows: int) -> Iterator[None]:
     """Override the fused ops' dispatch by number of rows (``launch.Dispatch``) while the context is open."""
     launch.use(launch.capability(device), launch.Dispatch(decode_rows, fused_rows))
     try:

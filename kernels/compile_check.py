@@ -1,4 +1,4 @@
-"""Compile every kernel for every GPU generation, without a GPU, and check the machine code: python -m tli_kernels.gate
+"""Compile every kernel for every GPU generation, without a GPU, and check the machine code: python -m tli_kernels.compile_check
 
 The real ops are called for the named shapes on meta tensors, while ``launch.recording`` collects their launches. Each launch becomes
 the specialisation that Triton's own launcher would compile; each distinct one is compiled once per compute capability, and its
@@ -13,7 +13,7 @@ It fails on a spill, on too much shared (or tensor) memory, on a matrix kernel (
 tensor-core instructions, on a failed compilation, and on a kernel that no op launched. Two exceptions, shown as FMA:
 
     7.5    Triton 3.3 and later generates no tensor-core instructions for it (triton-lang/triton pull request 5066)
-    fp32   nf4_lora on fp32 activations multiplies in full fp32, which tensor cores cannot
+    fp32   lora_linear on fp32 activations multiplies in full fp32, which tensor cores cannot
 
 Results are kept in the cache folder, keyed by source, options and Triton version.
 """
@@ -52,7 +52,7 @@ try:
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
 except ImportError as missing:
-    sys.exit(f"gate: triton must be installed to compile kernels, got '{missing}'; pip install triton on Linux")
+    sys.exit(f"compile_check: triton must be installed to compile kernels, got '{missing}'; pip install triton on Linux")
 
 _KIB = 1024
 # the most shared memory that a block may ask for. Source: CUDA C++ Programming Guide, technical specifications
@@ -63,7 +63,7 @@ _TENSOR_MEMORY_LIMIT = 512
 _READER = 2
 _NOTE = (
     "FMA: products without tensor cores. For 75 Triton 3.3 and later makes no others (its pull request 5066);"
-    " on 80 it is nf4_lora on fp32 activations."
+    " on 80 it is lora_linear on fp32 activations."
 )
 
 
@@ -132,7 +132,7 @@ def _call_nf4_lora(dtype: torch.dtype, thorough: bool) -> None:
         weight = _empty(*size, dtype=dtype) if kind == "resident" else _nf4_weight(size, kind == "nested")
         x, bias = _empty(rows, size[1], dtype=dtype, grad=True), _empty(size[0], dtype=dtype) if bias else None
         lora_a, lora_b = _empty(rank, size[1], grad=True), _empty(size[0], rank, grad=True)
-        for y in (nf4_lora.nf4_lora(x, weight, lora_a, lora_b, 2.0, bias, dropout, 1 << 40), nf4_lora.linear(x, weight, bias)):
+        for y in (nf4_lora.lora_linear(x, weight, lora_a, lora_b, 2.0, bias, dropout, 1 << 40), nf4_lora.linear(x, weight, bias)):
             y.backward(torch.empty_like(y))
 
     # a batch's trie has any number of nodes, not only multiples of 16
@@ -285,7 +285,7 @@ def faults(job: Job, result: Result) -> list[str]:
 def kernels() -> set[str]:
     """Every kernel of the package: functions with a pointer that no other Triton function calls."""
     found, names = set(), [info.name for info in pkgutil.iter_modules(importlib.import_module("tli_kernels").__path__)]
-    for module in (importlib.import_module(f"tli_kernels.{name}") for name in names if name != "gate"):
+    for module in (importlib.import_module(f"tli_kernels.{name}") for name in names if name != "compile_check"):
         found |= {value for value in vars(module).values() if isinstance(value, JITFunction)}
     calls = [node.func for function in found for node in ast.walk(function.parse()) if isinstance(node, ast.Call)]
     called = {node.id for node in calls if isinstance(node, ast.Name)} | {node.attr for node in calls if isinstance(node, ast.Attribute)}
@@ -295,7 +295,7 @@ def kernels() -> set[str]:
 
 def run(capabilities: list[int], use_cache: bool = True) -> list[tuple[Job, Result]]:
     """Every job with its result, from the cache or compiled in parallel, one process a CPU."""
-    folder = cache_folder() / "gate"
+    folder = cache_folder() / "compile_check"
     folder.mkdir(parents=True, exist_ok=True)
     # forked before anything runs: children need not find tli_kernels again, and no autograd thread is lost
     fork, processes = multiprocessing.get_context("fork"), min(len(os.sched_getaffinity(0)), 16)
@@ -347,7 +347,7 @@ def _range(numbers: Iterable[int]) -> str:
 
 def main() -> int:
     """Print the table and every fault; the exit code is 1 where there is one."""
-    parser = argparse.ArgumentParser(prog="python -m tli_kernels.gate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tli_kernels.compile_check", description=__doc__.split("\n")[0])
     parser.add_argument("--capability", type=int, action="append", choices=launch.CAPABILITIES, help="only this one; may be repeated")
     parser.add_argument("--no-cache", action="store_true", help="compile all of it again")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write every result, too")
