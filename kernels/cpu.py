@@ -1,22 +1,22 @@
-"""The CPU's way of ``nf4_lora``: the faster of torch's two libraries in place of its default, one pass each way.
+"""``lora_linear`` on a CPU, through the faster of torch's two matmul libraries instead of its default.
 
     y  = x·Wᵀ + b + s·(kept(x)·Aᵀ)·Bᵀ             the low-rank term is added into y, not beside it
-    dx = dy·W + s·kept((dy·B)·A)                  likewise
+    dx = dy·W + s·kept((dy·B)·A)                  and into dx
     dA = s·(dy·B)ᵀ·kept(x),  dB = s·dyᵀ·(kept(x)·Aᵀ)
 
-kept(x) is x with the elements that dropout takes set to zero; s has 1/(1 - dropout) in it. A weight in NF4 stays packed: each product
-decodes a few of its rows at a time, forward and backward, which costs time and holds an eighth of the memory.
+kept(x) is x with dropped elements set to zero; s includes 1/(1 - dropout). An NF4 weight stays packed: each matmul decodes a few of its
+rows at a time, forward and backward, which costs time and takes an eighth of the memory.
 
-Which library multiplies is a ``Matmul`` that the caller measured (tli/runtime/cpu.py), since no processor can be told by its name:
+The library is a ``Matmul`` that the caller measured (tli/runtime/cpu.py), because the CPU's name does not tell which is faster:
 
     onednn   torch's own oneDNN operator. On an AMD EPYC with AVX-512 2.2 times as fast as MKL in fp32 and, with bf16 products, twice
              as fast again; with AVX2 alone as fast as MKL, and with neither a third of it; it refuses bf16 below AVX-512 (bench/LOG.md)
-    torch    what F.linear takes: MKL in fp32, oneDNN or a plain loop in 16 bits
+    torch    F.linear: MKL in fp32, oneDNN or a plain loop in 16 bits
 
-Either may compute in fp32 from 16-bit operands and round once to what it gives: where a processor has no 16-bit products, torch's own
-loop takes 50 to 1,000 times as long. Both take W and Wᵀ as they lie in memory, so nothing is packed and nothing is held twice.
+Either may compute in fp32 from 16-bit operands and round the result once: on a CPU without 16-bit products torch's own loop takes 50 to
+1,000 times as long. Both read W and Wᵀ in place, so nothing is repacked or held twice.
 
-What is saved: x, W, A, B and kept(x)·Aᵀ [M, R]. In bf16 all sums of a product are fp32, rounded once to what it gives.
+Saved for backward: x, W, A, B and kept(x)·Aᵀ [M, R]. In bf16 a matmul sums in fp32 and rounds once.
 
 Letters: M rows, K in-features, N out-features, R rank.
 """
@@ -40,9 +40,9 @@ _DECODED_NUMBERS = 1 << 22
 
 
 def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x·Wᵀ + b by the operator that torch's compiler uses; raises where this build or this processor has no such product."""
+    """x·Wᵀ + b by the oneDNN operator that torch.compile uses; raises where this build or CPU does not have it."""
     if not torch.backends.mkldnn.enabled:
-        # the operator itself does not ask
+        # the operator itself does not check
         raise RuntimeError("oneDNN is switched off")
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -54,7 +54,7 @@ LIBRARIES: dict[str, Callable[..., Tensor]] = {"onednn": _by_onednn, "torch": F.
 class Matmul:
     """x·Wᵀ + b for x [M, K] and W [N, K] of any strides, by one of ``LIBRARIES``.
 
-    in_float32: operands are multiplied in fp32; what comes out is rounded to their dtype
+    in_float32: operands are multiplied in fp32, and the result is rounded to their dtype
     """
 
     library: str = "torch"
@@ -62,12 +62,12 @@ class Matmul:
 
     @property
     def name(self) -> str:
-        """As a report and a kept answer have it: ``onednn``, ``torch in float32``."""
+        """As in reports and kept measurements: ``onednn``, ``torch in float32``."""
         return self.library + " in float32" * self.in_float32
 
     @classmethod
     def named(cls, name: str) -> "Matmul":
-        """The one of this name; raises ``ValueError`` for another."""
+        """The matmul of this name; raises ``ValueError`` for an unknown one."""
         library, _, wide = name.partition(" ")
         if library not in LIBRARIES or wide not in ("", "in float32"):
             raise ValueError(f"matmul: the library must be one of {', '.join(LIBRARIES)}, got {name!r}; measure it anew")
@@ -86,7 +86,7 @@ PLAIN = Matmul()
 
 
 def _forward(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | None, matmul: Matmul, dtype: torch.dtype) -> Tensor:
-    """x·Wᵀ + b, [M, N] in x's dtype; W in ``dtype``, or decoded to it a few rows at a time, or the products known."""
+    """x·Wᵀ + b, [M, N] in x's dtype; W in ``dtype``, or decoded to it a few rows at a time, or its products looked up."""
     if isinstance(weight, TokenTable):
         return weight.looked_up(x).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
@@ -99,7 +99,7 @@ def _forward(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | 
 
 
 def _backward(dy: Tensor, weight: Tensor | NF4Weight, matmul: Matmul, dtype: torch.dtype) -> Tensor:
-    """dy·W, [M, K]; likewise."""
+    """dy·W, [M, K]; W as for ``_forward``."""
     if not isinstance(weight, NF4Weight):
         return matmul(dy, weight.to(dy.dtype).t())
     dx = dy.new_zeros(len(dy), weight.shape[1], dtype=torch.float32)
@@ -109,7 +109,7 @@ def _backward(dy: Tensor, weight: Tensor | NF4Weight, matmul: Matmul, dtype: tor
 
 
 def _decoded_parts(weight: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a packed weight, decoded in fp32 and rounded to ``dtype``, as many at a time as fit into a processor's cache."""
+    """Rows of a packed weight, decoded in fp32 and rounded to ``dtype``, ``_DECODED_NUMBERS`` at a time."""
     outputs, inputs = weight.shape
     scales, step = block_scales(weight), max(1, _DECODED_NUMBERS // inputs)
     for start in range(0, outputs, step):
@@ -122,7 +122,7 @@ def _decoded_parts(weight: NF4Weight, dtype: torch.dtype) -> Iterator[tuple[slic
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """Who turns a packed weight of one level of scales, [N, K] on a CPU, into numbers of a dtype."""
+    """A function that dequantises a packed weight with one level of scales, [N, K] on a CPU, to a dtype."""
 
     name: str
     decode: Callable[[NF4Weight, torch.dtype], Tensor]
@@ -130,9 +130,9 @@ class Decoder:
 
 @functools.cache
 def nf4_decoder() -> Decoder:
-    """bitsandbytes' loop where it is installed, runs on this processor, gives the reference's bits and is faster; else the reference."""
+    """bitsandbytes' decoder if it is installed, runs on this CPU, equals the reference bit for bit and is faster; else the reference."""
     plain, theirs = Decoder("plain PyTorch", dequantise), Decoder("bitsandbytes", _decode_by_bitsandbytes)
-    # whatever a library that was built for another processor may raise
+    # a library built for another CPU may raise anything
     with contextlib.suppress(Exception):
         codes = torch.arange(256, dtype=torch.uint8).repeat(512)
         scales = torch.linspace(0.01, 1.0, 2 * len(codes) // BLOCKSIZE)
@@ -157,9 +157,9 @@ def _bitsandbytes_table() -> Tensor:
 
 
 def _decode_by_bitsandbytes(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
-    """By its AVX-512 loop: equal to ``reference.dequantise`` to the last bit, and six times as fast.
+    """Dequantise by bitsandbytes' AVX-512 loop: equal to ``reference.dequantise`` bit for bit, and six times as fast.
 
-    (But that in bf16 it makes zeros of numbers below 2⁻¹²⁶, and that it knows no table but its own.)
+    (Except that in bf16 it flushes numbers below 2⁻¹²⁶ to zero, and has only its own table.)
     """
     if not torch.equal(weight.code, _bitsandbytes_table()):
         return dequantise(weight, dtype)
@@ -171,7 +171,7 @@ def _decode_by_bitsandbytes(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, matmul):
-        # frozen, and packed or plain: none of autograd's tensors
+        # frozen, and possibly packed: not a tensor for autograd to save
         ctx.weight, ctx.matmul = weight, matmul
         return _forward(x.to(matmul.computes_in(x.dtype)), weight, bias, matmul, x.dtype).to(x.dtype)
 
@@ -191,7 +191,7 @@ class _LoRALinear(torch.autograd.Function):
         low_rank = matmul(_kept(rows, _mask(rows, dropout, seed)), lora_a.to(rows.dtype))
         ctx.weight, ctx.matmul = weight, matmul
         ctx.save_for_backward(x, lora_a, lora_b, low_rank)
-        # what survives dropout is scaled up: with the rest of the low-rank path
+        # the low-rank path is scaled up for dropout
         ctx.scale, ctx.dropout, ctx.seed = scale / (1.0 - dropout), dropout, seed
         y = _forward(rows, weight, bias, matmul, x.dtype)
         return y.addmm_(low_rank, lora_b.to(rows.dtype).t(), alpha=ctx.scale).to(x.dtype)
@@ -225,14 +225,14 @@ def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, matmul: Matmul = PLAIN) -> Tensor:
-    """y = x·Wᵀ + b with W and b frozen; arguments and result as of ``reference.linear``, and what multiplies."""
+def linear(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | None = None, matmul: Matmul = PLAIN) -> Tensor:
+    """y = x·Wᵀ + b with W and b frozen, through ``matmul``; else as ``reference.linear``."""
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, matmul).view(*x.shape[:-1], weight.shape[0])
 
 
-def nf4_lora(
+def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4Weight | TokenTable,
     lora_a: Tensor,
     lora_b: Tensor,
     scale: float,
@@ -241,6 +241,6 @@ def nf4_lora(
     seed: Tensor | int = 0,
     matmul: Matmul = PLAIN,
 ) -> Tensor:
-    """y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias on a CPU; arguments and result as of ``reference.nf4_lora``, and what multiplies."""
+    """y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias on a CPU, through ``matmul``; else as ``reference.lora_linear``."""
     rows = x.reshape(-1, x.shape[-1])
     return _LoRALinear.apply(rows, weight, lora_a, lora_b, scale, bias, dropout, seed, matmul).view(*x.shape[:-1], weight.shape[0])

@@ -1,4 +1,4 @@
-"""Which elements survive dropout: ``reference.keep_mask`` in Triton, element by element, so that no mask is ever stored.
+"""Counter-based dropout: ``reference.keep_mask`` in Triton, element by element, so that no mask is stored.
 
     key   = mix(mix(row ^ seed's low half) ^ seed's high half) + mix(column ^ salt)         modulo 2³²
     kept  = (the two multiplications of mix, of key), read as signed, >= dropout·2³² - 2³¹
@@ -44,5 +44,5 @@ def keep(keys, threshold):
 
 
 def parameters(dropout: float, seed: Tensor | None) -> tuple[Tensor | None, int]:
-    """What a kernel is handed: where the seed lies, and the least number, read as signed, that is kept."""
+    """A kernel's arguments: the seed's tensor, and the least signed number that is kept."""
     return (seed, int(dropout * 2.0**32) - (1 << 31)) if dropout > 0 else (None, 0)

@@ -1,9 +1,9 @@
-"""How every kernel is launched: through one function, with configurations that are frozen here and chosen by rule.
+"""Kernel launches: one function that starts every kernel, and the block and warp configurations, chosen by rule.
 
-``run`` is the only place that starts a kernel. So the static gate can call the real ops on tensors without memory
-(``recording``), and see every kernel with the very arguments, blocks and warps that a GPU would get.
+Because ``run`` is the only place that starts a kernel, the compile check can call the real ops on meta tensors under ``recording`` and
+see every kernel with the arguments, blocks and warps that a GPU would get.
 
-Nothing here asks for a GPU at import.
+No GPU is queried at import.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# the generations that the kernels are compiled for (gate.py): Turing to Blackwell
+# the generations that the kernels are compiled for (compile_check.py): Turing to Blackwell
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 
 
@@ -73,7 +73,7 @@ def _of_gpu(device: torch.device) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PoolNorm:
-    """What a program of ``pool_norm`` holds at a time: a word's ``nodes`` forward, a node's ``words`` backward, rows of ``columns``."""
+    """Blocks of ``pool_norm``: ``nodes`` of a word at a time forward, ``words`` of a node backward, in rows of ``columns``."""
 
     columns: int
     nodes: int
@@ -82,7 +82,7 @@ class PoolNorm:
 
 
 def pool_norm(width: int) -> PoolNorm:
-    """A whole row in registers, a warp for every 512 columns; several rows, so that their loads are on the way together.
+    """A whole row in registers, a warp for every 512 columns; several rows, so that their loads overlap.
 
     At most 128 registers or so. With twice as many warps ptxas aims at 64, and spills one or two on some generations.
     """
@@ -96,7 +96,7 @@ def pool_norm(width: int) -> PoolNorm:
 
 @dataclasses.dataclass(frozen=True)
 class Dispatch:
-    """Which way a product takes, by its number of rows M.
+    """How a product is computed, by its number of rows M.
 
     decode_rows  an NF4 weight is decoded inside the product up to this many rows, and dequantised once above
     fused_rows   the product is Triton's, the low-rank term in its epilogue, up to this many rows; above it is cuBLAS's
@@ -124,7 +124,7 @@ def use(capability: int, dispatch: Dispatch | None) -> None:
         _chosen[capability] = dispatch
 
 
-# streaming multiprocessors of a common card of each generation, for when there is none to ask
+# streaming multiprocessors of a common card of each generation, used without a GPU
 _PROCESSORS = {75: 40, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 
 
@@ -140,22 +140,22 @@ def tiles(*sides: tuple[int, int]) -> int:
 
 
 def split(terms: int, least: int, tiles: int, device: torch.device) -> tuple[int, int]:
-    """Into how many parts of how many terms a sum is split, so that two programs per processor have work.
+    """Split-K: the number of parts of a sum and the terms of each, so that there are two programs per multiprocessor.
 
-    Each part is a multiple of ``least`` (but for the last), so short sums and large results stay whole.
+    Each part but the last is a multiple of ``least``, so short sums and large results are not split.
     """
     wanted = max(1, 2 * _processors(device) // max(1, tiles))
     per_part = -(-terms // (least * wanted)) * least
     return max(1, -(-terms // max(1, per_part))), max(1, per_part)
 
 
-# the tensor cores take no side below 16; more at a time costs registers that a large tile has not left
+# tensor cores need sides of at least 16; more would cost registers that a large tile does not have
 _RANK_STEP = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """Tiles of a product: result [block_p, block_m], sum by block_q; the low-rank term is made by the least step there is."""
+    """Tiles of a product: result [block_p, block_m], sum by block_q; the low-rank term by the smallest step."""
 
     block_m: int
     block_p: int
@@ -167,7 +167,7 @@ class Product:
 
     def options(self) -> dict:
         blocks = {"BLOCK_M": self.block_m, "BLOCK_P": self.block_p, "BLOCK_Q": self.block_q, "BLOCK_R": _RANK_STEP}
-        # NF4 scales are a product and a sum, each rounded, as bitsandbytes makes them
+        # NF4 scales are a product and a sum, each rounded, as in bitsandbytes
         return {**blocks, "GROUP": self.group, **_compiler_options(self), "enable_fp_fusion": False}
 
 
@@ -177,7 +177,7 @@ def product(capability: int, rows: int, nf4: bool, bytes_per_element: int) -> Pr
         return Product(block_m=32, block_p=64, block_q=64, group=8, num_warps=4, num_stages=1)
     few = 16 if rows <= 16 else 32 if rows <= 32 else 64
     if nf4 or rows <= 64:
-        # but for the Hopper and Blackwell forms, which four warps issue together, more warps need fewer registers each
+        # with more warps each needs fewer registers; but the Hopper and Blackwell forms are issued by four warps together
         warps = 4 if nf4 or few < 64 or capability in (90, 100) else 8
         return Product(few, block_p=64, block_q=64, group=8, num_warps=warps, num_stages=3, max_registers=_enough(capability))
     if capability in (90, 100):
@@ -187,10 +187,10 @@ def product(capability: int, rows: int, nf4: bool, bytes_per_element: int) -> Pr
 
 
 def _enough(capability: int) -> int | None:
-    """Registers that a thread may take without being asked to share.
+    """Register limit of a thread.
 
-    Left alone, the compiler aims at as many blocks at a time as it can, and spills one or two registers to get there. The
-    forms of 9.0 and 10.0 keep their sums elsewhere and need no word.
+    By default the compiler maximises occupancy, and spills one or two registers for it. The forms of 9.0 and 10.0 keep their
+    accumulators elsewhere and need no limit.
     """
     return None if capability in (90, 100) else 232
 
@@ -217,14 +217,14 @@ class Blocks:
 
 
 def down(capability: int, rank: int, bytes_per_element: int) -> Blocks:
-    """The tiles of kept(x)·Aᵀ: memory-bound, so few rows. Without tensor cores (7.5, fp32) tiles are small: they lie in registers."""
+    """The tiles of kept(x)·Aᵀ: memory-bound, so few rows. Without tensor cores (7.5, fp32) tiles are small, to fit in registers."""
     if capability < 80 or bytes_per_element == 4:
         return Blocks((("M", 32), ("R", 16), ("Q", 32)), num_stages=1)
     return Blocks((("M", 64), ("R", _rank_block(rank, 32)), ("Q", 64)), num_stages=3, max_registers=_enough(capability))
 
 
 def finish(capability: int, rows: int) -> Blocks:
-    """The tiles of what is added to a product."""
+    """The tiles of the kernel that adds to a product."""
     if capability < 80:
         return Blocks((("P", 32), ("M", 32), ("R", _RANK_STEP)), num_stages=1)
     return Blocks((("P", 64), ("M", 16 if rows <= 16 else 64), ("R", _RANK_STEP)), max_registers=_enough(capability))
@@ -242,21 +242,21 @@ def _rank_block(rank: int, largest: int) -> int:
 
 
 def dequantise() -> Blocks:
-    """64 scales with their 64 elements each: each of 128 threads reads 16 bytes, and on 8.0, 9.0 and 10.0 every warp has its registers."""
+    """64 scales with 64 elements each: each of 128 threads reads 16 bytes, with full occupancy on 8.0, 9.0 and 10.0."""
     return Blocks((("S", 64),))
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-    """How infonce and hinge walk the cosines of B pairs.
+    """Blocks and precision of infonce and hinge for B pairs.
 
-    way:        what is multiplied: "halves" (fp16 parts made beforehand), "split" (made while loading), "fp32" (no tensor cores)
+    precision:  of the matmuls: "hi_lo" (fp16 parts split beforehand), "split" (split while loading), "fp32" (no tensor cores)
     cosines:    a block of u·vᵀ: rows M, columns N, depth K along D
     gradients:  a block of du or dv: words M, columns of D N, depth K along the other side's words
     side:       columns whose statistics, and rows and columns whose weights infonce holds at a time; below 32,768
     """
 
-    way: str
+    precision: str
     cosines: Blocks
     gradients: Blocks
     side: int = 4096
@@ -268,7 +268,7 @@ class Contrast:
 
 
 def contrast(capability: int, pairs: int) -> Contrast:
-    """Small batches: small blocks, so that many programs share the work; large ones: parts made once, as each is read many times."""
+    """Small batches: small blocks, so that many programs share the work. Large ones: operands split once, as each is read many times."""
     if capability < 80:
         large = _depth(64, 64, 16, 8, 1)
         return Contrast("fp32", _depth(32, 32, 32, 4, 1) if pairs <= 512 else large, large)
@@ -278,19 +278,19 @@ def contrast(capability: int, pairs: int) -> Contrast:
         return Contrast("split", small, wide)
     if capability == 90:
         large = _depth(128, 128, 64, 8, 3)
-        return Contrast("halves", large, large)
+        return Contrast("hi_lo", large, large)
     if capability == 100:
         # with 128 columns of cosines their sums run out of registers
-        return Contrast("halves", _depth(128, 64, 64, 8, 3), _depth(128, 128, 64, 8, 2))
+        return Contrast("hi_lo", _depth(128, 64, 64, 8, 3), _depth(128, 128, 64, 8, 2))
     # these may have 99 KiB of shared memory, and spill with 128 columns; 12.0 spills with the others' gradients, too
     large = _depth(128, 64, 32, 8, 3)
     if capability >= 120:
-        return Contrast("halves", dataclasses.replace(large, max_registers=_enough(capability)), _depth(64, 128, 32, 8, 3))
-    return Contrast("halves", large, large)
+        return Contrast("hi_lo", dataclasses.replace(large, max_registers=_enough(capability)), _depth(64, 128, 32, 8, 3))
+    return Contrast("hi_lo", large, large)
 
 
 def gather(capability: int) -> tuple[str, Blocks]:
-    """What the hinge's gradient multiplies, as of ``Contrast.way``, and its blocks: words M, columns of D N, depth K along the rows."""
+    """The precision of the hinge's gradient, as in ``Contrast``, and its blocks: words M, columns of D N, depth K along the rows."""
     return ("fp32", _depth(64, 64, 16, 8, 1)) if capability < 80 else ("split", _depth(64, 64, 64, 4, 1))
 
 

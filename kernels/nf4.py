@@ -1,12 +1,12 @@
-"""W = code[q] · scale: an NF4 weight unpacked, as a kernel of its own and as the pieces of others.
+"""W = code[q] · scale: dequantise an NF4 weight, as a kernel and as functions for other kernels.
 
     W_nk = code[q_nk] · scale_b,  b = (n·K + k) // 64
     scale_b = absmax_b                                                      one level of scales, fp32
     scale_b = nested_code[absmax_b] · nested_absmax_{b // 256} + offset     nested: absmax_b is an 8-bit number
 
-Everything in fp32, each step rounded as bitsandbytes rounds it (launches say enable_fp_fusion=False: a product and a sum must not become
-one step), and once to the output's dtype. One pass: 0.5 bytes of numbers and 4/64 (nested: 1/64) of scales are read for each element, and
-the element is written; never in memory: fp32 scales of a nested weight, W in fp32.
+Everything is computed in fp32, each step rounded as in bitsandbytes (enable_fp_fusion=False at launch: a product and a sum must not be
+fused), and rounded once to the output's dtype. One pass: each element reads 0.5 bytes of codes and 4/64 (nested: 1/64) of scales, and is
+written; never in memory: fp32 scales of a nested weight, W in fp32.
 Source: QLoRA (arXiv 2305.14314), bitsandbytes. The packed weight itself is in nf4_weight.py.
 
 Letters: N out-features, K in-features, q 4-bit numbers, S scales (one for each block b of 64 elements).
@@ -46,7 +46,7 @@ def _dequantise_kernel(
     codes_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, code_ptr, w_ptr, blocks,
     NESTED: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    # Each program computes the elements of BLOCK_S blocks, which lie one after the other, rows of W or not
+    # Each program computes the elements of BLOCK_S consecutive blocks, across rows of W
     HALF: tl.constexpr = _BLOCKSIZE // 2
     offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_s = offs_s < blocks
@@ -58,16 +58,16 @@ def _dequantise_kernel(
 
 
 def dequantise(weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """W = code[q] · scale, unpacked in one pass.
+    """W = code[q] · scale, dequantised in one pass.
 
     Args:
         weight:  the packed weight [N, K]
         dtype:   bf16, fp16 or fp32
-        out:     [N, K] contiguous, of this dtype and on the weight's device, to be written; or None
+        out:     [N, K] contiguous, of this dtype and on the weight's device, to write to; or None
 
     Returns:
         [N, K] in ``dtype``: out, if given. Without gradients. Bit for bit what bitsandbytes gives on a CPU in each of the three dtypes,
-        but for bf16 results below 2⁻¹²⁶: these are rounded like all others, where bitsandbytes makes zeros of them on some processors.
+        except for bf16 results below 2⁻¹²⁶: they are rounded like all others; bitsandbytes flushes them to zero on some CPUs.
     """
     checks.require_device("dequantise", weight.codes, out)
     floats = (torch.bfloat16, torch.float16, torch.float32)

@@ -1,22 +1,21 @@
 """y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias, W in NF4 or in 16 bits, and the gradients to x, A and B.
 
-Forward and backward are one shape of computation, so four kernels serve both:
+Forward and backward have the same structure, so four kernels serve both:
 
     down      t  = kept(x)·Aᵀ                          u  = dy·B
     product   y  = x·Wᵀ + s·t·Bᵀ + bias                dx = dy·W + s·kept(u·A)
-    finish    what product leaves, where it is split over its sum or is cuBLAS's
+    finish    the sum of the parts of a split product, and the low-rank term of a cuBLAS product
     outer     dA = s·uᵀ·kept(x)                        dB = s·dyᵀ·t
 
-kept(x) is x with the elements that dropout takes set to zero, decided anew wherever it is needed by ``reference.keep_mask``'s
-function of (seed, row, column); s has 1/(1 - dropout) in it. Never in memory: the mask, kept(x), W in fp32, and, where rows are few, W
-in 16 bits. Three ways for an NF4 weight, chosen by ``launch.dispatch``: decoded tile by tile inside the product; dequantised
-once into a buffer that all layers share; and, if the caller holds it in 16 bits, as it lies. A ``TokenTable`` has x·Wᵀ
-ready. Saved: x, A, B, t (fp32) and W itself.
-Products are in x's dtype with fp32 sums; t and u are fp32 partial sums, added in a fixed order by whoever reads them: no
+kept(x) is x with dropped elements set to zero, recomputed wherever it is needed as ``reference.keep_mask``'s function of (seed, row,
+column); s includes 1/(1 - dropout). Never in memory: the mask, kept(x), W in fp32, and, with few rows, W in 16 bits. A weight takes one
+of three paths, chosen by ``launch.dispatch``: NF4 decoded tile by tile inside the product; NF4 dequantised into a buffer that all layers
+share; or 16 bits, if the caller holds it so. A ``TokenTable`` already contains x·Wᵀ. Saved: x, A, B, t (fp32) and W itself.
+Products are in x's dtype with fp32 sums; t and u are fp32 partial sums, added in a fixed order by the kernel that reads them: no
 atomics, the same bits each time. Source: Hu et al. 2021 (arXiv 2106.09685), Dettmers et al. 2023 (arXiv 2305.14314).
 
 Letters: M rows, K in-features, N out-features, R rank; in the kernels Q is the length of the sum and P that of the result: K and N
-forward, N and K backward. Products are made transposed, [P, M] = W·xᵀ: the long side feeds the tensor cores also where M is 16.
+forward, N and K backward. Products are computed transposed, [P, M] = W·xᵀ, so that the long side feeds the tensor cores even if M is 16.
 """
 
 import torch
@@ -29,7 +28,7 @@ from tli_kernels.token_table import TokenTable
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# what differs from call to call, or by which no load becomes wider: no reason to compile anew
+# not specialised: they differ from call to call, or make no load wider
 _CHANGING = ["M", "R", "parts", "low_splits", "threshold"]
 
 
@@ -61,7 +60,7 @@ def _low_rank_tile(
     LOW_RANK: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    # s·kept(F·lowᵀ) + bias, low being the sum of its partial sums: what a tile of y begins with, so that one accumulator is enough
+    # s·kept(F·lowᵀ) + bias, low being the sum of its partial sums: the initial value of a tile of y, so that one accumulator is enough
     tile = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
     if LOW_RANK:
         for first in range(0, R, BLOCK_R):
@@ -119,7 +118,7 @@ def _product_kernel(
     # BACKWARD, W is walked by its other side: y is dx, x is dy, and the sum runs over W's rows
     tiles_m, tiles_p = tl.cdiv(M, BLOCK_M), tl.cdiv(P, BLOCK_P)
     tile = tl.program_id(0)
-    # GROUP columns of tiles at a time, so that what neighbours read is in the cache
+    # GROUP columns of tiles at a time, so that neighbouring programs share the cache
     group = tile // (GROUP * tiles_m)
     width = min(tiles_p - group * GROUP, GROUP)
     tile_p = group * GROUP + tile % (GROUP * tiles_m) % width
@@ -204,7 +203,7 @@ def _outer_kernel(
 
 
 def _down(x: Tensor, factor: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """kept(x)·Fᵀ for F [R, Q] of any strides: fp32 [splits, M, R], partial sums for others to add."""
+    """kept(x)·Fᵀ for F [R, Q] of any strides: fp32 [splits, M, R], partial sums that the reading kernel adds."""
     (rows, terms), rank = x.shape, factor.shape[0]
     config = launch.down(launch.capability(x.device), rank, x.element_size())
     tiles = launch.tiles((rows, config["M"]), (rank, config["R"]))
@@ -222,14 +221,14 @@ def _product(
     x: Tensor, weight: NF4Weight | TokenTable | Tensor, backward: bool, low: Tensor | None = None, factor: Tensor | None = None,
     scale: float = 1.0, bias: Tensor | None = None, dropout: float = 0.0, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """x·Wᵀ (backward: x·W) + s·kept(low·Fᵀ) + bias for F [P, R] of any strides, by the way that ``launch.dispatch`` names."""
+    """x·Wᵀ (backward: x·W) + s·kept(low·Fᵀ) + bias for F [P, R] of any strides, computed as ``launch.dispatch`` says."""
     (rows, terms), length = x.shape, weight.shape[1 if backward else 0]
-    way = launch.dispatch(launch.capability(x.device))
-    nf4_in_loop = isinstance(weight, NF4Weight) and rows <= way.decode_rows
+    dispatch = launch.dispatch(launch.capability(x.device))
+    nf4_in_loop = isinstance(weight, NF4Weight) and rows <= dispatch.decode_rows
     if isinstance(weight, NF4Weight) and not nf4_in_loop:
         weight = nf4.dequantise(weight, x.dtype, out=_buffer(weight.shape, x))
     known = isinstance(weight, TokenTable)
-    by_cublas = not nf4_in_loop and rows > (way.decode_rows if x.dtype == torch.float32 else way.fused_rows)
+    by_cublas = not nf4_in_loop and rows > (dispatch.decode_rows if x.dtype == torch.float32 else dispatch.fused_rows)
     y = weight.looked_up(x) if known else x.new_empty((rows, length))
     low_splits, rank, strides = (1, 1, (0, 0)) if low is None else (low.shape[0], low.shape[2], factor.stride())
     adding = (rank, low_splits, *strides, scale, *parameters(dropout, seed))
@@ -244,7 +243,7 @@ def _product(
         tiles = launch.tiles((rows, config.block_m), (length, config.block_p))
         splits, per_split = launch.split(terms, 4 * config.block_q, tiles, x.device)
         parts = y[None] if splits == 1 else x.new_empty((splits, rows, length), dtype=torch.float32)
-        # where the sum is split, finish adds the rest; one build of the kernel, then, whatever that is
+        # where the sum is split, finish adds the low-rank term and the bias, so the kernel needs one build for all of them
         whole = splits == 1
         launch.run(
             _product_kernel, (tiles, splits), x, *(weight.pointers if nf4_in_loop else (weight,) * 6),
@@ -279,7 +278,7 @@ _buffers: dict[tuple, Tensor] = {}
 
 
 def _buffer(shape: torch.Size, like: Tensor) -> Tensor:
-    """Room for one dequantised weight, the same for all layers: each product is done with it before the next one begins."""
+    """A buffer for one dequantised weight, shared by all layers: each product has finished with it before the next one begins."""
     if like.device.type == "meta":
         return like.new_empty(shape)
     # on another stream the next product may begin earlier
@@ -293,7 +292,7 @@ def _buffer(shape: torch.Size, like: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
-        # frozen, and an NF4 weight is no tensor: nothing that autograd must watch
+        # frozen, and possibly packed: not a tensor for autograd to save
         ctx.weight = weight
         return _product(x, weight, False, bias=bias)
 
@@ -308,7 +307,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx, x, weight, lora_a, lora_b, scale, bias, dropout, seed):
         low = _down(x, lora_a, dropout, seed)
         ctx.save_for_backward(x, lora_a, lora_b, low)
-        # what survives dropout is scaled up: with the rest of the low-rank path
+        # the low-rank path is scaled up for dropout
         ctx.weight, ctx.scale, ctx.dropout, ctx.seed = weight, scale / (1.0 - dropout), dropout, seed
         return _product(x, weight, False, low, lora_b, ctx.scale, bias)
 
@@ -327,12 +326,12 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as [M, features] with neighbours side by side in a row, as the kernels read it."""
+    """x as [M, features] with a last stride of 1, as the kernels read it."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _check(where: str, x: Tensor, weight: NF4Weight | Tensor, bias: Tensor | None) -> None:
+def _check(where: str, x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | None) -> None:
     operand = weight.codes if isinstance(weight, NF4Weight) else weight.products if isinstance(weight, TokenTable) else weight
     checks.require_device(where, x, operand, bias)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -347,15 +346,15 @@ def _check(where: str, x: Tensor, weight: NF4Weight | Tensor, bias: Tensor | Non
         checks.require(fits, where, f"the bias must be contiguous [{weight.shape[0]}]", lambda: tuple(bias.shape), "check it")
 
 
-def linear(x: Tensor, weight: NF4Weight | Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x·Wᵀ + bias with W and bias frozen; arguments and result as of ``reference.linear``."""
+def linear(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | None = None) -> Tensor:
+    """y = x·Wᵀ + bias with W and bias frozen; as ``reference.linear``."""
     _check("linear", x, weight, bias)
     return _Linear.apply(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def nf4_lora(
+def lora_linear(
     x: Tensor,
-    weight: NF4Weight | Tensor,
+    weight: Tensor | NF4Weight | TokenTable,
     lora_a: Tensor,
     lora_b: Tensor,
     scale: float,
@@ -367,12 +366,12 @@ def nf4_lora(
 
     Args:
         x:        [..., K] bf16, fp16 or fp32
-        weight:   [N, K] frozen, an ``NF4Weight`` or a contiguous tensor of x's dtype
+        weight:   [N, K] frozen: a contiguous tensor in x's dtype, an ``NF4Weight`` or a ``TokenTable``
         lora_a:   [R, K] cast to x's dtype
         lora_b:   [N, R] cast to x's dtype
         scale:    s, alpha/R or alpha/sqrt(R)
         bias:     [N] or None
-        dropout:  probability that an element of x is left out of the low-rank path; the rest is scaled up
+        dropout:  probability that an element of x is dropped from the low-rank path; the rest is scaled up
         seed:     of ``reference.keep_mask``, one per call and step; a tensor is read when the kernels run, as a CUDA graph needs it
 
     Returns:
@@ -382,13 +381,13 @@ def nf4_lora(
     Raises:
         ValueError: tensors of other devices, dtypes or shapes than these.
     """
-    _check("nf4_lora", x, weight, bias)
-    checks.require_device("nf4_lora", x, lora_a, lora_b)
+    _check("lora_linear", x, weight, bias)
+    checks.require_device("lora_linear", x, lora_a, lora_b)
     rank, (out_features, in_features) = lora_a.shape[0], weight.shape
     fits = rank > 0 and tuple(lora_a.shape) == (rank, in_features) and tuple(lora_b.shape) == (out_features, rank)
     shapes = f"lora_a must be [R, {in_features}] and lora_b [{out_features}, R], R at least 1"
-    checks.require(fits, "nf4_lora", shapes, lambda: (tuple(lora_a.shape), tuple(lora_b.shape)), "use factors made for this weight")
-    checks.require(0.0 <= dropout < 1.0, "nf4_lora", "dropout must be in [0, 1)", lambda: dropout, "choose another")
+    checks.require(fits, "lora_linear", shapes, lambda: (tuple(lora_a.shape), tuple(lora_b.shape)), "use factors made for this weight")
+    checks.require(0.0 <= dropout < 1.0, "lora_linear", "dropout must be in [0, 1)", lambda: dropout, "choose another")
     if dropout > 0 and not isinstance(seed, Tensor):
         seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
     y = _LoRALinear.apply(_rows(x), weight, lora_a, lora_b, scale, bias, dropout, seed)

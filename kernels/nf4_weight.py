@@ -1,4 +1,4 @@
-"""A linear layer's weight in NF4: bitsandbytes' own bytes, checked once. Imports no triton, for machines without it.
+"""A linear layer's weight in NF4 (4-bit NormalFloat), in bitsandbytes' byte layout. Imports no triton, for machines without it.
 
     W_nk = code[q_nk] · scale_b,  b = (n·K + k) // 64
     scale_b = absmax_b                                                      one level of scales, fp32
@@ -27,19 +27,19 @@ _REMEDY = "quantise the original weight again"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NF4Weight:
-    """The packed weight of one linear layer, in the place of a Tensor [N, K].
+    """The packed weight of a linear layer, used like a Tensor [N, K].
 
     Fields:
         codes          uint8 [N·K/2]         two 4-bit numbers a byte, row-major, the even element in the high half
         absmax         fp32 [N·K/64], or uint8 [N·K/64] where nested
-        code           fp32 [16]             what the 4-bit numbers stand for
+        code           fp32 [16]             the values of the 4-bit codes
         shape          torch.Size (N, K)     K a multiple of 64
         dtype          torch.dtype           of the weight before it was packed
         nested_absmax  fp32 [⌈N·K/64/256⌉]   these three where nested, else None
         nested_code    fp32 [256]
         offset         fp32 []
 
-    Raises ValueError where sizes, dtypes or devices do not belong together.
+    Raises ValueError where sizes, dtypes or devices do not match.
     """
 
     codes: Tensor
@@ -80,7 +80,7 @@ class NF4Weight:
         """Pack a weight [N, K] of any of the three float dtypes by bitsandbytes, on its device; ``nested``: 8-bit scales."""
         _require_packable(weight.shape, weight.dtype)
         if weight.device.type == "cpu" and not nested and weight.numel() > _PACKED_AT_ONCE:
-            # blocks are packed one by one; bitsandbytes would hold several copies in fp32 of all of them
+            # blocks are independent; all at once, bitsandbytes would hold several fp32 copies of them
             numbers = weight.detach().reshape(-1)
             codes, absmax = torch.empty(len(numbers) // 2, dtype=torch.uint8), torch.empty(len(numbers) // BLOCKSIZE)
             for start in range(0, len(numbers), _PACKED_AT_ONCE):
@@ -96,7 +96,7 @@ class NF4Weight:
 
     @classmethod
     def from_state_dict(cls, tensors: dict[str, Tensor], name: str = "weight") -> "NF4Weight":
-        """Take a weight out of a checkpoint's tensors, under the key names of bitsandbytes; its bytes stay as they are."""
+        """Read a weight from a checkpoint's tensors, under bitsandbytes' key names; its bytes stay as they are."""
         found = [key.removeprefix(f"{name}.{_STATE}") for key in tensors if key.startswith(f"{name}.{_STATE}")]
         key, got = f"{name}.{_STATE}nf4", lambda: ", ".join(found) or "none"
         require(found == ["nf4"], name, f"the checkpoint must hold {key}", got, "load an NF4 checkpoint")
@@ -115,14 +115,14 @@ class NF4Weight:
         keys = [name + key for key in ("", ".absmax", ".quant_map", *((".nested_absmax", ".nested_quant_map") if nested else ()))]
         missing = [key for key in keys if key not in tensors]
         require(not missing, name, "the checkpoint must hold all parts of the weight", lambda: f"no {missing[0]}", "download it again")
-        # some checkpoints store the bytes as numbers of another dtype, for tools that shard floats alone
+        # some checkpoints store the bytes in a float dtype, for tools that shard only floats
         codes, *parts = (tensors[key] for key in keys)
         second = (*parts[2:], torch.tensor(offset, dtype=torch.float32, device=codes.device)) if nested else ()
         codes = codes.contiguous().flatten().view(torch.uint8)
         return cls(codes, *parts[:2], torch.Size(shape), _DTYPES[state["dtype"]], *second)
 
     def state_dict(self, name: str = "weight") -> dict[str, Tensor]:
-        """The tensors that bitsandbytes would write into a checkpoint: its key names, shapes and bytes."""
+        """The tensors of a checkpoint as bitsandbytes writes them: its key names, shapes and bytes."""
         dtype = next(key for key, value in _DTYPES.items() if value == self.dtype)
         state = {"quant_type": "nf4", "blocksize": BLOCKSIZE, "dtype": dtype, "shape": list(self.shape)}
         tensors = {name: self.codes.view(-1, 1), f"{name}.absmax": self.absmax, f"{name}.quant_map": self.code}
@@ -133,7 +133,7 @@ class NF4Weight:
 
     @property
     def nested(self) -> bool:
-        """Whether the scales are 8-bit numbers themselves."""
+        """Whether the scales are quantised to 8 bits (double quantisation)."""
         return not (self.nested_absmax is self.nested_code is self.offset is None)
 
     @property
@@ -147,7 +147,7 @@ class NF4Weight:
 
     @property
     def pointers(self) -> tuple[Tensor, ...]:
-        """What a kernel is handed: codes, absmax, nested_absmax, nested_code, offset, code; absmax again where there is no nested one."""
+        """A kernel's arguments: codes, absmax, nested_absmax, nested_code, offset, code; absmax in place of absent nested ones."""
         second = (self.nested_absmax, self.nested_code, self.offset) if self.nested else (self.absmax,) * 3
         return self.codes, self.absmax, *second, self.code
 
@@ -156,7 +156,7 @@ class NF4Weight:
         return dataclasses.replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
     def is_floating_point(self) -> bool:
-        """False: as of a Tensor of bytes."""
+        """False, as for a Tensor of bytes."""
         return False
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ def _unpacked(packed: Tensor, name: str) -> dict:
 def bitsandbytes_functional():
     import logging
 
-    # bitsandbytes announces at import that an optional kernel package is absent, which nobody here asked for
+    # at import bitsandbytes logs that an optional kernel package is absent
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes.functional
 

@@ -5,10 +5,10 @@
                g_t   = w·Σ_b dm_b / n_b over the words b that hold t
                dh_t  = inv_t·(g_t - inv_t·h_t·mean(g_t·inv_t·h_t))
 
-Never in memory: the states in fp32, the normalised tokens, the means and the gradients to both. One pass each way: a program of the
-forward reads one word's nodes, a program of the backward the unit rows and their gradients of the words that hold one node: it gathers
-along the transposed paths where the textbook scatters, so there are no atomics, and the sum has one order. Each row of the result is
-written once. Saved: the states (with the norm only), the unit rows, which are the output, and the lengths [B].
+Never in memory: the states in fp32, the normalised tokens, the means and the gradients to both. One pass each way: a forward program
+reads one word's nodes; a backward program reads the unit rows and gradients of the words that contain one node. It gathers along the
+transposed paths instead of scattering, so there are no atomics, and the sum has one order. Each row of the result is written once.
+Saved: the states (with the norm only), the unit rows, which are the output, and the lengths [B].
 Source: Zhang and Sennrich 2019 (arXiv 1910.07467) for the norm; torch.nn.functional.normalize for the guard and its gradient.
 
 Letters: B batch (words), T nodes, E edges (entries of the paths), D width.
@@ -35,11 +35,11 @@ def _forward_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     begin, end = tl.load(indptr_ptr + b), tl.load(indptr_ptr + b + 1)
-    # what lies outside the paths is never read
+    # nothing outside the paths is read
     broken = (begin < 0) | (end > E) | (end < begin)
     end = tl.where(broken, begin, end)
     if NORM:
-        # asked for early: it is on the way while the nodes are looked up
+        # loaded early, to overlap with the loads of the indices
         weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     mean = tl.zeros((BLOCK_D,), tl.float32)
     for first in range(begin, end, BLOCK_E):
@@ -53,7 +53,7 @@ def _forward_kernel(
             scale = tl.rsqrt(tl.sum(h * h, axis=1) / D + norm_eps)
         else:
             scale = tl.full((BLOCK_E,), 1.0, tl.float32)
-        # a node that does not exist is NaN, a place after the word's last node adds nothing
+        # a node out of range gives NaN; padding after the word's last node adds nothing
         scale = tl.where(inside, scale, tl.where(mask_e, float("nan"), 0.0))
         mean += tl.sum(h * scale[:, None], axis=0)
     mean *= 1.0 / tl.maximum(end - begin, 1).to(tl.float32)
@@ -79,7 +79,7 @@ def _backward_kernel(
     begin = tl.maximum(tl.load(node_indptr_ptr + t), 0)
     end = tl.minimum(tl.load(node_indptr_ptr + t + 1), E)
     if NORM:
-        # asked for early: it is on the way while the words are looked up
+        # loaded early, to overlap with the loads of the indices
         h = tl.load(states_ptr + t * stride_t + offs_d, mask=mask_d & (begin < end), other=0.0)
     g = tl.zeros((BLOCK_D,), tl.float32)
     offs_e = begin + tl.arange(0, BLOCK_E)
@@ -103,7 +103,7 @@ def _backward_kernel(
         inv = tl.rsqrt(tl.sum(h * h, axis=0) / D + norm_eps)
         h *= inv
         g *= tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-        # a node in no word has the gradient zero, whatever its state is
+        # a node in no word has gradient zero, even if its state is NaN
         g = tl.where(begin < end, inv * (g - h * (tl.sum(g * h, axis=0) / D)), 0.0)
     tl.store(dstates_ptr + t * D + offs_d, g.to(dstates_ptr.dtype.element_ty), mask=mask_d)
 
@@ -156,7 +156,7 @@ def _check_paths(names: str, indptr: Tensor, indices: Tensor, limit: int) -> Non
     for path in (indptr, indices):
         _require(path.dtype == torch.int64 and path.ndim == 1, f"{names} must be int64 with one dimension", path, "cast them")
     _require(indptr.shape[0] > 0, f"{names}: the first must have at least the element 0", indptr, "begin it with 0")
-    # a look at values on a GPU would wait for it: there the kernels leave out what does not exist
+    # on a GPU reading the values would synchronise: there the kernels handle indices out of range
     if indptr.device.type == "cpu":
         rising = indptr[0] == 0 and indptr[-1] <= len(indices) and (indptr.diff() >= 0).all()
         must = f"{names}: the first must rise from 0 to at most {len(indices)}"
@@ -205,16 +205,16 @@ def pool_norm(
         indices:      int64 [E] the nodes of each word; a node may be in many words, and more than once in one
         norm_weight:  [D] frozen, or None; with it, norm(h) = h / sqrt(mean(h²) + norm_eps) · norm_weight, else norm(h) = h
         norm_eps:     of that norm
-        transposed:   ``transpose_paths(indptr, indices, T)``, made once per batch; None: made at each backward
+        transposed:   ``transpose_paths(indptr, indices, T)``, computed once per batch; None: computed in each backward pass
 
     Returns:
         fp32 [B, D] unit rows; zeros for a word without nodes. Gradient to states alone, in their dtype, zero for a node in no word.
 
-    Every sum is made in fp32 and has one order: the same bits each time. NaN in a state is NaN in the words that hold it and in no other.
+    Every sum is in fp32 and has one order: the same bits each time. NaN in a state gives NaN in the words that contain it and in no other.
 
     Raises:
-        ValueError: wrong device, dtype or shape; on the CPU (the interpreter) also a path out of range. On a GPU a look at the paths
-            would wait for it: there a word with a node that does not exist comes out as NaN, and nothing outside the tensors is read.
+        ValueError: wrong device, dtype or shape; on the CPU (the interpreter) also a path out of range. On a GPU reading the
+            paths would synchronise: there a word with a node out of range is NaN, and nothing outside the tensors is read.
     """
     _check(states, indptr, indices, norm_weight, transposed)
     if states.stride(1) != 1:

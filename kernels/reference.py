@@ -1,19 +1,20 @@
-"""A plain PyTorch twin of every op: the specification that the kernels are held against, and the CPU's way.
+"""Reference implementation of every op in plain PyTorch: the specification that the kernels are tested against.
 
     linear      y = x·Wᵀ + bias
     dequantise  W = code[q] · scale
-    nf4_lora    y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias
+    lora_linear y = x·Wᵀ + s·(drop(x)·Aᵀ)·Bᵀ + bias
     pool_norm   u_b = normalise(mean over the nodes t of word b of norm(h_t))
     infonce     ½ Σ over both directions of mean_i [ log Σ_{j allowed} exp(u_i·v_j / τ) - u_i·v_i / τ ]
     hinge       mean_i max(0, margin - u_i·v_i + max_{j allowed, j ≠ i} u_i·v_j)
 
 Letters: B batch, T nodes, M rows, K in-features, N out-features, R rank, D width, E edges.
-Norms, cosines and losses are computed in fp32 whatever comes in; only ``linear`` and ``nf4_lora`` work in the dtype of their input.
+Norms, cosines and losses are computed in fp32 for any input dtype; only ``linear`` and ``lora_linear`` work in the dtype of their input.
 """
 
 import torch
 import torch.nn.functional as F
 from tli_kernels.nf4_weight import BLOCKSIZE, NESTED_BLOCKSIZE, NF4Weight
+from tli_kernels.token_table import TokenTable
 from torch import Tensor
 
 # F.normalize's own guard, named because the kernels must use the same
@@ -24,18 +25,18 @@ _UINT32 = 0xFFFFFFFF
 _MIX_1, _MIX_2 = 0x7FEB352D, 0x846CA68B
 # 512 KiB of keys
 _KEYS_AT_ONCE = 1 << 17
-# keeps the columns' counters apart from the rows'; the golden ratio's first 32 bits
+# separates column counters from row counters; the first 32 bits of the golden ratio
 _COLUMN_SALT = 0x9E3779B9
 
 
 def keep_mask(
     seed: Tensor | int, rows: int, columns: int, dropout: float, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bool
 ) -> Tensor:
-    """Which elements of a [rows, columns] input survive dropout: a pure function of (seed, row, column).
+    """Dropout mask of a [rows, columns] input: a pure function of (seed, row, column).
 
-    Counter-based, so that a backward pass regenerates it and no mask is stored. Each row and each column has a 32-bit key
-    by lowbias32; their sum goes through its two multiplications again, and an element is kept if the result, read as a
-    signed number, is at least dropout·2³² - 2³¹. The seed is a number or int64 [1].
+    Counter-based, so that the backward pass regenerates it and no mask is stored. Each row and each column has a 32-bit key
+    by lowbias32; their sum goes through its two multiplications again, and an element is kept if the result, as a signed
+    number, is at least dropout·2³² - 2³¹. The seed is a number or int64 [1].
 
     Returns:
         [rows, columns] in ``dtype``; True, or 1, with probability 1 - dropout.
@@ -44,13 +45,13 @@ def keep_mask(
     column_keys = _mix(torch.arange(columns, device=device) ^ _COLUMN_SALT)
     row_keys, column_keys, least = _as_signed(row_keys)[:, None], _as_signed(column_keys), int(dropout * 2.0**32) - (1 << 31)
     kept = torch.empty(rows, columns, dtype=dtype, device=device)
-    # some rows at a time, so that all passes over them find them in a processor's cache
+    # some rows at a time, so that every pass over them hits the CPU's cache
     step = max(1, _KEYS_AT_ONCE // max(1, columns))
     x, shifted = torch.empty(2, min(step, rows), columns, dtype=torch.int32, device=device)
     for first in range(0, rows, step):
         keys = row_keys[first : first + step]
         x, shifted = x[: len(keys)], shifted[: len(keys)]
-        # 32-bit arithmetic that wraps around, in place: this is all that dropout costs
+        # wrapping 32-bit arithmetic, in place
         torch.add(keys, column_keys, out=x)
         x ^= torch.bitwise_right_shift(x, 16, out=shifted).bitwise_and_(0xFFFF)
         x *= _MIX_1
@@ -95,23 +96,27 @@ def block_scales(weight: NF4Weight) -> Tensor:
     return weight.nested_code[weight.absmax.int()] * units + weight.offset
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | None = None) -> Tensor:
     """y = x·Wᵀ + bias with frozen weights.
 
     Args:
         x:       [..., K] in the compute dtype
-        weight:  [N, K] frozen, same dtype as x
+        weight:  [N, K] frozen: a tensor in x's dtype, an ``NF4Weight``, dequantised to x's dtype, or a ``TokenTable`` of its products
         bias:    [N] frozen, or None
 
     Returns:
-        [..., N] in x's dtype. Gradient to x alone.
+        [..., N] in x's dtype. Gradient to x alone; none where the weight is a ``TokenTable``.
     """
+    if isinstance(weight, TokenTable):
+        return weight.looked_up(x.reshape(-1, x.shape[-1])).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    if isinstance(weight, NF4Weight):
+        weight = dequantise(weight, x.dtype)
     return F.linear(x, weight, bias)
 
 
-def nf4_lora(
+def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4Weight | TokenTable,
     lora_a: Tensor,
     lora_b: Tensor,
     scale: float,
@@ -123,12 +128,12 @@ def nf4_lora(
 
     Args:
         x:        [..., K] in the compute dtype
-        weight:   [N, K] frozen, same dtype as x
+        weight:   [N, K] frozen, as for ``linear``
         lora_a:   [R, K] cast to x's dtype
         lora_b:   [N, R] cast to x's dtype
         scale:    s, alpha/R or alpha/sqrt(R)
         bias:     [N] or None
-        dropout:  probability that an element of x is left out of the low-rank path; the rest is scaled up
+        dropout:  probability that an element of x is dropped from the low-rank path; the rest is scaled up
         seed:     of ``keep_mask``, one per call and step
 
     Returns:
@@ -170,7 +175,7 @@ def pool_norm(
 
 
 def transpose_paths(indptr: Tensor, indices: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
-    """For each node the words that hold it, in their order: what ``pool_norm``'s gradient walks along.
+    """Transpose the paths (CSR to CSC): for each node the words that contain it, in order, as ``pool_norm``'s gradient reads them.
 
     Args:
         indptr:   int64 [B+1] where each word's nodes begin
@@ -178,8 +183,8 @@ def transpose_paths(indptr: Tensor, indices: Tensor, nodes: int) -> tuple[Tensor
         nodes:    T
 
     Returns:
-        int64 [T+1] where each node's words begin, and int64 [E] the words; a word is there as often as it holds the node. Nothing here
-        waits for a GPU. An entry that names no node is in no node's list; one that is in no word names the word -1 or B.
+        int64 [T+1] where each node's words begin, and int64 [E] the words; a word occurs as often as it contains the node. No
+        synchronisation with a GPU. An index that is no node is in no node's list; one outside every word gives the word -1 or B.
     """
     nodes_in_order, entries = torch.sort(indices, stable=True)
     node_indptr = torch.searchsorted(nodes_in_order, torch.arange(nodes + 1, device=indices.device))
@@ -187,33 +192,33 @@ def transpose_paths(indptr: Tensor, indices: Tensor, nodes: int) -> tuple[Tensor
     return node_indptr, words
 
 
-def infonce(source: Tensor, target: Tensor, temperature: float | Tensor, same: Tensor) -> Tensor:
-    """Symmetric InfoNCE over a batch of unit vectors, other right answers left out of the negatives.
+def infonce(source: Tensor, target: Tensor, temperature: float | Tensor, false_negatives: Tensor) -> Tensor:
+    """Symmetric InfoNCE over a batch of unit vectors, without false negatives.
 
     Args:
-        source:       fp32 [B, D] unit rows
-        target:       fp32 [B, D] unit rows; row i belongs to source row i
-        temperature:  τ
-        same:         int64 [E, 2] ordered (i, j), i ≠ j, that mean the same: never a negative of one another
+        source:           fp32 [B, D] unit rows
+        target:           fp32 [B, D] unit rows; row i belongs to source row i
+        temperature:      τ
+        false_negatives:  int64 [E, 2] ordered (i, j), i ≠ j: left out of the negatives
 
     Returns:
-        fp32 scalar; ln(B) when nothing is told apart. Gradients to source, target and a tensor temperature.
+        fp32 scalar; ln(B) if all vectors are equal. Gradients to source, target and a tensor temperature.
         Source: van den Oord et al. 2018 (arXiv 1807.03748); symmetric as in CLIP (arXiv 2103.00020).
     """
     logits = source.float() @ target.float().t() / temperature
-    logits = logits.index_put((same[:, 0], same[:, 1]), logits.new_tensor(float("-inf")))
+    logits = logits.index_put((false_negatives[:, 0], false_negatives[:, 1]), logits.new_tensor(float("-inf")))
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
 
 
-def hinge(source: Tensor, target: Tensor, margin: float, same: Tensor) -> Tensor:
-    """mean_i max(0, margin - u_i·v_i + max_{j ≠ i, (i, j) not in same} u_i·v_j): the hardest negative, source to target only.
+def hinge(source: Tensor, target: Tensor, margin: float, false_negatives: Tensor) -> Tensor:
+    """mean_i max(0, margin - u_i·v_i + max_{j allowed, j ≠ i} u_i·v_j): the hardest negative, source to target only.
 
     Args:
-        source:  fp32 [B, D] unit rows
-        target:  fp32 [B, D] unit rows
-        margin:  the paper's 0.4
-        same:    int64 [E, 2] ordered pairs that are no negatives
+        source:           fp32 [B, D] unit rows
+        target:           fp32 [B, D] unit rows
+        margin:           the paper's 0.4
+        false_negatives:  int64 [E, 2] ordered (i, j), i ≠ j
 
     Returns:
         fp32 scalar; a row without any negative adds 0. Among equally hard negatives the gradient goes to the first.
@@ -221,8 +226,10 @@ def hinge(source: Tensor, target: Tensor, margin: float, same: Tensor) -> Tensor
     """
     cosines = source.float() @ target.float().t()
     own = torch.arange(len(cosines), device=cosines.device)
-    negatives = cosines.index_put((torch.cat([same[:, 0], own]), torch.cat([same[:, 1], own])), cosines.new_tensor(float("-inf")))
-    # argmax may take any of equal columns; where a row has NaN, none is equal and any will do
+    negatives = cosines.index_put(
+        (torch.cat([false_negatives[:, 0], own]), torch.cat([false_negatives[:, 1], own])), cosines.new_tensor(float("-inf"))
+    )
+    # argmax may return any of several equal columns; in a row with NaN none is equal, and any will do
     equal = negatives == negatives.amax(dim=1, keepdim=True)
     first = torch.where(equal, own, len(own) - 1).amin(dim=1, keepdim=True)
     return F.relu(margin - cosines.diagonal() + negatives.gather(1, first).squeeze(1)).mean()

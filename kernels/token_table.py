@@ -1,7 +1,7 @@
-"""A linear layer's products, looked up: y = table[token], where the layer's input depends on the token alone.
+"""Lookup table of a linear layer's outputs by token id: y = table[token], for a layer whose input depends on the token alone.
 
-That is so of the first block's q, k and v in front of the first adapter: embedding and norm see one token at a time. The products
-stand in the place of the weight, as an ``NF4Weight`` does. Letters: V distinct tokens, M rows, N out-features, K in-features.
+The first block's q, k and v before the first adapter are such layers: embedding and norm see one token at a time. The table replaces
+the weight, as an ``NF4Weight`` does. Letters: V distinct tokens, M rows, N out-features, K in-features.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclasses.dataclass(eq=False)
 class TokenTable:
-    """The products of V tokens' inputs with one layer's weight [N, K], its bias in them, in the place of that weight.
+    """The outputs of one linear layer for V tokens, bias included, in place of its weight [N, K].
 
     Fields:
         products  [V, N]             in the compute dtype
         shape     torch.Size (N, K)  of the weight
-        tokens    int64 [...]        whose products the next call wants, M in all: set by whoever runs the model
+        tokens    int64 [...]        the M tokens of the next call's rows; set before each run of the model
 
-    There is no way back to the input: it must want no gradient.
+    No gradient flows to the input, so it must require none.
     """
 
     products: Tensor
@@ -38,10 +38,10 @@ class TokenTable:
         return self.products.nbytes
 
     def looked_up(self, x: Tensor) -> Tensor:
-        """The products of the rows x [M, K]: [M, N], in memory of their own.
+        """The outputs for the rows x [M, K]: [M, N], a copy.
 
         Raises:
-            ValueError: tokens that are not those of x's rows, or an x that wants a gradient.
+            ValueError: not one token for each row of x, or an x that requires a gradient.
         """
         rows = None if self.tokens is None else self.tokens.numel()
         require(rows == x.shape[0], "token table", f"the tokens of {x.shape[0]} rows must have been set", lambda: rows, "run the model")

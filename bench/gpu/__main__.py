@@ -107,7 +107,7 @@ def compile_ahead(cases: list, place, timeout_s: float) -> dict:
 
 def jobs_of(case, capability: int, dtype: torch.dtype) -> list[tuple]:
     """Every kernel that our own subjects of a case launch, with the specialisation, found on tensors without memory."""
-    from tli_kernels import gate, launch
+    from tli_kernels import compile_check, launch
 
     from bench.gpu.cases import WAYS
     from bench.gpu.operands import Place
@@ -118,7 +118,7 @@ def jobs_of(case, capability: int, dtype: torch.dtype) -> list[tuple]:
                 subject = maker()
                 with subject.around():
                     subject.call(0)
-    return [(one.kernel, gate.specialise(one, capability)) for one in launches if 0 not in one.grid]
+    return [(one.kernel, compile_check.specialise(one, capability)) for one in launches if 0 not in one.grid]
 
 
 def compile_job(place: int) -> str | None:

@@ -166,9 +166,9 @@ class Product(Case):
 
             def product(i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
                 a, b = held.factors[i % len(held.factors)]
-                return ops.fused().nf4_lora(x, weights[i % len(weights)], a, b, SCALE, dropout=self.dropout, seed=1), (x, a, b)
+                return ops.fused().lora_linear(x, weights[i % len(weights)], a, b, SCALE, dropout=self.dropout, seed=1), (x, a, b)
 
-            return subject(product, weights[0].nbytes, around=lambda: ops.dispatched(place.device, *limits))
+            return subject(product, weights[0].nbytes, around=lambda: ops.override_dispatch(place.device, *limits))
 
         def peft(autocast: bool) -> Subject:
             modules = held.peft(self.dropout)
@@ -268,7 +268,7 @@ class Loss(Case):
             return solve(torch.compile(plain, dynamic=False))
 
         makers = {
-            "fused": lambda: solve(functools.partial(problem, ops.fused()), lambda: ops.dispatched(place.device, 0, 0)),
+            "fused": lambda: solve(functools.partial(problem, ops.fused()), lambda: ops.override_dispatch(place.device, 0, 0)),
             "eager": lambda: solve(plain),
         }
         return {**makers, "compiled": compiled} if self.compiled else {**makers, "eager, tf32": lambda: solve(plain, _tf32)}

@@ -179,7 +179,7 @@ def check_product(checks: Checks, place: Place, case: Product, dtype: torch.dtyp
     def plain(kind: torch.dtype) -> tuple[Tensor, ...]:
         def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
             bias = None if added is None else added.to(kind)
-            return reference.nf4_lora(x, held.to(kind), a, b, SCALE, bias, case.dropout, SEED)
+            return reference.lora_linear(x, held.to(kind), a, b, SCALE, bias, case.dropout, SEED)
 
         return _solved(function, [leaf.to(kind) if kind == torch.float64 else leaf for leaf in leaves], dy.to(kind))
 
@@ -187,9 +187,9 @@ def check_product(checks: Checks, place: Place, case: Product, dtype: torch.dtyp
     terms = {"y": case.k + case.rank, "dx": case.n + case.rank, "dA": case.rows + case.n, "dB": case.rows + case.k}
     for way, limits in WAYS.items():
         operand = held if way.startswith("resident") else weight
-        with checks.about(f"{case}, {dtype}, {way}"), ops.dispatched(place.device, *limits):
+        with checks.about(f"{case}, {dtype}, {way}"), ops.override_dispatch(place.device, *limits):
             poison(place)
-            got = _solved(lambda *leaves: ops.fused().nf4_lora(*_with(leaves, operand), SCALE, added, case.dropout, SEED), leaves, dy)  # noqa: B023
+            got = _solved(lambda *leaves: ops.fused().lora_linear(*_with(leaves, operand), SCALE, added, case.dropout, SEED), leaves, dy)  # noqa: B023
             for (name, count), *results in zip(terms.items(), got, eager, truth, strict=True):
                 checks.faithful(f"{case}, {dtype}, {way}: {name}", *results, count)
 
@@ -207,7 +207,7 @@ def check_linear(checks: Checks, place: Place, case: Product, dtype: torch.dtype
     eager = _solved(lambda x: reference.linear(x, held), [x], dy)
     for way, limits in WAYS.items():
         operand = held if way.startswith("resident") else weight
-        with ops.dispatched(place.device, *limits):
+        with ops.override_dispatch(place.device, *limits):
             poison(place)
             got = _solved(lambda x: ops.fused().linear(x, operand), [x], dy)  # noqa: B023
         for name, count, *results in zip(("y", "dx"), (case.k, case.n), got, eager, truth, strict=True):
@@ -235,7 +235,7 @@ def check_pool_norm(checks: Checks, place: Place, pairs: int, width: int) -> Non
 
         truth, eager = _solved(exact, [states.double()], dunits.double()), by(reference)
         poison(place)
-        with ops.dispatched(place.device, 0, 0):
+        with ops.override_dispatch(place.device, 0, 0):
             got = by(ops.fused())
         norm = "without the norm" if norm_weight is None else "with the norm"
         for name, *results in zip(("units", "dstates"), got, eager, truth, strict=True):
@@ -254,7 +254,7 @@ def check_infonce(checks: Checks, place: Place, pairs: int, width: int, sizes: S
     else:
         eager = streamed(*leaves, same, sizes.block)
     poison(place)
-    with ops.dispatched(place.device, 0, 0):
+    with ops.override_dispatch(place.device, 0, 0):
         got = _solved(lambda *leaves: ops.fused().infonce(*leaves, same), leaves)
     for name, *results in zip(("loss", "dsource", "dtarget", "dtemperature"), got, eager, truth, strict=True):
         checks.faithful(f"infonce {pairs} x {width}: {name}", *results, pairs + width)
@@ -307,7 +307,7 @@ def check_hinge(checks: Checks, place: Place) -> None:
     truth = _solved(exact, [source.double(), target.double()])
     eager = _solved(lambda u, v: reference.hinge(u, v, 0.4, same), [source, target])
     poison(place)
-    with ops.dispatched(place.device, 0, 0):
+    with ops.override_dispatch(place.device, 0, 0):
         got = _solved(lambda u, v: ops.fused().hinge(u, v, 0.4, same), [source, target])
     for name, *results in zip(("loss", "dsource", "dtarget"), got, eager, truth, strict=True):
         checks.faithful(f"hinge {pairs} x {width}: {name}", *results, pairs + width)
@@ -320,19 +320,19 @@ def check_nan(checks: Checks, place: Place) -> None:
     x[2, 7] = torch.nan
     held = reference.dequantise(weight, place.dtype)
     for way, limits in WAYS.items():
-        with ops.dispatched(place.device, *limits):
-            nan = ops.fused().nf4_lora(x, held if way.startswith("resident") else weight, a, b, SCALE).isnan()
+        with ops.override_dispatch(place.device, *limits):
+            nan = ops.fused().lora_linear(x, held if way.startswith("resident") else weight, a, b, SCALE).isnan()
         checks.holds(f"nan in row 2 of 6, {way}", nan[2].all() and nan.sum() == 128, f"{int(nan.sum())} of 128")
     indptr, indices, nodes = paths(16, place.device)
     states = place.normal(nodes, 64)
     states[indices[0]] = torch.nan
-    with ops.dispatched(place.device, 0, 0):
+    with ops.override_dispatch(place.device, 0, 0):
         nan = ops.fused().pool_norm(states, indptr, indices).isnan().all(1)
     holds = torch.stack([(indices[begin:end] == indices[0]).any() for begin, end in zip(indptr[:-1], indptr[1:])])
     checks.equal("nan in the words that hold the node and in no other", (nan,), (holds,))
     source, target = (side.detach().clone() for side in units(place, 8, 64))
     source[3] = torch.nan
-    with ops.dispatched(place.device, 0, 0):
+    with ops.override_dispatch(place.device, 0, 0):
         loss = ops.fused().infonce(source, target, TEMPERATURE, edges(8, place.device))
     checks.holds("nan in a word's vector is a nan in the loss", loss.isnan(), str(loss))
 
@@ -349,7 +349,7 @@ def check_same_bits(checks: Checks, place: Place) -> None:
     problems: dict[str, tuple] = {
         f"nf4_lora, {way}": (
             functools.partial(
-                lambda operand, *leaves: ops.fused().nf4_lora(*_with(leaves, operand), SCALE, None, 0.1, SEED),
+                lambda operand, *leaves: ops.fused().lora_linear(*_with(leaves, operand), SCALE, None, 0.1, SEED),
                 held if way.startswith("resident") else weight,
             ),
             leaves,
@@ -362,7 +362,7 @@ def check_same_bits(checks: Checks, place: Place) -> None:
     problems["infonce"] = (lambda u, v: ops.fused().infonce(u, v, TEMPERATURE, same), sides, None, (0, 0))
     problems["hinge"] = (lambda u, v: ops.fused().hinge(u, v, 0.4, same), sides, None, (0, 0))
     for name, (function, operands, gradient, limits) in problems.items():
-        with checks.about(f"the same bits twice: {name}"), ops.dispatched(place.device, *limits):
+        with checks.about(f"the same bits twice: {name}"), ops.override_dispatch(place.device, *limits):
             checks.equal(f"the same bits twice: {name}", *(_solved(function, operands, gradient) for _ in range(2)))
 
 
@@ -374,7 +374,7 @@ def check_large_products(checks: Checks, place: Place, elements: int) -> None:
 
     def farthest() -> list[tuple[str, float]]:
         def function(*leaves: Tensor) -> Tensor:
-            return ops.fused().nf4_lora(*_with(leaves, weight), SCALE)
+            return ops.fused().lora_linear(*_with(leaves, weight), SCALE)
 
         few = _solved(function, leaves, dy)
         many = _solved(function, [leaves[0].repeat(times, 1), *leaves[1:]], dy.repeat(times, 1))
@@ -383,7 +383,7 @@ def check_large_products(checks: Checks, place: Place, elements: int) -> None:
         return list(zip(("y", "dx"), (each.item() for each in far)))
 
     for way, limits in tune.WAYS.items():
-        with checks.about(f"{elements} elements, {way}"), ops.dispatched(place.device, *limits):
+        with checks.about(f"{elements} elements, {way}"), ops.override_dispatch(place.device, *limits):
             for name, error in farthest():
                 checks.holds(f"{elements} elements, {way}: {name}", error < 0.02, f"a relative difference of {error:.2g}")
         free()

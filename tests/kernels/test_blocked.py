@@ -10,18 +10,18 @@ from tests.kernels.test_infonce import definition, some_same, words
 from tests.support.fidelity import assert_faithful
 
 
-def run(op, source, target, option, same, dtype=torch.float32):
+def run(op, source, target, option, false_negatives, dtype=torch.float32):
     source, target = (x.to(dtype).requires_grad_() for x in (source, target))
-    loss = op(source, target, option, same)
+    loss = op(source, target, option, false_negatives)
     loss.backward(torch.full_like(loss, 1.75))
     return loss.detach(), source.grad, target.grad
 
 
-def hinge_definition(source, target, margin, same):
+def hinge_definition(source, target, margin, false_negatives):
     cosines = source @ target.T
     costs = []
     for i in range(len(source)):
-        strangers = [j for j in range(len(source)) if j != i and [i, j] not in same.tolist()]
+        strangers = [j for j in range(len(source)) if j != i and [i, j] not in false_negatives.tolist()]
         costs.append((margin - cosines[i, i] + max(cosines[i, j] for j in strangers)).clamp(min=0))
     return torch.stack(costs).mean()
 
@@ -38,12 +38,12 @@ def test_loss_and_gradients_are_the_definitions(name, pairs, numbers, monkeypatc
         pytest.skip("one block is the reference")
     source, target = words(pairs, 24)
     # with two pairs a forbidden one leaves a row without a negative, which the hinge's own tests are about
-    same = some_same(pairs) if pairs > 2 else torch.empty(0, 2, dtype=torch.int64)
+    false_negatives = some_same(pairs) if pairs > 2 else torch.empty(0, 2, dtype=torch.int64)
     definition, option = DEFINITIONS[name]
     source, target = source.float().double(), target.float().double()
-    by_blocks = run(getattr(blocked, name), source, target, option, same)
-    eager = run(getattr(reference, name), source, target, option, same)
-    truth = run(definition, source, target, option, same, torch.float64)
+    by_blocks = run(getattr(blocked, name), source, target, option, false_negatives)
+    eager = run(getattr(reference, name), source, target, option, false_negatives)
+    truth = run(definition, source, target, option, false_negatives, torch.float64)
     for what, got, plain, true in zip(("dU", "dV"), by_blocks[1:], eager[1:], truth[1:], strict=True):
         assert_faithful(got, plain, true, pairs, f"{name} {what}")
     # one number may be nearer by luck: what rounding a cosine does to it is the measure
@@ -53,11 +53,11 @@ def test_loss_and_gradients_are_the_definitions(name, pairs, numbers, monkeypatc
 def test_the_temperatures_gradient_is_the_definitions(monkeypatch):
     monkeypatch.setattr(blocked, "BLOCK_NUMBERS", 100)
     source, target = (x.float() for x in words(41, 24))
-    same = some_same(41)
+    false_negatives = some_same(41)
 
     def of(op, dtype):
         temperature = torch.tensor(0.07, dtype=dtype, requires_grad=True)
-        op(source.to(dtype), target.to(dtype), temperature, same).backward()
+        op(source.to(dtype), target.to(dtype), temperature, false_negatives).backward()
         return temperature.grad
 
     assert_faithful(of(blocked.infonce, torch.float32), of(reference.infonce, torch.float32), of(definition, torch.float64), 41 * 41)
@@ -66,9 +66,9 @@ def test_the_temperatures_gradient_is_the_definitions(monkeypatch):
 def test_a_row_without_a_negative_costs_nothing(monkeypatch):
     monkeypatch.setattr(blocked, "BLOCK_NUMBERS", 4)
     source, target = (x.float() for x in words(3, 8))
-    same = torch.tensor([[0, 1], [0, 2]])
-    plain = run(reference.hinge, source, target, 0.4, same)
-    for got, expected in zip(run(blocked.hinge, source, target, 0.4, same), plain, strict=True):
+    false_negatives = torch.tensor([[0, 1], [0, 2]])
+    plain = run(reference.hinge, source, target, 0.4, false_negatives)
+    for got, expected in zip(run(blocked.hinge, source, target, 0.4, false_negatives), plain, strict=True):
         assert got.isfinite().all()
         torch.testing.assert_close(got, expected)
 

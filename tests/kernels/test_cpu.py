@@ -61,9 +61,9 @@ def test_outputs_and_gradients_are_as_faithful_as_the_references(size, dropout, 
 
     dense = reference.dequantise(weight, dtype)
     results = zip(
-        run(functools.partial(cpu.nf4_lora, matmul=matmul), weight if held == "nf4" else dense, dtype, torch.float32),
-        run(reference.nf4_lora, dense, dtype, torch.float32),
-        run(reference.nf4_lora, dense.double(), torch.float64, torch.float64),
+        run(functools.partial(cpu.lora_linear, matmul=matmul), weight if held == "nf4" else dense, dtype, torch.float32),
+        run(reference.lora_linear, dense, dtype, torch.float32),
+        run(reference.lora_linear, dense.double(), torch.float64, torch.float64),
         strict=True,
     )
     for what, (got, eager, truth) in zip(("y", "dx", "da", "db"), results, strict=True):
@@ -117,7 +117,7 @@ def test_no_decoded_weight_is_kept_for_the_backward_pass():
     weight = packed((192, 576), False)
     x = torch.randn(4, 576, requires_grad=True)
     a, b = torch.randn(8, 576, requires_grad=True), torch.randn(192, 8, requires_grad=True)
-    y = cpu.linear(cpu.nf4_lora(x, weight, a, b, 1.0), packed((64, 192), True))
+    y = cpu.linear(cpu.lora_linear(x, weight, a, b, 1.0), packed((64, 192), True))
     gc.collect()
     alive = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and thing.shape in ((192, 576), (64, 192))]
     assert alive == []

@@ -1,4 +1,4 @@
-"""The streaming hinge against the definition in fp64: loss and both gradients, on each way that a launch configuration can choose."""
+"""The streaming hinge against the definition in fp64: loss and both gradients, in each precision that a launch configuration can choose."""
 
 import math
 
@@ -35,10 +35,10 @@ def some_same(pairs: int, seed: int = 0, often: float = 0.05) -> torch.Tensor:
     return forbidden.fill_diagonal_(False).nonzero()
 
 
-def definition(source, target, margin, same):
+def definition(source, target, margin, false_negatives):
     """Looks for the first of the hardest row by row."""
     forbidden = [{i} for i in range(len(source))]
-    for i, j in same.tolist():
+    for i, j in false_negatives.tolist():
         forbidden[i].add(j)
     rows, hardest = [], []
     for i, cosines in enumerate((source @ target.T).tolist()):
@@ -50,18 +50,18 @@ def definition(source, target, margin, same):
     return torch.relu(excess).sum() / len(source)
 
 
-def run(op, source, target, same, dtype, device=DEVICE, margin=0.4):
+def run(op, source, target, false_negatives, dtype, device=DEVICE, margin=0.4):
     source, target = (x.to(device, dtype).requires_grad_() for x in (source.detach(), target.detach()))
-    loss = op(source, target, margin, same.to(device))
+    loss = op(source, target, margin, false_negatives.to(device))
     loss.backward(torch.full_like(loss, 1.75))
     return loss.detach(), source.grad, target.grad
 
 
-def assert_all_faithful(source, target, same, dtype=torch.float32):
+def assert_all_faithful(source, target, false_negatives, dtype=torch.float32):
     source, target = source.to(dtype).double(), target.to(dtype).double()
-    fused = run(hinge, source, target, same, dtype)
-    eager = run(reference.hinge, source, target, same, dtype)
-    truth = run(definition, source, target, same, torch.float64, "cpu")
+    fused = run(hinge, source, target, false_negatives, dtype)
+    eager = run(reference.hinge, source, target, false_negatives, dtype)
+    truth = run(definition, source, target, false_negatives, torch.float64, "cpu")
     pairs, width = source.shape
     for what, *values in zip(("loss", "dsource", "dtarget"), fused, eager, truth):
         assert_faithful(*values, pairs + width, what)
@@ -75,8 +75,8 @@ OWN = launch.contrast, launch.gather
 # few programs, as each takes the interpreter its time
 COARSE = launch.Contrast("split", blocks(128, 128, 64), blocks(16, 16, 16)), ("split", blocks(128, 128, 64))
 # small blocks, so that a small batch has several of each
-WAYS = {
-    "halves": (launch.Contrast("halves", blocks(32, 16, 32), blocks(16, 16, 16)), ("split", blocks(32, 64, 16))),
+PRECISIONS = {
+    "hi_lo": (launch.Contrast("hi_lo", blocks(32, 16, 32), blocks(16, 16, 16)), ("split", blocks(32, 64, 16))),
     "split": (launch.Contrast("split", blocks(16, 32, 64), blocks(16, 16, 16)), ("split", blocks(16, 32, 32))),
     "fp32": (launch.Contrast("fp32", blocks(32, 32, 16), blocks(16, 16, 16)), ("fp32", blocks(32, 32, 16))),
 }
@@ -100,9 +100,9 @@ def _own(monkeypatch):
     monkeypatch.setattr(launch, "gather", OWN[1])
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=PRECISIONS)
 def _way(request, monkeypatch):
-    choose(monkeypatch, *WAYS[request.param])
+    choose(monkeypatch, *PRECISIONS[request.param])
 
 
 SHAPES = [(1, 16), (2, 1), (5, 67), (5, 576), (127, 16), (128, 64), (129, 67), (257, 16)]
@@ -142,10 +142,10 @@ def test_of_equally_hard_negatives_the_first_gets_the_gradient(pairs, seed, ofte
     # cosines of 0 and 1 alone, so ties are exact in every arithmetic; several columns share each row's hardest
     letters = torch.randint(0, 4, (2, pairs), generator=torch.Generator().manual_seed(seed))
     source, target = torch.eye(4, dtype=torch.float64)[letters]
-    same = some_same(pairs, seed, often)
-    truth = run(definition, source, target, same, torch.float64, "cpu")
+    false_negatives = some_same(pairs, seed, often)
+    truth = run(definition, source, target, false_negatives, torch.float64, "cpu")
     for op in (hinge, reference.hinge):
-        for one, other in zip(run(op, source, target, same, torch.float32), truth):
+        for one, other in zip(run(op, source, target, false_negatives, torch.float32), truth):
             torch.testing.assert_close(one.double().cpu(), other, rtol=1e-6, atol=1e-7)
 
 
@@ -165,10 +165,10 @@ def test_rows_without_negatives_and_rows_that_are_content_add_nothing():
     pairs = 30
     forbidden = torch.zeros(pairs, pairs, dtype=torch.bool)
     forbidden[7], forbidden[:, 3] = True, True
-    same = forbidden.fill_diagonal_(False).nonzero()
+    false_negatives = forbidden.fill_diagonal_(False).nonzero()
     source, target = words(pairs, 32)
-    assert_all_faithful(source, target, same)
-    _, dsource, dtarget = run(hinge, source, target, same, torch.float32)
+    assert_all_faithful(source, target, false_negatives)
+    _, dsource, dtarget = run(hinge, source, target, false_negatives, torch.float32)
     assert not dsource[7].any()
     assert dsource.any(dim=1).sum() > 0
     # nobody may choose column 3, so only its own row moves it
@@ -266,11 +266,11 @@ def test_a_common_batch_takes_two_launches_and_one_back(edges):
 
 
 def test_wrong_arguments_are_named():
-    words, same = torch.zeros(4, 8, device=DEVICE), NO_SAME.to(DEVICE)
+    words, false_negatives = torch.zeros(4, 8, device=DEVICE), NO_SAME.to(DEVICE)
     with pytest.raises(ValueError, match=r"hinge: source and target must be \[B, D\] of one shape.*, got \(4, 8\) and \(5, 8\); "):
-        hinge(words, torch.zeros(5, 8, device=DEVICE), 0.4, same)
+        hinge(words, torch.zeros(5, 8, device=DEVICE), 0.4, false_negatives)
     with pytest.raises(ValueError, match="hinge: source and target must be float32, bfloat16 or float16, got torch.int64"):
-        hinge(words.long(), words, 0.4, same)
+        hinge(words.long(), words, 0.4, false_negatives)
     if DEVICE.type == "cpu":
-        with pytest.raises(ValueError, match="hinge: same must hold .* sorted by i, got "):
+        with pytest.raises(ValueError, match="hinge: false_negatives must hold .* sorted by i, got "):
             hinge(words, words, 0.4, torch.tensor([[2, 1], [0, 1]]))

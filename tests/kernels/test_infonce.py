@@ -1,4 +1,4 @@
-"""infonce against the definition in fp64: loss and every gradient, on each way that a launch configuration can choose."""
+"""infonce against the definition in fp64: loss and every gradient, in each precision that a launch configuration can choose."""
 
 import math
 
@@ -37,32 +37,34 @@ def some_same(pairs: int, seed: int = 0, often: float = 0.05) -> torch.Tensor:
     return forbidden.fill_diagonal_(False).nonzero()
 
 
-def definition(source, target, temperature, same):
+def definition(source, target, temperature, false_negatives):
     """With log(1 + Σ_{j≠i} exp(s_ij - s_ii)), as even fp64 loses a small loss in log Σ_j exp(s_ij) - s_ii."""
     logits = source @ target.T / temperature
     own, itself = logits.diagonal(), torch.arange(len(logits))
     # exp of it is 0 in any sum, and unlike -inf it has gradients where a row has nothing else
-    others = logits.index_put((torch.cat([same[:, 0], itself]), torch.cat([same[:, 1], itself])), logits.new_tensor(-1e30))
+    others = logits.index_put(
+        (torch.cat([false_negatives[:, 0], itself]), torch.cat([false_negatives[:, 1], itself])), logits.new_tensor(-1e30)
+    )
     return sum(torch.logaddexp(torch.zeros_like(own), others.logsumexp(axis) - own).mean() for axis in (0, 1)) / 2
 
 
-def run(op, source, target, temperature, same, dtype, device=DEVICE):
+def run(op, source, target, temperature, false_negatives, dtype, device=DEVICE):
     """Loss and gradients to source, target and temperature, for an upstream gradient that is not 1."""
     source, target = (x.to(device, dtype).requires_grad_() for x in (source.detach(), target.detach()))
     temperature = torch.tensor(
         temperature, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device
     ).requires_grad_()
-    loss = op(source, target, temperature, same.to(device))
+    loss = op(source, target, temperature, false_negatives.to(device))
     loss.backward(torch.full_like(loss, 1.75))
     return loss.detach(), source.grad, target.grad, temperature.grad
 
 
-def assert_all_faithful(source, target, temperature, same, dtype=torch.float32):
+def assert_all_faithful(source, target, temperature, false_negatives, dtype=torch.float32):
     # the truth of the numbers that are given, not of those before rounding
     source, target = source.to(dtype).double(), target.to(dtype).double()
-    fused = run(infonce, source, target, temperature, same, dtype)
-    eager = run(reference.infonce, source, target, temperature, same, dtype)
-    truth = run(definition, source, target, torch.tensor(temperature).item(), same, torch.float64, "cpu")
+    fused = run(infonce, source, target, temperature, false_negatives, dtype)
+    eager = run(reference.infonce, source, target, temperature, false_negatives, dtype)
+    truth = run(definition, source, target, torch.tensor(temperature).item(), false_negatives, torch.float64, "cpu")
     pairs, width = source.shape
     for what, *values in zip(("loss", "dsource", "dtarget", "dtemperature"), fused, eager, truth):
         assert_faithful(*values, pairs + width, what)
@@ -76,9 +78,9 @@ OWN = launch.contrast
 # few programs, as each takes the interpreter its time
 COARSE = launch.Contrast("split", blocks(128, 128, 64), blocks(128, 64, 128))
 # small blocks and sides, so that a small batch has several of each
-WAYS = {
-    "halves": launch.Contrast("halves", blocks(32, 32, 32), blocks(32, 32, 32), side=32),
-    "halves-whole": launch.Contrast("halves", blocks(16, 32, 32), blocks(32, 64, 16)),
+PRECISIONS = {
+    "hi_lo": launch.Contrast("hi_lo", blocks(32, 32, 32), blocks(32, 32, 32), side=32),
+    "hi_lo-whole": launch.Contrast("hi_lo", blocks(16, 32, 32), blocks(32, 64, 16)),
     "split": launch.Contrast("split", blocks(32, 16, 64), blocks(16, 32, 32), side=32),
     "fp32": launch.Contrast("fp32", blocks(32, 32, 32), blocks(32, 32, 16), side=32),
 }
@@ -96,10 +98,10 @@ def _own(monkeypatch):
     monkeypatch.setattr(launch, "contrast", OWN)
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=PRECISIONS)
 def way(request, monkeypatch) -> launch.Contrast:
-    monkeypatch.setattr(launch, "contrast", lambda capability, pairs: WAYS[request.param])
-    return WAYS[request.param]
+    monkeypatch.setattr(launch, "contrast", lambda capability, pairs: PRECISIONS[request.param])
+    return PRECISIONS[request.param]
 
 
 SHAPES = [(1, 16), (2, 1), (5, 67), (5, 576), (127, 16), (128, 64), (129, 67), (257, 16)]
@@ -133,7 +135,7 @@ def test_batches_of_real_size_give_the_definition(pairs, width):
 @pytest.mark.parametrize("many", [False, True], ids=["one-square", "many-squares"])
 def test_16_bit_words_get_16_bit_gradients(dtype, many, monkeypatch):
     if many:
-        monkeypatch.setattr(launch, "contrast", lambda capability, pairs: WAYS["split"])
+        monkeypatch.setattr(launch, "contrast", lambda capability, pairs: PRECISIONS["split"])
     assert_all_faithful(*words(40, 40), 0.07, some_same(40), dtype)
 
 
@@ -145,10 +147,10 @@ def test_a_row_whose_others_are_all_forbidden_has_no_loss_of_its_own():
     pairs = 40
     forbidden = torch.rand(pairs, pairs, generator=torch.Generator().manual_seed(0)) < 0.1
     forbidden[7], forbidden[:, 3] = True, True
-    same = forbidden.fill_diagonal_(False).nonzero()
+    false_negatives = forbidden.fill_diagonal_(False).nonzero()
     source, target = words(pairs, 32)
-    assert_all_faithful(source, target, 0.07, same)
-    _, statistics = kernels._forward(source.to(DEVICE).float(), target.to(DEVICE).float(), 0.07, same.to(DEVICE).contiguous())
+    assert_all_faithful(source, target, 0.07, false_negatives)
+    _, statistics = kernels._forward(source.to(DEVICE).float(), target.to(DEVICE).float(), 0.07, false_negatives.to(DEVICE).contiguous())
     own, row_maximum, row_log, column_maximum, column_log = statistics
     assert row_maximum[7] == own[7]
     assert column_maximum[3] == own[3]
@@ -159,8 +161,8 @@ def test_a_row_whose_others_are_all_forbidden_has_no_loss_of_its_own():
 
 
 def test_everything_forbidden_is_no_loss_and_no_gradient():
-    same = (~torch.eye(20, dtype=torch.bool)).nonzero()
-    for value in run(infonce, *words(20, 32), 0.07, same, torch.float32):
+    false_negatives = (~torch.eye(20, dtype=torch.bool)).nonzero()
+    for value in run(infonce, *words(20, 32), 0.07, false_negatives, torch.float32):
         assert not value.any()
 
 
@@ -217,9 +219,9 @@ def test_permuting_the_pairs_permutes_the_gradients(pairs, width, seed, temperat
 @given(pairs=st.integers(1, 40), width=st.integers(1, 20), seed=st.integers(0, 99))
 def test_swapping_the_languages_swaps_the_gradients(pairs, width, seed):
     source, target = words(pairs, width, seed)
-    same = some_same(pairs, seed, 0.2)
-    swapped = same.flip(1)[same[:, 1].argsort(stable=True)]
-    loss, dsource, dtarget, dtemperature = run(infonce, source, target, 0.1, same, torch.float32)
+    false_negatives = some_same(pairs, seed, 0.2)
+    swapped = false_negatives.flip(1)[false_negatives[:, 1].argsort(stable=True)]
+    loss, dsource, dtarget, dtemperature = run(infonce, source, target, 0.1, false_negatives, torch.float32)
     for one, other in zip((loss, dtarget, dsource, dtemperature), run(infonce, target, source, 0.1, swapped, torch.float32)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -231,7 +233,7 @@ def test_what_cannot_be_multiplied_is_not_hidden(way, side, bad):
     pair = [x.float() for x in words(40, 20)]
     pair[side][33, 5] = bad
     loss, *gradients, _ = run(infonce, *pair, 0.07, some_same(40), torch.float32)
-    if bad == 300.0 and way.way == "fp32":
+    if bad == 300.0 and way.precision == "fp32":
         assert loss.isfinite()
     else:
         assert loss.isnan()
@@ -240,12 +242,12 @@ def test_what_cannot_be_multiplied_is_not_hidden(way, side, bad):
 
 def test_strided_words_and_pairs_are_read_where_they_lie():
     source, target = (x.float().to(DEVICE) for x in words(21, 24))
-    same = some_same(21).to(DEVICE)
-    expected = run(infonce, source, target, 0.07, same, torch.float32)
+    false_negatives = some_same(21).to(DEVICE)
+    expected = run(infonce, source, target, 0.07, false_negatives, torch.float32)
     wide = torch.full((21, 96), math.nan, device=DEVICE)
     wide[:, ::4], wide[:, 1::4] = source, target
     strided = wide[:, ::4].requires_grad_(), wide[:, 1::4].requires_grad_()
-    loss = infonce(*strided, torch.tensor([0.07], device=DEVICE), same.T.contiguous().T)
+    loss = infonce(*strided, torch.tensor([0.07], device=DEVICE), false_negatives.T.contiguous().T)
     gradients = torch.autograd.grad(loss, strided, torch.full_like(loss, 1.75).expand(()))
     for one, other in zip((loss, *gradients), expected):
         assert torch.equal(one, other)
@@ -253,16 +255,16 @@ def test_strided_words_and_pairs_are_read_where_they_lie():
 
 def test_a_number_and_a_tensor_of_it_are_one_temperature():
     source, target = (x.float().to(DEVICE).requires_grad_() for x in words(21, 24))
-    same = some_same(21).to(DEVICE)
+    false_negatives = some_same(21).to(DEVICE)
     results = []
     for temperature in (0.0625, torch.tensor(0.0625), torch.tensor([0.0625], dtype=torch.float64)):
         temperature = temperature.to(DEVICE) if isinstance(temperature, torch.Tensor) else temperature
-        loss = infonce(source, target, temperature, same)
+        loss = infonce(source, target, temperature, false_negatives)
         results.append((loss, *torch.autograd.grad(loss, (source, target))))
     for result in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(result, results[0]))
     learned = torch.tensor([0.0625], dtype=torch.float64, device=DEVICE, requires_grad=True)
-    (gradient,) = torch.autograd.grad(infonce(source.detach(), target.detach(), learned, same), learned)
+    (gradient,) = torch.autograd.grad(infonce(source.detach(), target.detach(), learned, false_negatives), learned)
     assert gradient.shape == (1,)
     assert gradient.dtype == torch.float64
     assert gradient.item() != 0
@@ -327,10 +329,10 @@ def test_a_large_batch_stays_within_its_memory(capability):
 def test_what_is_saved_is_the_words_and_five_numbers_a_pair():
     saved = []
     source, target = (x.float().to(DEVICE).requires_grad_() for x in words(100, 4))
-    same = some_same(100, often=0.01).to(DEVICE)
+    false_negatives = some_same(100, often=0.01).to(DEVICE)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        infonce(source, target, 0.07, same)
-    assert sum(x.numel() for x in saved) == 2 * 100 * 4 + same.numel() + 5 * 100
+        infonce(source, target, 0.07, false_negatives)
+    assert sum(x.numel() for x in saved) == 2 * 100 * 4 + false_negatives.numel() + 5 * 100
 
 
 @pytest.mark.parametrize("edges", [0, 1, 50])
@@ -352,11 +354,11 @@ def test_places_in_memory_are_counted_in_64_bits(monkeypatch):
     near = [x.half().to(DEVICE) for x in words(3, 16)]
     for one, other in zip(apart, near):
         one.copy_(other)
-    dloss, same = torch.ones((), device=DEVICE), torch.tensor([[0, 1]], device=DEVICE)
+    dloss, false_negatives = torch.ones((), device=DEVICE), torch.tensor([[0, 1]], device=DEVICE)
 
     def both_ways(source, target):
-        loss, statistics = kernels._forward(source, target, 0.1, same)
-        return loss, *kernels._backward(dloss, source, target, 0.1, same, statistics, False)[:2]
+        loss, statistics = kernels._forward(source, target, 0.1, false_negatives)
+        return loss, *kernels._backward(dloss, source, target, 0.1, false_negatives, statistics, False)[:2]
 
     expected = both_ways(*near)
     monkeypatch.setattr(kernels, "operands", lambda source, target, config: (*apart, far, 0))
@@ -379,20 +381,30 @@ def test_places_in_memory_are_counted_in_64_bits(monkeypatch):
         ({"source": torch.zeros(4, 8, device="meta")}, "infonce: all tensors must be on one device"),
         ({"temperature": torch.zeros((), device="meta")}, "infonce: all tensors must be on one device"),
         ({"temperature": torch.ones(2)}, r"infonce: temperature must be one number, got \(2,\)"),
-        ({"same": torch.zeros(3, dtype=torch.int64)}, r"infonce: same must be int64 \[E, 2\], got torch.int64 \(3,\)"),
-        ({"same": torch.zeros(1, 2, dtype=torch.int32)}, r"infonce: same must be int64 \[E, 2\]"),
+        (
+            {"false_negatives": torch.zeros(3, dtype=torch.int64)},
+            r"infonce: false_negatives must be int64 \[E, 2\], got torch.int64 \(3,\)",
+        ),
+        ({"false_negatives": torch.zeros(1, 2, dtype=torch.int32)}, r"infonce: false_negatives must be int64 \[E, 2\]"),
     ],
-    ids=["float64", "shapes", "empty", "devices", "temperature-device", "temperatures", "same-shape", "same-dtype"],
+    ids=["float64", "shapes", "empty", "devices", "temperature-device", "temperatures", "false-negatives-shape", "false-negatives-dtype"],
 )
 def test_wrong_arguments_are_named(change, message):
-    arguments = {"source": torch.zeros(4, 8), "target": torch.zeros(4, 8), "temperature": 0.1, "same": torch.zeros(0, 2, dtype=torch.int64)}
+    arguments = {
+        "source": torch.zeros(4, 8),
+        "target": torch.zeros(4, 8),
+        "temperature": 0.1,
+        "false_negatives": torch.zeros(0, 2, dtype=torch.int64),
+    }
     moved = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) and not x.is_meta else x for name, x in {**arguments, **change}.items()}
     with pytest.raises(ValueError, match=message):
         infonce(**moved)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU a look at the pairs would wait for it")
-@pytest.mark.parametrize("same", [[[2, 1], [0, 1]], [[0, 0]], [[0, 4]], [[-1, 0]]], ids=["unsorted", "itself", "beyond", "negative"])
-def test_forbidden_pairs_must_be_sorted_pairs_of_the_batch(same):
-    with pytest.raises(ValueError, match="infonce: same must hold .* sorted by i, got "):
-        infonce(torch.eye(4), torch.eye(4), 0.1, torch.tensor(same))
+@pytest.mark.parametrize(
+    "false_negatives", [[[2, 1], [0, 1]], [[0, 0]], [[0, 4]], [[-1, 0]]], ids=["unsorted", "itself", "beyond", "negative"]
+)
+def test_forbidden_pairs_must_be_sorted_pairs_of_the_batch(false_negatives):
+    with pytest.raises(ValueError, match="infonce: false_negatives must hold .* sorted by i, got "):
+        infonce(torch.eye(4), torch.eye(4), 0.1, torch.tensor(false_negatives))

@@ -1,4 +1,4 @@
-"""nf4_lora and linear by every way against fp64: outputs, every gradient, the edges, and the dropout's two faces."""
+"""lora_linear and linear by every way against fp64: outputs, every gradient, the edges, and the dropout's two faces."""
 
 import contextlib
 
@@ -51,13 +51,13 @@ class Operands:
 
     def fused(self) -> list[torch.Tensor]:
         x, a, b = self.leaves()
-        y = nf4_lora.nf4_lora(x, self.weight, a, b, 0.7, self.bias, self.dropout, seed=2**40 + 12345)
+        y = nf4_lora.lora_linear(x, self.weight, a, b, 0.7, self.bias, self.dropout, seed=2**40 + 12345)
         return [y, *torch.autograd.grad(y, (x, a, b), self.dy)]
 
     def plain(self, dtype=None) -> list[torch.Tensor]:
         x, a, b = self.leaves(dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = reference.nf4_lora(x, self.held.to(x.dtype), a, b, 0.7, bias, self.dropout, seed=2**40 + 12345)
+        y = reference.lora_linear(x, self.held.to(x.dtype), a, b, 0.7, bias, self.dropout, seed=2**40 + 12345)
         return [y, *torch.autograd.grad(y, (x, a, b), self.dy.to(x.dtype))]
 
     def check(self, results=None) -> None:
@@ -105,9 +105,9 @@ def test_resident_weights_may_have_any_number_of_features(n, k):
     x, weight, a, b = normal(9, k), normal(n, k, seed=1), normal(3, k, seed=2), normal(n, 3, seed=3)
     x, weight, a, b = (tensor.to(DEVICE) for tensor in (x, weight, a, b))
     with way("resident"), poisoned():
-        got = nf4_lora.nf4_lora(x, weight, a, b, 0.7)
+        got = nf4_lora.lora_linear(x, weight, a, b, 0.7)
     args = [tensor.double() for tensor in (x, weight, a, b)]
-    assert_faithful(got, reference.nf4_lora(x, weight, a, b, 0.7), reference.nf4_lora(*args, 0.7), k)
+    assert_faithful(got, reference.lora_linear(x, weight, a, b, 0.7), reference.lora_linear(*args, 0.7), k)
 
 
 @pytest.mark.parametrize("name", ["decode", "dequantise", "cublas"])
@@ -141,7 +141,7 @@ def test_dropout_is_the_reference_mask_forward_and_backward():
     ones = torch.ones(70, size, device=DEVICE, requires_grad=True)
     a = eye.clone().requires_grad_()
     # with W = 0 and A = B = 1, y is s·kept(x)/(1 - p) and dx is s·kept(1)/(1 - p)
-    y = nf4_lora.nf4_lora(ones, nothing, a, eye, 1.0, dropout=0.25, seed=77)
+    y = nf4_lora.lora_linear(ones, nothing, a, eye, 1.0, dropout=0.25, seed=77)
     dx, da = torch.autograd.grad(y.sum(), (ones, a))
     mask = reference.keep_mask(77, 70, size, 0.25, DEVICE)
     assert torch.equal(y != 0, mask)
@@ -159,8 +159,8 @@ def test_dropout_is_drawn_anew_by_seed_and_alike_by_every_way():
     for name in ("dequantise", "cublas"):
         for got, same in zip(results[name], results["decode"]):
             torch.testing.assert_close(got, same, rtol=1e-4, atol=1e-4)
-    first = nf4_lora.nf4_lora(operands.x, operands.weight, operands.a, operands.b, 0.7, dropout=0.5, seed=1)
-    assert not torch.equal(first, nf4_lora.nf4_lora(operands.x, operands.weight, operands.a, operands.b, 0.7, dropout=0.5, seed=2))
+    first = nf4_lora.lora_linear(operands.x, operands.weight, operands.a, operands.b, 0.7, dropout=0.5, seed=1)
+    assert not torch.equal(first, nf4_lora.lora_linear(operands.x, operands.weight, operands.a, operands.b, 0.7, dropout=0.5, seed=2))
 
 
 def test_a_seed_in_memory_is_read_when_the_kernels_run():
@@ -168,7 +168,7 @@ def test_a_seed_in_memory_is_read_when_the_kernels_run():
 
     def drawn(seed):
         x, a, b = operands.leaves()
-        y = nf4_lora.nf4_lora(x, operands.weight, a, b, 0.7, dropout=0.5, seed=seed)
+        y = nf4_lora.lora_linear(x, operands.weight, a, b, 0.7, dropout=0.5, seed=seed)
         return y, *torch.autograd.grad(y, (x, a, b), operands.dy)
 
     for ours, number in zip(drawn(seed), drawn(2**40 + 12345), strict=True):
@@ -187,7 +187,7 @@ def test_the_same_bits_twice():
 def test_dx_is_not_computed_where_x_needs_none(monkeypatch):
     operands = Operands(5, 100, 128, 4, torch.float32)
     _, a, b = operands.leaves()
-    y = nf4_lora.nf4_lora(operands.x, operands.weight, a, b, 0.7)
+    y = nf4_lora.lora_linear(operands.x, operands.weight, a, b, 0.7)
     launched, run = [], launch.run
     monkeypatch.setattr(
         launch, "run", lambda kernel, *rest, **options: (launched.append(kernel.fn.__name__), run(kernel, *rest, **options))
@@ -202,12 +202,12 @@ def test_dx_is_not_computed_where_x_needs_none(monkeypatch):
 @given(rows=st.integers(1, 40), cut=st.integers(1, 40), seed=st.integers(0, 9))
 def test_rows_do_not_know_of_each_other_and_x_comes_in_linearly(rows, cut, seed):
     operands = Operands(rows, 65, 64, 3, torch.float32, bias=False, seed=seed)
-    y = nf4_lora.nf4_lora(operands.x, operands.weight, operands.a, operands.b, 0.7)
-    fewer = nf4_lora.nf4_lora(operands.x[:cut], operands.weight, operands.a, operands.b, 0.7)
+    y = nf4_lora.lora_linear(operands.x, operands.weight, operands.a, operands.b, 0.7)
+    fewer = nf4_lora.lora_linear(operands.x[:cut], operands.weight, operands.a, operands.b, 0.7)
     torch.testing.assert_close(y[:cut], fewer, rtol=1e-5, atol=1e-5)
     other = normal(rows, 64, seed=50 + seed).to(DEVICE)
-    both = nf4_lora.nf4_lora(2 * operands.x - other, operands.weight, operands.a, operands.b, 0.7)
-    apart = 2 * y - nf4_lora.nf4_lora(other, operands.weight, operands.a, operands.b, 0.7)
+    both = nf4_lora.lora_linear(2 * operands.x - other, operands.weight, operands.a, operands.b, 0.7)
+    apart = 2 * y - nf4_lora.lora_linear(other, operands.weight, operands.a, operands.b, 0.7)
     torch.testing.assert_close(both, apart, rtol=1e-4, atol=1e-4)
 
 
@@ -216,18 +216,18 @@ def test_a_nan_stays_in_its_row(name):
     operands = Operands(6, 100, 128, 4, torch.float16, quantised=name == "decode")
     operands.x[2, 7] = torch.nan
     with way(name):
-        y = nf4_lora.nf4_lora(operands.x, operands.weight, operands.a, operands.b, 0.7)
+        y = nf4_lora.lora_linear(operands.x, operands.weight, operands.a, operands.b, 0.7)
     assert y[2].isnan().all()
     assert not y[[0, 1, 3, 4, 5]].isnan().any()
 
 
 def test_x_may_have_strides_and_more_dimensions():
     operands = Operands(12, 100, 128, 4, torch.float32)
-    expected = nf4_lora.nf4_lora(operands.x, operands.weight, operands.a, operands.b, 0.7)
+    expected = nf4_lora.lora_linear(operands.x, operands.weight, operands.a, operands.b, 0.7)
     wide = torch.full((12, 300), torch.nan, device=DEVICE)
     wide[:, :128] = operands.x
     for x in (wide[:, :128], operands.x.t().contiguous().t(), operands.x.view(3, 4, 128)):
-        got = nf4_lora.nf4_lora(x, operands.weight, operands.a, operands.b, 0.7)
+        got = nf4_lora.lora_linear(x, operands.weight, operands.a, operands.b, 0.7)
         assert got.shape == (*x.shape[:-1], 100)
         torch.testing.assert_close(got.view(12, 100), expected)
 
@@ -249,8 +249,8 @@ def test_a_result_beyond_two_to_the_31_elements(name):
     operands = Operands(5, 1024, 64, 2, torch.bfloat16)
     x = operands.x.repeat(rows // 5 + 1, 1)[:rows].requires_grad_()
     with way(name):
-        y = nf4_lora.nf4_lora(x, operands.weight, operands.a, operands.b, 0.7)
-        expected = nf4_lora.nf4_lora(operands.x, operands.weight, operands.a, operands.b, 0.7)
+        y = nf4_lora.lora_linear(x, operands.weight, operands.a, operands.b, 0.7)
+        expected = nf4_lora.lora_linear(operands.x, operands.weight, operands.a, operands.b, 0.7)
     torch.testing.assert_close(y[-5:], expected.repeat(2, 1)[rows % 5 :][:5], rtol=1e-2, atol=1e-2)
 
 
@@ -272,15 +272,15 @@ def test_errors_name_what_must_hold_what_was_got_and_what_to_do():
 
     held = operands.held
     for context, args, named in (
-        raises("^nf4_lora: x must be float32, bfloat16 or float16, got torch.float64; convert it$", x.double(), weight, a, b, 1.0),
-        raises("^nf4_lora: x must be .* got .*; check both$", x[:, :64], weight, a, b, 1.0),
-        raises("^nf4_lora: lora_a must be .R, 128. and lora_b .100, R., R at least 1, got ", x, weight, a[:2], b, 1.0),
-        raises("^nf4_lora: lora_a must be ", x, weight, a[:0], b[:, :0], 1.0),
-        raises("^nf4_lora: dropout must be in .0, 1., got 1.0; choose another$", x, weight, a, b, 1.0, dropout=1.0),
-        raises("^nf4_lora: the bias must be contiguous .100., got ", x, weight, a, b, 1.0, bias=torch.zeros(99, device=DEVICE)),
-        raises("^nf4_lora: the weight must be torch.float32 as x is, got torch.float16; ", x, held.half(), a, b, 1.0),
-        raises("^nf4_lora: the weight must lie row by row, got ", x, held.t().contiguous().t(), a, b, 1.0),
-        raises("^nf4_lora: all tensors must be on one device, got ", x, weight, a.to("meta"), b, 1.0),
+        raises("^lora_linear: x must be float32, bfloat16 or float16, got torch.float64; convert it$", x.double(), weight, a, b, 1.0),
+        raises("^lora_linear: x must be .* got .*; check both$", x[:, :64], weight, a, b, 1.0),
+        raises("^lora_linear: lora_a must be .R, 128. and lora_b .100, R., R at least 1, got ", x, weight, a[:2], b, 1.0),
+        raises("^lora_linear: lora_a must be ", x, weight, a[:0], b[:, :0], 1.0),
+        raises("^lora_linear: dropout must be in .0, 1., got 1.0; choose another$", x, weight, a, b, 1.0, dropout=1.0),
+        raises("^lora_linear: the bias must be contiguous .100., got ", x, weight, a, b, 1.0, bias=torch.zeros(99, device=DEVICE)),
+        raises("^lora_linear: the weight must be torch.float32 as x is, got torch.float16; ", x, held.half(), a, b, 1.0),
+        raises("^lora_linear: the weight must lie row by row, got ", x, held.t().contiguous().t(), a, b, 1.0),
+        raises("^lora_linear: all tensors must be on one device, got ", x, weight, a.to("meta"), b, 1.0),
     ):
         with context:
-            nf4_lora.nf4_lora(*args, **named)
+            nf4_lora.lora_linear(*args, **named)

@@ -17,7 +17,7 @@ def units(rows: int, width: int, seed: int) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(rows, width, dtype=torch.float64, generator=generator), dim=1)
 
 
-def random_same(rows: int, seed: int) -> torch.Tensor:
+def random_false_negatives(rows: int, seed: int) -> torch.Tensor:
     """Some ordered pairs i != j, in both directions."""
     generator = np.random.default_rng(seed)
     edges = {tuple(sorted(generator.integers(0, rows, 2))) for _ in range(rows // 2)}
@@ -25,9 +25,9 @@ def random_same(rows: int, seed: int) -> torch.Tensor:
     return torch.tensor(both, dtype=torch.int64).reshape(-1, 2)
 
 
-def infonce_by_loops(source, target, temperature, same):
+def infonce_by_loops(source, target, temperature, false_negatives):
     """The definition, word by word."""
-    forbidden = set(map(tuple, same.tolist()))
+    forbidden = set(map(tuple, false_negatives.tolist()))
     rows, total = len(source), 0.0
     for asking, answering in ((source, target), (target, source)):
         for i in range(rows):
@@ -36,8 +36,8 @@ def infonce_by_loops(source, target, temperature, same):
     return total / (2 * rows)
 
 
-def hinge_by_loops(source, target, margin, same):
-    forbidden, rows, total = set(map(tuple, same.tolist())), len(source), (source.sum() + target.sum()) * 0
+def hinge_by_loops(source, target, margin, false_negatives):
+    forbidden, rows, total = set(map(tuple, false_negatives.tolist())), len(source), (source.sum() + target.sum()) * 0
     for i in range(rows):
         negatives = [source[i] @ target[j] for j in range(rows) if j != i and (i, j) not in forbidden]
         if negatives:
@@ -48,7 +48,7 @@ def hinge_by_loops(source, target, margin, same):
 @settings(deadline=None, max_examples=40)
 @given(rows=st.integers(1, 9), seed=st.integers(0, 99), temperature=st.sampled_from([0.01, 0.1, 1.0]))
 def test_infonce_is_its_definition_with_gradients(rows, seed, temperature):
-    same = random_same(rows, seed)
+    false_negatives = random_false_negatives(rows, seed)
     exact = [
         units(rows, 5, seed).requires_grad_(),
         units(rows, 5, seed + 1000).requires_grad_(),
@@ -56,7 +56,7 @@ def test_infonce_is_its_definition_with_gradients(rows, seed, temperature):
     ]
     exact[2].requires_grad_()
     single = [value.detach().float().requires_grad_() for value in exact]
-    expected, got = infonce_by_loops(*exact, same), reference.infonce(*single, same)
+    expected, got = infonce_by_loops(*exact, false_negatives), reference.infonce(*single, false_negatives)
     expected.backward()
     got.backward()
     assert got.dtype == torch.float32
@@ -68,10 +68,10 @@ def test_infonce_is_its_definition_with_gradients(rows, seed, temperature):
 @settings(deadline=None, max_examples=40)
 @given(rows=st.integers(2, 9), seed=st.integers(0, 99))
 def test_the_hinge_is_its_definition_with_gradients(rows, seed):
-    same = random_same(rows, seed)
+    false_negatives = random_false_negatives(rows, seed)
     exact = [units(rows, 5, seed).requires_grad_(), units(rows, 5, seed + 1000).requires_grad_()]
     single = [value.detach().float().requires_grad_() for value in exact]
-    expected, got = hinge_by_loops(*exact, 0.4, same), reference.hinge(*single, 0.4, same)
+    expected, got = hinge_by_loops(*exact, 0.4, false_negatives), reference.hinge(*single, 0.4, false_negatives)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
     expected.backward()
     got.backward()
@@ -80,18 +80,18 @@ def test_the_hinge_is_its_definition_with_gradients(rows, seed):
 
 
 def test_infonce_of_words_that_nothing_tells_apart_is_the_logarithm_of_the_batch():
-    same = torch.zeros(0, 2, dtype=torch.int64)
+    false_negatives = torch.zeros(0, 2, dtype=torch.int64)
     collapsed = torch.ones(50, 8) / math.sqrt(8)
-    assert reference.infonce(collapsed, collapsed, 0.07, same).item() == pytest.approx(math.log(50), rel=1e-6)
+    assert reference.infonce(collapsed, collapsed, 0.07, false_negatives).item() == pytest.approx(math.log(50), rel=1e-6)
 
 
 def test_losses_are_fp32_whatever_comes_in():
-    same = torch.zeros(0, 2, dtype=torch.int64)
+    false_negatives = torch.zeros(0, 2, dtype=torch.int64)
     source, target = units(16, 32, 0).bfloat16(), units(16, 32, 1).bfloat16()
-    for loss in (reference.infonce(source, target, 0.1, same), reference.hinge(source, target, 0.4, same)):
+    for loss in (reference.infonce(source, target, 0.1, false_negatives), reference.hinge(source, target, 0.4, false_negatives)):
         assert loss.dtype == torch.float32
-    exact = infonce_by_loops(source.double(), target.double(), 0.1, same)
-    torch.testing.assert_close(reference.infonce(source, target, 0.1, same).double(), exact, rtol=1e-5, atol=1e-5)
+    exact = infonce_by_loops(source.double(), target.double(), 0.1, false_negatives)
+    torch.testing.assert_close(reference.infonce(source, target, 0.1, false_negatives).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["raw", "rms"])
@@ -143,7 +143,7 @@ def test_linear_is_its_formula_and_leaves_the_weight_alone(ops_module, rows, str
 @pytest.mark.parametrize("ops_module", IMPLEMENTATIONS, ids=lambda module: module.__name__.rpartition(".")[2])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_nf4_lora_is_its_formula_with_gradients(ops_module, bias, dropout):
+def test_lora_linear_is_its_formula_with_gradients(ops_module, bias, dropout):
     shapes = {"x": (3, 4, 6), "weight": (5, 6), "lora_a": (2, 6), "lora_b": (5, 2), "bias": (5,)}
     exact = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
     kept = reference.keep_mask(9, 12, 6, dropout).double() / (1 - dropout)
@@ -154,7 +154,7 @@ def test_nf4_lora_is_its_formula_with_gradients(ops_module, bias, dropout):
     expected = rows @ exact["weight"].T + 0.7 * (rows * kept) @ exact["lora_a"].T @ exact["lora_b"].T
     expected = (expected + exact["bias"] * bias).view(3, 4, 5)
     operands = [single[name] for name in ("x", "weight", "lora_a", "lora_b")]
-    got = ops_module.nf4_lora(*operands, 0.7, single["bias"] if bias else None, dropout, seed=9)
+    got = ops_module.lora_linear(*operands, 0.7, single["bias"] if bias else None, dropout, seed=9)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     direction = torch.randn(3, 4, 5, dtype=torch.float64)
     (expected * direction).sum().backward()
@@ -163,7 +163,7 @@ def test_nf4_lora_is_its_formula_with_gradients(ops_module, bias, dropout):
         torch.testing.assert_close(single[name].grad.double(), exact[name].grad, rtol=1e-4, atol=1e-5)
     assert single["weight"].grad is None
     # where no input needs it, dx is not computed, and A and B still learn
-    still = ops_module.nf4_lora(single["x"].detach(), *operands[1:], 0.7, dropout=dropout, seed=9)
+    still = ops_module.lora_linear(single["x"].detach(), *operands[1:], 0.7, dropout=dropout, seed=9)
     assert [grad.shape for grad in torch.autograd.grad(still.sum(), operands[2:])] == [(2, 6), (5, 2)]
 
 

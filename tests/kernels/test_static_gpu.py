@@ -1,4 +1,4 @@
-"""The static gate (kernels/gate.py): every kernel passes it on every GPU generation, and it can fail.
+"""The compile check (kernels/compile_check.py): every kernel passes it on every GPU generation, and it can fail.
 
 All of it runs in processes of their own: under TRITON_INTERPRET, which is set here without a GPU, Triton compiles nothing.
 """
@@ -55,9 +55,9 @@ def integer_kernel(x_ptr, K):
 JUDGE = """
 import json, sys
 import tli, tli_kernels, torch
-from tli_kernels import gate, launch
+from tli_kernels import compile_check, launch
 
-ours = gate.kernels()
+ours = compile_check.kernels()
 # as if that file lay among the kernels
 tli_kernels.__path__.append(sys.argv[1])
 from tli_kernels import broken
@@ -66,13 +66,13 @@ def job(kernel, dtype, capability, *integers, exact=False, **options):
     tensors = [torch.empty(4096, 4096, dtype=dtype, device="meta") for name in kernel.arg_names if name.endswith("_ptr")]
     with launch.recording(capability) as launches:
         launch.run(kernel, (1,), *tensors, *integers, **options)
-    return gate.specialise(*launches, capability, exact)
+    return compile_check.specialise(*launches, capability, exact)
 
 def judge(kernel, *arguments, **options):
     one = job(kernel, *arguments, **options)
-    (result,) = gate.compiled([one])
-    (row,) = (row for row in gate.table([(one, result)]) if f"broken.{kernel.__name__} " in row)
-    return {**vars(result), "faults": gate.faults(one, result), "row": row}
+    (result,) = compile_check.compiled([one])
+    (row,) = (row for row in compile_check.table([(one, result)]) if f"broken.{kernel.__name__} " in row)
+    return {**vars(result), "faults": compile_check.faults(one, result), "row": row}
 
 half, single = torch.bfloat16, torch.float32
 several = [job(broken.product_kernel, dtype, 80, 4096, N=n) for dtype, n in ((half, 64), (single, 32), (half, 32), (half, 128))]
@@ -88,9 +88,9 @@ print(json.dumps({
     "integer 1": judge(broken.integer_kernel, torch.int64, 80, 1),
     "integer 7": judge(broken.integer_kernel, torch.int64, 80, 7),
     "products": {cc: judge(broken.product_kernel, half, cc, 4096, N=64) for cc in launch.CAPABILITIES if cc >= 80},
-    "together": [vars(result) for result in gate.compiled(several)],
-    "alone": [vars(*gate.compiled([one])) for one in several],
-    "new kernels": sorted(gate.kernels() - ours),
+    "together": [vars(result) for result in compile_check.compiled(several)],
+    "alone": [vars(*compile_check.compiled([one])) for one in several],
+    "new kernels": sorted(compile_check.kernels() - ours),
 }))
 """
 
@@ -102,8 +102,10 @@ def compile_apart(*command: str) -> subprocess.CompletedProcess:
 
 
 def run_gate(file: pathlib.Path, *arguments: str) -> tuple[subprocess.CompletedProcess, dict]:
-    # as python -m tli_kernels.gate, but also where tli is not installed
-    ran = compile_apart("-c", "import sys, tli; from tli_kernels import gate; sys.exit(gate.main())", "--json", str(file), *arguments)
+    # as python -m tli_kernels.compile_check, but also where tli is not installed
+    ran = compile_apart(
+        "-c", "import sys, tli; from tli_kernels import compile_check; sys.exit(compile_check.main())", "--json", str(file), *arguments
+    )
     assert file.is_file(), ran.stderr
     return ran, json.loads(file.read_text())
 
@@ -115,7 +117,7 @@ def gate(tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict]:
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory) -> dict:
-    """What the gate says of the kernels above."""
+    """What the compile check says of the kernels above."""
     folder = tmp_path_factory.mktemp("broken")
     (folder / "broken.py").write_text(BROKEN)
     ran = compile_apart("-c", JUDGE, str(folder))
@@ -213,7 +215,7 @@ def test_a_kernel_that_no_op_launches_is_found(judged):
 
 
 def test_the_interpreter_is_refused():
-    command = [sys.executable, "-c", "import tli; from tli_kernels import gate; gate.main()"]
+    command = [sys.executable, "-c", "import tli; from tli_kernels import compile_check; compile_check.main()"]
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT)
     assert (ran.returncode, len(ran.stderr.splitlines()[-1:])) == (2, 1)
     assert "TRITON_INTERPRET must not be set" in ran.stderr

@@ -165,7 +165,7 @@ def _placed(tensor: Tensor | ops.NF4Weight, placement: Placement, linear: bool) 
             raise TliError("--weights", "every linear layer's weight must fit into NF4", error, "use --weights full") from error
     if isinstance(tensor, ops.NF4Weight):
         tensor = tensor.to(placement.device)
-        if placement.weights == "nf4" and placement.ops.supports_nf4:
+        if placement.weights == "nf4" and not placement.ops.exact:
             return tensor
         tensor = ops.dequantise(tensor, placement.dtype)
     # a copy even where the dtype is right: the file may go away under a mapped tensor

@@ -72,7 +72,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return self.ops.nf4_lora(x, self.weight, self.lora_A, self.lora_B, self.scale, self.bias, dropout, self.seed)
+        return self.ops.lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scale, self.bias, dropout, self.seed)
 
 
 def inject(decoder: "Decoder", config: LoRAConfig, blocks: range | list[int] | None = None, seed: int = 0) -> list[str]:

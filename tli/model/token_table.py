@@ -24,7 +24,7 @@ _AT_ONCE = 1024
 
 
 def tabulate(decoder: "Decoder") -> int | None:
-    """Put tables in the place of block 0's q, k and v weights, if its ops read them and they are small enough.
+    """Put tables in the place of block 0's q, k and v weights, unless its ops are exact or the tables too large.
 
     Args:
         decoder:  a loaded decoder, in front of adapters; its kept embedding rows are the tokens
@@ -37,7 +37,7 @@ def tabulate(decoder: "Decoder") -> int | None:
     outputs = sum(linear.weight.shape[0] for linear in projections)
     held = sum(linear.weight.nbytes for linear in projections)
     size = table_bytes(len(table), outputs, table.element_size(), held)
-    if size is None or not projections[0].ops.supports_token_tables:
+    if size is None or projections[0].ops.exact:
         return None
     inputs = _inputs(decoder)
     for linear in projections:

@@ -1,4 +1,4 @@
-"""What the processor is good at: as many threads as it may run, and its fastest ways to multiply and attend, tried and measured."""
+"""The CPU: its thread count, and its fastest matmul and attention, each checked against fp64 and timed."""
 
 import contextlib
 import dataclasses
@@ -21,12 +21,12 @@ from tli.runtime import ops
 from tli.runtime.errors import TliError
 from tli.runtime.files import cache_folder, write_text
 
-# of what a container may use: version 2 of control groups, and version 1
+# a container's CPU quota: cgroup v2, cgroup v1
 _QUOTAS = (pathlib.Path("/sys/fs/cgroup/cpu.max"), pathlib.Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
-# what the environment may tell oneDNN, MKL and torch of the instructions that they may use
+# environment variables that limit the instruction sets of oneDNN, MKL and torch
 _LIMITS = ("ATEN_CPU_CAPABILITY", "DNNL_MAX", "ONEDNN_MAX", "DNNL_DEFAULT", "ONEDNN_DEFAULT", "MKL_")
 DTYPES = ("float32", "bfloat16", "float16")
-# bf16 costs precision, and what lies between the products does not gain: it must be faster than by a little
+# bf16 costs precision, and only the matmuls gain by it: it must be clearly faster
 _FASTER = 1.4
 # so many times as fast must another library be, and so many times eager attention, which holds the bins' probabilities
 _CLEARLY_FASTER, _WORTH_IT = 1.3, 1.25
@@ -48,10 +48,10 @@ def name() -> str:
 
 
 def set_cpu_threads() -> int:
-    """Let torch have no more threads than the container's quota of processors; returns how many it has.
+    """Cap torch's threads at the container's CPU quota; returns how many it has.
 
-    Without a quota torch takes the processor's cores, which is right. Twenty threads on two processors wait for one another. What
-    OMP_NUM_THREADS says is left alone.
+    Twenty threads on two CPUs wait for one another. Without a quota torch's default, one for each core, is right; OMP_NUM_THREADS
+    is respected.
     """
     quota = _quota()
     if quota is not None and "OMP_NUM_THREADS" not in os.environ:
@@ -73,18 +73,18 @@ def _quota() -> float | None:
 def limit_onednn_cache() -> None:
     """Cap oneDNN's primitive cache at 256 (default 1,024): each distinct number of nodes compiles a new primitive, and they pile up.
 
-    With half as many a step takes 8 % longer. To be called before the first product.
+    With half as many a step takes 8 % longer. Call it before the first matmul.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 @dataclasses.dataclass(frozen=True)
 class Ways:
-    """What was the fastest on this processor, of what runs on it and agrees with the reference.
+    """The fastest dtype, matmul and attention on this CPU, among those that run on it and agree with fp64.
 
-    fastest     the dtype for training: bfloat16 where that is clearly faster than float32
-    matmul      by dtype's name, the name of the ``Matmul`` that multiplies
-    attention   by dtype's name, sdpa or eager
+    fastest     the dtype for training: bfloat16 where it is clearly faster than float32
+    matmul      dtype's name -> name of the ``Matmul``
+    attention   dtype's name -> sdpa or eager
     """
 
     fastest: str
@@ -92,7 +92,7 @@ class Ways:
     attention: dict[str, str]
 
     def matmul_for(self, dtype: torch.dtype) -> ops.Matmul:
-        """What multiplies in this dtype."""
+        """The fastest matmul in this dtype."""
         return ops.Matmul.named(self.matmul[ops.name_of(dtype)])
 
 
@@ -100,33 +100,29 @@ _known: dict[str, Ways] = {}
 
 
 def ways() -> Ways:
-    """What to multiply and attend with on this processor.
+    """The fastest matmul and attention on this CPU.
 
-    Measured once for whatever the answer depends on (``key``) and kept in the cache folder, since a run that goes on tomorrow must
-    multiply as it did today. A kept answer is tried before it is believed; one that is damaged or wrong is measured anew.
+    Measured once for each ``key`` and kept in the cache folder, because a resumed run must multiply as it did before. A kept
+    measurement is checked before it is used; one that is damaged, or does not run or agree here, is measured again.
     """
     this = key()
     if this not in _known:
-        file = cache_folder() / "processor.json"
-        try:
+        file, kept = cache_folder() / "processor.json", {}
+        with contextlib.suppress(OSError, ValueError, TypeError):
             kept = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            kept = {}
         with _one_thread():
-            found = _read(kept.get(this))
-            known = found is not None
-            found = found or measure()
-        if not known:
+            known = _read(kept.get(this))
+            _known[this] = known or measure()
+        if known is None:
             # where the cache cannot be written, the next run measures again
             with contextlib.suppress(TliError, OSError):
-                write_text(file, json.dumps({**kept, this: dataclasses.asdict(found)}, indent=1) + "\n")
-        _known[this] = found
+                write_text(file, json.dumps({**kept, this: dataclasses.asdict(_known[this])}, indent=1) + "\n")
     return _known[this]
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Threads wait for one another where something else runs, for as long as the system pleases; which way is faster, one can tell."""
+    """Let torch use one thread: several wait for one another on a busy machine, and one shows as well which candidate is faster."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -136,9 +132,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def key() -> str:
-    """What the fastest way depends on: the instructions that torch and oneDNN see, what limits them, torch's build, the threads.
+    """The cache key of a measurement: CPU, instruction sets that torch and oneDNN see, their limits, torch's build, thread count.
 
-    The processor's name alone would not do: virtual machines call many kinds alike, and a home folder may be on several.
+    The CPU's name alone would not do: virtual machines give many kinds one name, and machines may share a home folder.
     """
     flags: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     seen = ",".join(sorted(flag for flag, there in flags.items() if there is True))
@@ -150,26 +146,27 @@ def key() -> str:
 
 
 def instructions() -> str:
-    """The instruction set that torch computes with, and below it what oneDNN was told to stop at: ``AVX512, oneDNN AVX2``."""
+    """The instruction set that torch uses, and oneDNN's limit where one is set: ``AVX512, oneDNN AVX2``."""
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")
     off = "" if torch.backends.mkldnn.enabled else ", oneDNN off"
     return torch.backends.cpu.get_cpu_capability() + (off or (f", oneDNN {limit.upper()}" if limit else ""))
 
 
 def _read(kept: Any) -> Ways | None:
-    """A kept answer, if it is one and what it says runs and agrees here; else None."""
+    """A kept measurement, if it is complete and all it names runs and agrees here; else None."""
     try:
         found = Ways(kept["fastest"], dict(kept["matmul"]), dict(kept["attention"]))
-        whole = found.fastest in DTYPES and found.matmul.keys() == found.attention.keys() == set(DTYPES)
-        attend = all(attends(way, dtype) for dtype, way in found.attention.items())
-        return found if whole and attend and all(runs(ops.Matmul.named(name), dtype) for dtype, name in found.matmul.items()) else None
+        complete = found.fastest in DTYPES and found.matmul.keys() == found.attention.keys() == set(DTYPES)
+        attend = all(attends(attention, dtype) for dtype, attention in found.attention.items())
+        multiply = all(runs(ops.Matmul.named(matmul), dtype) for dtype, matmul in found.matmul.items())
     except (KeyError, TypeError, ValueError):
         return None
+    return found if complete and attend and multiply else None
 
 
 def runs(matmul: ops.Matmul, dtype: str) -> bool:
-    """Whether a product and its gradient run here and agree with fp64, to the rounding of ``dtype``."""
-    # whatever a library that was built for another processor may raise
+    """Whether a matmul and its gradient run here and agree with fp64, to the rounding of ``dtype``."""
+    # a library built for another CPU may raise anything
     try:
         x, weight, dy = _operands(getattr(torch, dtype), *_SMALL)
         exact = x.double() @ weight.double().t(), dy.double() @ weight.double()
@@ -180,7 +177,7 @@ def runs(matmul: ops.Matmul, dtype: str) -> bool:
 
 
 def _within(room: float, found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> bool:
-    # not > so that a NaN is no agreement
+    # <= is false for NaN
     return all(bool((got.double() - truth).norm() <= room * truth.norm()) for got, truth in zip(found, exact))
 
 
@@ -191,7 +188,7 @@ def _operands(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> list[
 
 
 def _product(matmul: ops.Matmul, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """x·Wᵀ and dy·W by the op that training would take."""
+    """x·Wᵀ and dy·W by the op that training uses."""
     x = x.detach().requires_grad_()
     y = ops.on_cpu(matmul).linear(x, weight)
     (dx,) = torch.autograd.grad(y, x, dy)
@@ -199,44 +196,46 @@ def _product(matmul: ops.Matmul, x: Tensor, weight: Tensor, dy: Tensor) -> tuple
 
 
 def measure() -> Ways:
-    """Time each way of a product and of attention, forward and backward, that runs and agrees."""
-    products, attentions = {}, {}
+    """Time every matmul and attention that runs and agrees, forward and backward, and choose the fastest."""
+    matmuls, attentions = {}, {}
     for dtype in DTYPES:
-        kind = getattr(torch, dtype)
-        operands = _operands(kind, *_TIMED)
-        for matmul in [
-            ops.Matmul(library, wide) for wide in ((False,) if dtype == "float32" else (False, True)) for library in ops.LIBRARIES
-        ]:
-            # fp32's plain product is what all else is held against
-            if (matmul == ops.PLAIN and dtype == "float32") or runs(matmul, dtype):
-                products[dtype, matmul.name] = functools.partial(_product, matmul, *operands)
-        operands = _attention_operands(kind, *_ATTENDED)
-        for way in ATTENTION:
-            if way == "eager" or attends(way, dtype):
-                attentions[dtype, way] = functools.partial(_attended, ATTENTION[way], *operands)
-    seconds, attention_s = least_seconds(products), least_seconds(attentions)
-    matmul = {dtype: _first_unless(seconds, dtype, _CLEARLY_FASTER) for dtype in DTYPES}
-    attention = {dtype: _first_unless(attention_s, dtype, _WORTH_IT) for dtype in DTYPES}
-    faster = seconds["float32", matmul["float32"]] >= _FASTER * seconds["bfloat16", matmul["bfloat16"]]
-    return Ways("bfloat16" if faster else "float32", matmul, attention)
+        operands = _operands(getattr(torch, dtype), *_TIMED)
+        for wide in (False,) if dtype == "float32" else (False, True):
+            for matmul in (ops.Matmul(library, wide) for library in ops.LIBRARIES):
+                # every torch has the plain fp32 matmul
+                if (matmul == ops.PLAIN and dtype == "float32") or runs(matmul, dtype):
+                    matmuls[dtype, matmul.name] = functools.partial(_product, matmul, *operands)
+        operands = _attention_operands(getattr(torch, dtype), *_ATTENDED)
+        for name, attention in ATTENTION.items():
+            if name == "eager" or attends(name, dtype):
+                attentions[dtype, name] = functools.partial(_attended, attention, *operands)
+    matmul_s, attention_s = least_seconds(matmuls), least_seconds(attentions)
+    fastest = {dtype: _first_unless(matmul_s, dtype, _CLEARLY_FASTER) for dtype in DTYPES}
+    float32_s, bfloat16_s = (matmul_s[dtype, fastest[dtype]] for dtype in ("float32", "bfloat16"))
+    return Ways(
+        "bfloat16" if float32_s >= _FASTER * bfloat16_s else "float32",
+        fastest,
+        {dtype: _first_unless(attention_s, dtype, _WORTH_IT) for dtype in DTYPES},
+    )
 
 
 def least_seconds(tasks: Mapping[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], float]:
-    """The least time of each task over interleaved rounds, so that whatever else the machine does falls on all alike.
+    """The minimum time of each task over interleaved rounds, so that other load on the machine hits all tasks alike.
 
-    What takes many times as long as the fastest of its group, its key's first part, or long enough to be known well, is left out.
+    A task leaves the rounds once it is many times slower than the fastest of its group (its key's first part), or has run long
+    enough to be known well.
     """
     least, spent = dict.fromkeys(tasks, math.inf), dict.fromkeys(tasks, 0.0)
     for turn in range(_ROUNDS):
         for key, task in tasks.items():
             best = min(seconds for other, seconds in least.items() if other[0] == key[0])
-            # the first run makes oneDNN's program, and is the only one where it takes too long
+            # two runs at least: the first one compiles oneDNN's primitive
             if spent[key] < _PATIENCE_S and (turn < 2 or least[key] <= _MANY_TIMES * best):
                 began = time.perf_counter()
                 try:
                     task()
                 except Exception:
-                    # what ran on small operands may still want memory that is not there
+                    # it ran on small operands, but these may not fit in memory
                     spent[key] = math.inf
                     continue
                 seconds = time.perf_counter() - began
@@ -245,8 +244,8 @@ def least_seconds(tasks: Mapping[tuple[str, str], Callable[[], object]]) -> dict
 
 
 def _first_unless(seconds: dict[tuple[str, str], float], dtype: str, times: float) -> str:
-    """The first way of a dtype, unless another is so many times as fast: two that are alike must not change places with the noise."""
-    own = {way: value for (of, way), value in seconds.items() if of == dtype}
+    """A dtype's first candidate, unless another is ``times`` as fast: noise must not swap two that are equally fast."""
+    own = {name: value for (of, name), value in seconds.items() if of == dtype}
     first, fastest = next(iter(own)), min(own, key=own.__getitem__)
     return fastest if own[first] >= times * own[fastest] else first
 
@@ -266,7 +265,7 @@ def attends(way: str, dtype: str) -> bool:
 
 
 def _attention_operands(dtype: torch.dtype, bins: int, heads: int, width: int, head_width: int) -> list[Tensor]:
-    """q, k, v, the causal mask to be added, and dy."""
+    """q, k, v, the additive causal mask, and dy."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, dy = (torch.randn(bins, heads, width, head_width, generator=generator).to(dtype) for _ in range(4))
     hidden = torch.ones(bins, 1, width, width, dtype=torch.bool).triu(1)

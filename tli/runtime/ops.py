@@ -1,9 +1,9 @@
-"""The only door to ``tli_kernels``: resolves which implementation of the ops a run has, once, and says which and why.
+"""The only importer of the ops in ``tli_kernels``: resolves a run's implementation of them, once, and says which and why.
 
-The reference ops are plain PyTorch and run everywhere, bit for bit as transformers' own layers do. On a GPU the fused Triton
-ops take their place; on a CPU the linear layers go through whichever library multiplies fastest there, equal to rounding. Nothing is
-assumed of a machine: what is fast is tried on small operands first, forward and backward, against the reference. What was asked for
-explicitly is taken or is an error, never a silent fall-back.
+The reference ops are plain PyTorch, run everywhere, and are transformers' own layers bit for bit. On a GPU the fused Triton ops
+replace them; on a CPU the linear layers use the library with the fastest matmul, equal to rounding. Nothing is assumed of a machine:
+fast ops are checked on small operands first, forward and backward, against the reference. What was asked for explicitly is used or is
+an error, never a silent fallback.
 """
 
 import contextlib
@@ -34,16 +34,16 @@ _LIBRARY_NAMES = {"onednn": "oneDNN", "torch": "torch's own product"}
 
 @dataclasses.dataclass(frozen=True)
 class Ops:
-    """The ops of a run, each with the arguments and the result of its twin in ``tli_kernels.reference``.
+    """The ops of a run, each with the signature of its reference in ``tli_kernels.reference``.
 
     kind         which implementation
-    description  one line for the console: which were taken, and why
-    matmul       what multiplies on a CPU; None elsewhere
+    description  one line for the console: which implementation, and why
+    matmul       the matmul of the linear layers on a CPU; None elsewhere
     """
 
     kind: Literal["reference", "cpu", "fused"]
     linear: Callable[..., Tensor]
-    nf4_lora: Callable[..., Tensor]
+    lora_linear: Callable[..., Tensor]
     pool_norm: Callable[..., Tensor]
     infonce: Callable[..., Tensor]
     hinge: Callable[..., Tensor]
@@ -51,63 +51,58 @@ class Ops:
     matmul: Matmul | None = None
 
     @property
-    def supports_nf4(self) -> bool:
-        """Whether they compute from packed NF4 weights; else a weight is rounded to NF4 and held in the compute dtype.
+    def exact(self) -> bool:
+        """Whether they are transformers' own layers bit for bit: then no products are precomputed, and NF4 is dequantised once, at loading.
 
-        (PyTorch's own products would keep a dequantised copy of every layer for the backward pass.)
+        All ops compute from every kind of weight, but from a packed one the reference ops would dequantise it for each matmul, and
+        autograd would keep each layer's copy for the backward pass.
         """
-        return self.kind != "reference"
-
-    @property
-    def supports_token_tables(self) -> bool:
-        """Whether they look products up in a ``TokenTable``. The reference ops, bit for bit transformers' own, multiply."""
-        return self.kind != "reference"
+        return self.kind == "reference"
 
 
-# the losses by blocks of rows: as the reference's, with nothing of size batch x batch held
-REFERENCE = Ops("reference", reference.linear, reference.nf4_lora, reference.pool_norm, blocked.infonce, blocked.hinge, "reference ops")
+# the losses are blocked: equal to the reference's, without holding batch x batch cosines of a large batch
+REFERENCE = Ops("reference", reference.linear, reference.lora_linear, reference.pool_norm, blocked.infonce, blocked.hinge, "reference ops")
 
 
 def on_cpu(matmul: Matmul, description: str = "") -> Ops:
-    """The reference ops with their linear layers by ``matmul``."""
-    linear, nf4_lora = (functools.partial(op, matmul=matmul) for op in (cpu.linear, cpu.nf4_lora))
-    return dataclasses.replace(REFERENCE, kind="cpu", linear=linear, nf4_lora=nf4_lora, description=description, matmul=matmul)
+    """The reference ops, with the linear layers through ``matmul``."""
+    linear, lora_linear = (functools.partial(op, matmul=matmul) for op in (cpu.linear, cpu.lora_linear))
+    return dataclasses.replace(REFERENCE, kind="cpu", linear=linear, lora_linear=lora_linear, description=description, matmul=matmul)
 
 
 def fused(description: str = "") -> Ops:
     """The Triton ops; importing them needs Triton."""
     from tli_kernels import hinge, infonce, nf4_lora, pool_norm
 
-    return Ops("fused", nf4_lora.linear, nf4_lora.nf4_lora, pool_norm.pool_norm, infonce.infonce, hinge.hinge, description)
+    return Ops("fused", nf4_lora.linear, nf4_lora.lora_linear, pool_norm.pool_norm, infonce.infonce, hinge.hinge, description)
 
 
 def resolve(impl: str, dtype: torch.dtype, device: torch.device, matmul: Callable[[], Matmul], weights: str = "full") -> Ops:
-    """The ops for ``impl`` (auto, reference, fused).
+    """Choose the ops for an implementation, a dtype and a device.
 
     Args:
-        impl:     what was asked for
+        impl:     auto, reference or fused
         dtype:    the compute dtype
-        device:   where
-        matmul:   gives what multiplies on this CPU; called where that is wanted
+        device:   where the run computes
+        matmul:   returns this CPU's matmul; called only where it is needed, since it may measure
         weights:  full or nf4
 
     Raises:
         TliError: ``fused`` where the fused ops cannot run.
     """
     if impl == "reference":
-        # nothing is changed of what was asked for, but that it will be slow is said
+        # it is used as asked for, with a warning where it is slow
         slow = dtype.itemsize < 4 and device.type == "cpu" and matmul().in_float32
-        why = f"asked for; {name_of(dtype)} products are slow on this processor" if slow else "asked for"
-        return dataclasses.replace(REFERENCE, description=f"reference ops ({why})")
+        return _reference(f"asked for; {name_of(dtype)} products are slow on this processor" if slow else "asked for")
     if impl == "fused" or device.type == "cuda":
         problem = _against_fused(dtype, device)
         if impl == "fused" and problem:
             raise TliError("--impl", "the fused ops must be able to run", problem, "use --impl auto or reference")
         if problem:
-            return dataclasses.replace(REFERENCE, description=f"reference ops ({problem})")
+            return _reference(problem)
         return fused(f"fused ops ({'asked for' if impl == 'fused' else 'on a GPU'}): {_dispatch(device)}")
     if device.type != "cpu":
-        return dataclasses.replace(REFERENCE, description=f"reference ops (device {device})")
+        return _reference(f"device {device}")
     chosen = matmul()
     if chosen.in_float32 and dtype != torch.float32:
         how = f"linear layers in float32, rounded to {name_of(dtype)}: this processor has no fast products of it, --dtype float32 is faster"
@@ -115,6 +110,10 @@ def resolve(impl: str, dtype: torch.dtype, device: torch.device, matmul: Callabl
         how = f"linear layers by {_LIBRARY_NAMES[chosen.library]} ({name_of(dtype)} on a CPU)"
     decoded = f", NF4 decoded by {nf4_decoder().name}" if weights == "nf4" else ""
     return on_cpu(chosen, f"reference ops, {how}{decoded}")
+
+
+def _reference(why: str) -> Ops:
+    return dataclasses.replace(REFERENCE, description=f"reference ops ({why})")
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -132,7 +131,7 @@ def _against_fused(dtype: torch.dtype, device: torch.device) -> str | None:
         if not checks.interpreted():
             return f"device {device} without TRITON_INTERPRET=1"
         return "bfloat16, which Triton's interpreter does not know" if dtype == torch.bfloat16 else None
-    # whatever a compiler, a driver or a card may raise
+    # a compiler, a driver or a card may raise anything
     try:
         return None if _fused_agree(dtype, device) else "the fused ops, tried on this GPU, gave other numbers"
     except Exception as error:
@@ -153,7 +152,7 @@ def _fused_agree(dtype: torch.dtype, device: torch.device) -> bool:
 
     def found(ops: Ops, where: torch.device, kind: torch.dtype) -> list[Tensor]:
         leaves = [value.to(where, kind if i == 0 else torch.float32).requires_grad_() for i, value in enumerate((x, a, b))]
-        y = ops.nf4_lora(leaves[0], weight.to(where, kind), *leaves[1:], 0.5, dropout=0.25, seed=7)
+        y = ops.lora_linear(leaves[0], weight.to(where, kind), *leaves[1:], 0.5, dropout=0.25, seed=7)
         y.backward(dy.to(where, kind))
         states = x.to(where, kind).requires_grad_()
         vectors = ops.pool_norm(states, indptr.to(where), indices.to(where), None)
@@ -169,7 +168,7 @@ def _fused_agree(dtype: torch.dtype, device: torch.device) -> bool:
         results: list[Any] = [y, *(leaf.grad for leaf in leaves), vectors, states.grad, *losses]
         return [value.detach().cpu().double() for value in results]
 
-    # what low precision costs the reference is measured, not guessed
+    # the reference's own error in this dtype is measured, not guessed
     truth = found(REFERENCE, torch.device("cpu"), torch.float32)
     plain = found(REFERENCE, device, dtype)
     room = 16 * max(torch.finfo(dtype).eps, 2**-13)
@@ -185,8 +184,8 @@ def projections(model: str) -> list[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def dispatched(device: torch.device, decode_rows: int, fused_rows: int) -> Iterator[None]:
-    """Have the fused ops take each way of a product up to these numbers of rows (``launch.Dispatch``) while the context is open."""
+def override_dispatch(device: torch.device, decode_rows: int, fused_rows: int) -> Iterator[None]:
+    """Override the fused ops' dispatch by number of rows (``launch.Dispatch``) while the context is open."""
     launch.use(launch.capability(device), launch.Dispatch(decode_rows, fused_rows))
     try:
         yield
@@ -195,12 +194,12 @@ def dispatched(device: torch.device, decode_rows: int, fused_rows: int) -> Itera
 
 
 def dispatch_file() -> pathlib.Path:
-    """Where ``tli.tune`` keeps what it measured."""
+    """Where ``tli.tune`` keeps its measurements."""
     return cache_folder() / "tune.json"
 
 
 def tuned() -> dict[str, dict]:
-    """What ``tli.tune`` measured on this machine: by GPU, triton and torch, the rows up to which each way is taken."""
+    """The measurements of ``tli.tune``: the fields of ``launch.Dispatch`` by GPU and versions of triton and torch."""
     try:
         return json.loads(dispatch_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -208,20 +207,20 @@ def tuned() -> dict[str, dict]:
 
 
 def save_tuned(device: torch.device, decode_rows: int, fused_rows: int) -> None:
-    """Store what was measured on this GPU, and use it from now on."""
+    """Store the dispatch measured on this GPU, and use it from now on."""
     dispatch = launch.Dispatch(decode_rows, fused_rows)
     write_text(dispatch_file(), json.dumps({**tuned(), _gpu(device): dataclasses.asdict(dispatch)}, indent=1) + "\n")
     launch.use(launch.capability(device), dispatch)
 
 
 def _dispatch(device: torch.device) -> str:
-    """Use what was measured on this GPU, if anything was, and say in words how products are made."""
+    """Use the dispatch measured on this GPU, if there is one, and describe it."""
     capability, measured = launch.capability(device), tuned().get(_gpu(device))
     launch.use(capability, None if measured is None else launch.Dispatch(**measured))
-    way = launch.dispatch(capability)
+    used = launch.dispatch(capability)
     source = "from the table; python -m tli.tune measures it" if measured is None else "measured by tli.tune"
-    products = f"; cuBLAS above {max(way.decode_rows, way.fused_rows)} rows" if way.fused_rows < ALWAYS else ""
-    return f"NF4 decoded in the product up to {way.decode_rows} rows{products} ({source})"
+    products = f"; cuBLAS above {max(used.decode_rows, used.fused_rows)} rows" if used.fused_rows < ALWAYS else ""
+    return f"NF4 decoded in the product up to {used.decode_rows} rows{products} ({source})"
 
 
 def _gpu(device: torch.device) -> str:

@@ -44,8 +44,8 @@ def needed(
         micro_batch=micro_batch,
         list_pairs=trained,
         rows=len(words.rows),
-        weights=placement.weights if placement.ops.supports_nf4 else "full",
-        exact=not placement.ops.supports_token_tables,
+        weights="full" if placement.ops.exact else placement.weights,
+        exact=placement.ops.exact,
         eager_attention=placement.attention == "eager",
         in_float32=placement.ops.matmul is not None and placement.ops.matmul.in_float32,
         device="gpu" if placement.device.type == "cuda" else "cpu",
@@ -63,5 +63,5 @@ def require_room(run: estimate.Run, placement: Placement) -> None:
     else:
         available, held = environment.available_bytes(), estimate.process_bytes(run)
     if available is not None:
-        # packed weights help only where the ops compute from them
-        fit.require_room(run, available, held, frozenset() if placement.ops.supports_nf4 else frozenset({"weights"}))
+        # exact ops hold NF4 weights dequantised
+        fit.require_room(run, available, held, frozenset({"weights"}) if placement.ops.exact else frozenset())

@@ -1,21 +1,21 @@
-"""Compile every kernel for every GPU generation, with no GPU, and read off what the compiler did: python -m tli_kernels.gate
+"""Compile every kernel for every GPU generation, without a GPU, and check the machine code: python -m tli_kernels.compile_check
 
-The real ops are called for the named shapes on tensors without memory, while ``launch.recording`` keeps what they would have
-launched. Each launch becomes the specialisation that Triton's own launcher would compile for it, each distinct one is compiled
-once per compute capability, and the machine code is read:
+The real ops are called for the named shapes on meta tensors, while ``launch.recording`` collects their launches. Each launch becomes
+the specialisation that Triton's own launcher would compile; each distinct one is compiled once per compute capability, and its
+machine code is read:
 
     registers   of a thread
-    spilled     bytes of a thread's stack frame: nothing but spilled registers lies there
-    shared      bytes of shared memory of a block, against the most that the chip gives one
+    spilled     bytes of a thread's stack frame, which holds only spilled registers
+    shared      bytes of shared memory of a block, against the chip's maximum
     tensor      tensor-core instructions: HMMA; on 9.0 HGMMA is the Hopper form (wgmma), on 10.0 UTCHMMA the Blackwell form
 
 It fails on a spill, on too much shared (or tensor) memory, on a matrix kernel (one that multiplies by ``tl.dot``) without
-tensor-core instructions, on what does not compile, and on a kernel that no op launched. Two exceptions, shown as FMA:
+tensor-core instructions, on a failed compilation, and on a kernel that no op launched. Two exceptions, shown as FMA:
 
-    7.5    Triton 3.3 and later makes no tensor-core products for it (triton-lang/triton pull request 5066)
-    fp32   nf4_lora on fp32 activations multiplies in full fp32, which no tensor core does
+    7.5    Triton 3.3 and later generates no tensor-core instructions for it (triton-lang/triton pull request 5066)
+    fp32   lora_linear on fp32 activations multiplies in full fp32, which tensor cores cannot
 
-Results are kept in the user's cache by what was compiled and by which Triton.
+Results are kept in the cache folder, keyed by source, options and Triton version.
 """
 
 import argparse
@@ -52,18 +52,18 @@ try:
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
 except ImportError as missing:
-    sys.exit(f"gate: triton must be installed to compile kernels, got '{missing}'; pip install triton on Linux")
+    sys.exit(f"compile_check: triton must be installed to compile kernels, got '{missing}'; pip install triton on Linux")
 
 _KIB = 1024
 # the most shared memory that a block may ask for. Source: CUDA C++ Programming Guide, technical specifications
 SHARED_LIMIT = {75: 64 * _KIB, 80: 163 * _KIB, 86: 99 * _KIB, 89: 99 * _KIB, 90: 227 * _KIB, 100: 227 * _KIB, 120: 99 * _KIB}
 # columns of a multiprocessor's memory for tensor-core results, where it has one
 _TENSOR_MEMORY_LIMIT = 512
-# raised by whoever changes what is read from the machine code, so that older results are not taken
+# increase it with every change to what is read from the machine code: it invalidates older results
 _READER = 2
 _NOTE = (
     "FMA: products without tensor cores. For 75 Triton 3.3 and later makes no others (its pull request 5066);"
-    " on 80 it is nf4_lora on fp32 activations."
+    " on 80 it is lora_linear on fp32 activations."
 )
 
 
@@ -94,7 +94,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What the compiler made of a job; ``tensor`` counts instructions by name, ``product`` says whether tl.dot was called."""
+    """What the compiler produced for a job; ``tensor`` counts instructions by name, ``product`` says whether tl.dot was called."""
 
     registers: int = 0
     spilled: int = 0
@@ -132,10 +132,10 @@ def _call_nf4_lora(dtype: torch.dtype, thorough: bool) -> None:
         weight = _empty(*size, dtype=dtype) if kind == "resident" else _nf4_weight(size, kind == "nested")
         x, bias = _empty(rows, size[1], dtype=dtype, grad=True), _empty(size[0], dtype=dtype) if bias else None
         lora_a, lora_b = _empty(rank, size[1], grad=True), _empty(size[0], rank, grad=True)
-        for y in (nf4_lora.nf4_lora(x, weight, lora_a, lora_b, 2.0, bias, dropout, 1 << 40), nf4_lora.linear(x, weight, bias)):
+        for y in (nf4_lora.lora_linear(x, weight, lora_a, lora_b, 2.0, bias, dropout, 1 << 40), nf4_lora.linear(x, weight, bias)):
             y.backward(torch.empty_like(y))
 
-    # the trie of a batch has any number of nodes, not only multiples of 16
+    # a batch's trie has any number of nodes, not only multiples of 16
     for rows in (*shapes.ROWS, 275) if thorough else (16, 275):
         for size, kind in itertools.product(set(shapes.weights().values()) if thorough else (), ("nested", "resident")):
             both_ways(rows, size, kind)
@@ -202,7 +202,7 @@ _known: dict[tuple, Job] = {}
 
 
 def specialise(one: launch.Launch, capability: int, exact: bool = False) -> Job:
-    """What Triton would compile for a launch: ``JITFunction.run`` up to the compiler, for a GPU that is not there."""
+    """What Triton would compile for a launch: ``JITFunction.run`` up to the compiler, for an absent GPU."""
     kernel, asked = one.kernel, {**one.options, "debug": False}
     backend, bind = _binder(kernel, capability)
     arguments, specialisation, rest = bind(*one.args, **asked)
@@ -216,7 +216,7 @@ def specialise(one: launch.Launch, capability: int, exact: bool = False) -> Job:
 
 
 def compiled(batch: list[Job]) -> list[Result]:
-    """Compile jobs of one capability and read the machine code: of all at once, because the disassembler takes long to start."""
+    """Compile jobs of one capability and read their machine code in one call, because the disassembler starts slowly."""
     results, codes = [], []
     for job in batch:
         module, kernel = job.name.split(".")
@@ -224,7 +224,7 @@ def compiled(batch: list[Job]) -> list[Result]:
         source = ASTSource(kernel, job.signature, job.constants, job.attributes)
         try:
             made = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=job.options)
-        # whatever the compiler stumbles over is a finding, not the end of the run
+        # any compiler error is a finding, not the end of the run
         except Exception as failure:
             results.append(Result(error=f"does not compile: {type(failure).__name__}: {str(failure).strip().splitlines()[-1]}"))
             codes.append(b"")
@@ -239,7 +239,7 @@ def compiled(batch: list[Job]) -> list[Result]:
 
 
 def _tool(name: str, file: bytes, *arguments: str) -> str:
-    """What one of the programs that come with Triton prints about a file."""
+    """The output of one of Triton's bundled programs for a file."""
     program = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile() as temporary:
         temporary.write(file)
@@ -257,7 +257,7 @@ def _machine_code(cubin: bytes) -> bytes:
 
 
 def _tensor_instructions(capability: int, codes: list[bytes]) -> list[Counter]:
-    """How many tensor-core instructions of each name every piece of machine code has."""
+    """Tensor-core instructions by name in each piece of machine code."""
     counts = [Counter() for _ in codes]
     ends = list(itertools.accumulate(map(len, codes)))
     listing = _tool("nvdisasm", b"".join(codes), "--binary", f"SM{capability}") if any(codes) else ""
@@ -267,7 +267,7 @@ def _tensor_instructions(capability: int, codes: list[bytes]) -> list[Counter]:
 
 
 def faults(job: Job, result: Result) -> list[str]:
-    """What a default configuration must not do, in words."""
+    """What is wrong with a build, in words."""
     if result.error:
         return [result.error]
     found = []
@@ -285,7 +285,7 @@ def faults(job: Job, result: Result) -> list[str]:
 def kernels() -> set[str]:
     """Every kernel of the package: functions with a pointer that no other Triton function calls."""
     found, names = set(), [info.name for info in pkgutil.iter_modules(importlib.import_module("tli_kernels").__path__)]
-    for module in (importlib.import_module(f"tli_kernels.{name}") for name in names if name != "gate"):
+    for module in (importlib.import_module(f"tli_kernels.{name}") for name in names if name != "compile_check"):
         found |= {value for value in vars(module).values() if isinstance(value, JITFunction)}
     calls = [node.func for function in found for node in ast.walk(function.parse()) if isinstance(node, ast.Call)]
     called = {node.id for node in calls if isinstance(node, ast.Name)} | {node.attr for node in calls if isinstance(node, ast.Attribute)}
@@ -294,10 +294,10 @@ def kernels() -> set[str]:
 
 
 def run(capabilities: list[int], use_cache: bool = True) -> list[tuple[Job, Result]]:
-    """Every job with its result, from the cache or compiled by as many processes as there are processors."""
-    folder = cache_folder() / "gate"
+    """Every job with its result, from the cache or compiled in parallel, one process a CPU."""
+    folder = cache_folder() / "compile_check"
     folder.mkdir(parents=True, exist_ok=True)
-    # copies of this process, made before it does anything: they need not find tli_kernels, and miss no thread of autograd's
+    # forked before anything runs: children need not find tli_kernels again, and no autograd thread is lost
     fork, processes = multiprocessing.get_context("fork"), min(len(os.sched_getaffinity(0)), 16)
     with concurrent.futures.ProcessPoolExecutor(processes, fork) as pool:
         found = [job for some in pool.map(jobs, capabilities) for job in some]
@@ -347,7 +347,7 @@ def _range(numbers: Iterable[int]) -> str:
 
 def main() -> int:
     """Print the table and every fault; the exit code is 1 where there is one."""
-    parser = argparse.ArgumentParser(prog="python -m tli_kernels.gate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tli_kernels.compile_check", description=__doc__.split("\n")[0])
     parser.add_argument("--capability", type=int, action="append", choices=launch.CAPABILITIES, help="only this one; may be repeated")
     parser.add_argument("--no-cache", action="store_true", help="compile all of it again")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write every result, too")
