@@ -37,7 +37,6 @@ def rehearse(folder, monkeypatch, tmp_path):
     return run
 
 
-@pytest.mark.slow
 def test_every_subject_takes_its_steps_and_is_timed(rehearse):
     found = rehearse()
     assert len(found["early"]) == 6

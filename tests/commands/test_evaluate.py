@@ -71,7 +71,6 @@ def facts(trained, tmp_path_factory) -> dict:
     return run(trained, layers="all", output=str(tmp_path_factory.mktemp("out") / "evaluation"))
 
 
-@pytest.mark.slow
 def test_what_the_training_measured_is_measured_again(trained, facts):
     report = json.loads((trained / "report.json").read_text())
     assert facts["layers"] == [0, 1, 2, 3, 4, "output"]
@@ -172,7 +171,6 @@ def test_a_margin_that_is_given_is_the_margin(trained, tmp_path):
     assert (test["equivalence"]["p"] < 0.05) == (low > -0.2 and high < 0.2)
 
 
-@pytest.mark.slow
 def test_layers_are_chosen_and_blocks_above_them_are_not_read(trained, tmp_path, monkeypatch):
     read, load_block = [], hidden_states.load_block
 
@@ -318,7 +316,6 @@ def _windows(text, trained, width, most):
     return [torch.tensor([0, *ids[start : start + width - 1]]) for start in range(0, len(ids), width - 1)]
 
 
-@pytest.mark.slow
 def test_files_are_complete_and_never_overwritten_silently(adapter, capsys):
     facts = run(adapter, layers="2,output")
     folder = adapter / "evaluation"
@@ -510,7 +507,6 @@ def test_adapters_stand_without_a_flag_and_help_needs_no_torch():
     assert "[ADAPTER ...]" in done.stdout
 
 
-@pytest.mark.slow
 def test_the_command_prints_json_and_ends_with_2_on_bad_input(trained, tmp_path, capsys):
     flags = [str(trained), "--layers", "2", "--output", str(tmp_path / "out"), "--json"]
     done = subprocess.run([sys.executable, "-m", "tli.evaluate", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)

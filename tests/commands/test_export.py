@@ -86,7 +86,6 @@ def worst_error(states, expected) -> float:
     return max(((one - other).norm() / other.norm()).item() for one, other in zip(states, expected, strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_merged_model_is_base_and_adapter(make_model, tmp_path, family, tied):
@@ -134,7 +133,6 @@ def test_nf4_checkpoints_are_dequantised_and_merged(make_model, tokenizer, tmp_p
     assert set(all_tensors(tmp_path / "bfloat16")) == set(all_tensors(source))
 
 
-@pytest.mark.slow
 def test_the_starter_is_exported_and_still_answers(starter, tmp_path):
     adapter = make_adapter(starter, tmp_path / "adapter", blocks=[0, 1, 29], rank=4)
     # as training on the starter writes it
@@ -192,7 +190,6 @@ def test_the_size_of_a_file_and_its_memory_are_bounded(llama, tmp_path):
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 3e4
 
 
-@pytest.mark.slow
 def test_no_more_than_a_file_is_in_memory(make_model, tmp_path):
     wide = make_model("llama", hidden_size=1024, intermediate_size=4096, blocks=2)
     settings = {"adapter": str(make_adapter(wide, tmp_path / "adapter")), "dtype": "float32"}
@@ -207,7 +204,6 @@ def test_no_more_than_a_file_is_in_memory(make_model, tmp_path):
     assert at_once - by_file > 50e6
 
 
-@pytest.mark.slow
 def test_a_kill_leaves_nothing_half_and_the_next_export_clears_up(llama, tmp_path):
     code = (
         "import time, tli.commands.export as e; from tli.config import ExportConfig; save = e._save\n"
@@ -316,7 +312,6 @@ def test_an_output_that_holds_something_is_not_touched(llama, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "merged").iterdir()} == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -338,7 +333,6 @@ def test_wrong_flags_are_one_line(flags, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_json_is_one_object_on_standard_output(llama, tmp_path):
     command = [sys.executable, "-m", "tli.export", llama["adapter"], llama["output"], "--json"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -117,7 +117,6 @@ def assert_scan_is(scans: dict, stream: str, truth: dict[tuple, np.ndarray], tol
         np.testing.assert_allclose(measured, values, rtol=tolerance, atol=tolerance, err_msg=str((layer, key)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_scan_is_the_whole_models_states_word_by_word(make_model, tokenizer, pairs, family):
     folder, words, same = make_model(family, blocks=3), spell(tokenizer, pairs), word_pairs.false_negative_pairs(pairs)
@@ -301,7 +300,6 @@ def test_a_stratums_values_are_the_means_of_its_pairs(make_model, tokenizer, pai
         assert record["n"] == group.sum()
 
 
-@pytest.mark.slow
 def test_the_command_writes_what_it_returns(settings, tmp_path):
     report = scan_command(ScanConfig(**settings))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scan.json", "scan.png"]
@@ -519,7 +517,6 @@ def test_absent_shards_end_the_scan_early_and_it_says_so(settings, make_model, t
     assert f"The scan ends early: {report['missing_output']}" in " ".join(printed(report, width=300).split())
 
 
-@pytest.mark.slow
 def test_the_process_prints_one_object_and_ends_with_2_on_an_error(settings):
     flags = [sys.executable, "-m", "tli.scan", *as_flags(settings), "--json"]
     done = subprocess.run(flags, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -531,7 +528,6 @@ def test_the_process_prints_one_object_and_ends_with_2_on_an_error(settings):
     assert "Traceback" not in again.stderr
 
 
-@pytest.mark.slow
 def test_the_starters_two_rules_differ_because_of_its_sink(starter, tmp_path):
     report = scan_command(ScanConfig(model=str(starter), sample=60, output=str(tmp_path / "out")))
     by_key = {(r["layer"], r["vectors"], r["metric"]): r["value"] for r in report["measurements"]}

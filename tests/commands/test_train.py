@@ -88,7 +88,6 @@ def test_a_run_leaves_an_adapter_and_a_report_of_it(settings, tmp_path, dtype):
     assert below[0]["value"] == below[1]["value"]
 
 
-@pytest.mark.slow
 def test_the_loss_falls_from_chance_and_layer_l_is_the_trained_one(settings):
     facts = run(settings, epochs=20, no_report=True, lr=3e-3)
     training = facts["training"]
@@ -107,7 +106,6 @@ def test_the_hooked_arm_trains_the_early_arms_adapter(settings, tmp_path):
     assert adapter_bytes(tmp_path / "early") == adapter_bytes(tmp_path / "full-hook") == adapter_bytes(tmp_path / "recomputed")
 
 
-@pytest.mark.slow
 def test_the_full_arm_aligns_the_output_with_adapters_in_every_block(settings, tmp_path):
     facts = run(settings, arm="full", epochs=20, lr=3e-3)
     assert facts["training"]["loss_last"] < 0.7 * facts["training"]["loss_first"]
@@ -121,7 +119,6 @@ def test_the_full_arm_aligns_the_output_with_adapters_in_every_block(settings, t
     assert plain["training"]["loss_last"] == facts["training"]["loss_last"]
 
 
-@pytest.mark.slow
 def test_auto_takes_the_layer_that_a_scan_of_the_trained_pairs_names(settings, make_model, tmp_path):
     # models that do not all choose the same layer
     chosen = set()
@@ -143,7 +140,6 @@ def test_adapters_in_the_first_blocks_can_align_the_output(settings):
     assert facts["training"]["loss_first"] != run(settings, no_report=True, overwrite=True)["training"]["loss_first"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [{}, {"recipe": "paper"}, {"dropout": 0.2}, {"dtype": "bfloat16"}, {"arm": "full"}],
@@ -290,7 +286,6 @@ def test_every_step_is_logged_with_its_learning_rate_and_the_last_loss_is_the_re
     assert [line.get("schema") for line in lines] == [1] + 7 * [None]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["early", "full"])
 def test_a_killed_run_resumes_to_the_bytes_of_one_that_was_not(settings, tmp_path, arm):
     long = {**settings, "epochs": 30, "dropout": 0.1, "arm": arm, "dtype": "float32"}
@@ -316,7 +311,6 @@ def test_a_killed_run_resumes_to_the_bytes_of_one_that_was_not(settings, tmp_pat
     assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER_FILES
 
 
-@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_save_starts_anew(settings, tmp_path):
     process = start({**settings, "epochs": 100_000}, save_every_s=1e9)
     wait_for(tmp_path / "out" / METRICS_FILE, process)
@@ -327,7 +321,6 @@ def test_a_run_that_was_killed_before_its_first_save_starts_anew(settings, tmp_p
     assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(1, 9))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_what_there_is(settings, tmp_path, number):
     long = {**settings, "epochs": 100_000}
@@ -478,7 +471,6 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(settings, word_list, tmp_pa
     assert not (pathlib.Path(settings["output"]) / lora.ADAPTER_FILE).exists()
 
 
-@pytest.mark.slow
 def test_a_process_ends_with_2_and_without_a_traceback(settings):
     flags = as_flags({**settings, "layer": 9})
     result = subprocess.run([sys.executable, "-m", "tli.train", *flags], cwd=ROOT, capture_output=True, text=True, env=os.environ)
@@ -488,7 +480,6 @@ def test_a_process_ends_with_2_and_without_a_traceback(settings):
     assert "error: --layer: the layer must be from 1 to 4" in result.stderr
 
 
-@pytest.mark.slow
 def test_json_is_one_object_on_standard_output(settings):
     flags = [*as_flags(settings), "--json"]
     result = subprocess.run([sys.executable, "-m", "tli.train", *flags], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -137,7 +137,6 @@ def kernels_in_source() -> set[str]:
     return found
 
 
-@pytest.mark.slow
 def test_every_kernel_passes(gate):
     ran, report = gate
     assert not report["faults"], "\n".join(report["faults"])
@@ -155,13 +154,11 @@ def test_every_kernel_is_in_the_table_for_every_generation(gate):
     assert built >= {(kernel, capability) for kernel in kernels_in_source() for capability in launch.CAPABILITIES if capability >= 80}
 
 
-@pytest.mark.slow
 def test_a_second_run_takes_the_same_from_the_cache(gate, tmp_path):
     _, again = run_gate(tmp_path / "one.json", "--capability", "75")
     assert again["builds"] == [build for build in gate[1]["builds"] if build["capability"] == 75]
 
 
-@pytest.mark.slow
 def test_a_spill_is_a_fault(judged):
     assert judged["spilling"]["faults"] == [f"spills {judged['spilling']['spilled']} bytes"]
     # 512 numbers a thread, of which 255 have a register at most
