@@ -18,6 +18,8 @@ from tli.model.decoder import run, truncate
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
