@@ -21,19 +21,28 @@ MEASURED_PAIRS = 5_000
 
 
 def read_pairs(path: str | os.PathLike | None, source: str, target: str) -> Pairs:
-    """The cleaned pairs of a list, one per source word, in the order of the file.
+    """Read a word list: cleaned pairs, one per source word, in the order of the file.
 
     Exact duplicates collapse; the further targets of a source word become synonyms of its first. A target may serve several
-    source words: such pairs share a meaning (``false_negative_pairs``).
+    source words: such pairs are false negatives of each other (``false_negative_pairs``).
 
     Args:
         path:   ``.tsv``, ``.csv``, ``.json``, ``.jsonl``, or the ``.index`` of a dictd dictionary; None: the shipped list.
         source: name of the source language's column or key, in any case. A dictd dictionary has no names.
         target: name of the target language's. The columns ``class``, ``loan`` (yes or no) and ``synonyms`` (separated by
-                ``;``, in JSON also a list) may be there, too; others are ignored.
+                ``;``, in JSON a list is allowed) are optional; others are ignored.
+
+    Returns:
+        A sequence of ``Pair`` (source, target, synonyms, word_class, loan) that is kept in a temporary file, not in memory.
 
     Raises:
         TliError: with the file and the line of what is wrong.
+
+    Example:
+        >>> from tli import read_pairs
+        >>> pairs = read_pairs(None, "swahili", "english")
+        >>> len(pairs), pairs[0].source, pairs[0].target
+        (2243, 'abiria', 'passenger')
     """
     return merged(read_rows(SHIPPED if path is None else pathlib.Path(path), source, target))
 
