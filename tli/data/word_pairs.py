@@ -14,6 +14,7 @@ import numpy as np
 from tli.data.pair_store import Pair, Pairs, WordHashes, normalise_word, pair_writer, stored
 from tli.data.readers import further, read_rows
 from tli.runtime.errors import TliError
+from tli.stats.bootstrap import word_clusters
 
 SHIPPED = pathlib.Path(__file__).parent / "swahili-english.tsv"
 # what a report measures of a longer list: retrieval compares all with all, and an interval of so many pairs is narrow enough
@@ -93,7 +94,7 @@ def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[Pair
         raise TliError("--seed", "the seed must be at least 0", seed, "give another seed")
     pairs = stored(pairs)
     goal = round(held_out * len(pairs))
-    groups = _connected(pairs.keys())
+    groups = _groups(pairs.keys())
     order = np.random.default_rng(seed).permutation(groups.max(initial=-1) + 1)
     chosen = _subset_near(np.bincount(groups)[order].tolist() if len(order) else [], goal, least=2, most=len(pairs) - 2)
     if chosen is None:
@@ -157,23 +158,21 @@ def false_negative_edges(keys: WordHashes) -> np.ndarray:
     return edges[np.lexsort((edges[:, 1], edges[:, 0]))]
 
 
-def _connected(keys: WordHashes) -> np.ndarray:
-    """int [B]: number of the group, from 0 in the order of their first pairs, of each; a chain of shared words joins pairs into one."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
+def _groups(keys: WordHashes) -> np.ndarray:
+    """Connected components of the graph in which pairs that share any word are linked: the number of each pair's, int64 [B].
 
+    Numbers run from 0 in the order of the groups' first pairs.
+    """
     pairs = len(keys.sources)
     if not pairs:
         return np.zeros(0, np.int64)
     words = np.concatenate([keys.sources, keys.glosses])
     order = np.argsort(words, kind="stable")
     words = words[order]
-    # the pairs of a word lie side by side: each is joined with the next
+    # the pairs of a word lie side by side: linking each with the next connects them all
     again = np.flatnonzero(words[1:] == words[:-1])
     owners = np.concatenate([np.arange(pairs), keys.gloss_owners()])
-    ends = owners[order[again]], owners[order[again + 1]]
-    graph = coo_array((np.ones(len(ends[0]), bool), ends), shape=(pairs, pairs)).tocsr()
-    return connected_components(graph, directed=False)[1]
+    return word_clusters(pairs, np.stack([owners[order[again]], owners[order[again + 1]]], axis=1))
 
 
 def _subset_near(sizes: list[int], goal: int, least: int, most: int) -> list[int] | None:
