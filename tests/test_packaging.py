@@ -87,11 +87,13 @@ def test_commands_do_not_import_one_another():
     assert [(name, other) for name in names for other in names if other != name and f"tli.{other}" in imports[name]] == []
 
 
+@pytest.mark.slow
 def test_tli_train_is_the_function_whatever_was_imported():
     code = "import tli, tli.commands.train; from tli import train; print(train is tli.train is tli.commands.train.train, callable(train))"
     assert python(code) == "True True"
 
 
+@pytest.mark.slow
 def test_the_specification_needs_no_triton():
     assert importers("triton", "kernels").count("kernels/reference.py") == 0
     absent = "import sys; sys.modules['triton'] = None; import tli_kernels.reference as r; print(r.__file__)"
@@ -115,6 +117,7 @@ print("loaded:", *[m for m in {heavy} if m in sys.modules])
     assert loaded.split() == []
 
 
+@pytest.mark.slow
 def test_transformers_sees_the_same_kernels_package_inside_and_outside_the_repository(tmp_path):
     probe = "from transformers.utils import is_kernels_available; print(is_kernels_available())"
     outside = python(probe, cwd=tmp_path)
@@ -122,6 +125,7 @@ def test_transformers_sees_the_same_kernels_package_inside_and_outside_the_repos
     assert python(f"import tli; {probe}") == outside
 
 
+@pytest.mark.slow
 def test_an_uninstalled_clone_uses_its_own_kernels(tmp_path):
     # the tli that is installed here must not lend its kernels to another clone
     for room in ("tli", "kernels"):

@@ -1,10 +1,29 @@
-"""tli: align the words of two languages at an early layer of a language model, and measure what is real.
+"""tli: align the words of two languages at an early layer of a language model with LoRA, and measure what is real.
 
->>> from tli import TrainConfig, train
->>> run = train(TrainConfig(rank=16, layer=2))
+    train, scan, evaluate, export      one function per command: frozen options in, files and the report, a dict, out
+    TrainConfig, ScanConfig, ...       the options: the command's flags, with the same names, defaults and checks
+    embed, read_pairs, load_adapter    word vectors, word lists and trained adapters
+    TliError                           every error that a user can cause
 
-Everything is loaded when it is first asked for: ``--help`` must not wait for torch. ``tli.train`` is the function; the module of that
-name is there for ``python -m tli.train`` alone, and nothing imports it.
+Options are checked when they are made, and fill in what depends on others. They cannot be changed afterwards:
+
+>>> import tli
+>>> config = tli.TrainConfig(rank=8)
+>>> config.alpha, config.output
+(16.0, 'runs/default-layer2-rank8-seed0')
+>>> tli.TrainConfig(recipe="paper").margin
+0.4
+>>> tli.ScanConfig(model="path/to/model").output
+'runs/scan-model'
+>>> tli.EvaluateConfig(adapters=("runs/default-layer2-rank8-seed0",)).layers is None
+True
+>>> tli.ExportConfig(adapter="runs/default-layer2-rank8-seed0", output="merged", dtype="float8").dtype
+Traceback (most recent call last):
+    ...
+tli.runtime.errors.TliError: --dtype: the value must be one of bfloat16, float16, float32, got 'float8'; choose one of these
+
+Names are imported when first used (PEP 562), so that ``--help`` does not wait for torch. ``tli.train`` is the function: the module of that
+name serves ``python -m tli.train`` alone, and nothing imports it.
 """
 
 import importlib
@@ -13,6 +32,23 @@ import importlib.util
 import pathlib
 import sys
 import typing
+
+__all__ = [
+    "EvaluateConfig",
+    "ExportConfig",
+    "ScanConfig",
+    "TliError",
+    "TrainConfig",
+    "__version__",
+    "embed",
+    "evaluate",
+    "export",
+    "load_adapter",
+    "read_pairs",
+    "scan",
+    "train",
+]
+__version__ = "0.1.0"
 
 if typing.TYPE_CHECKING:
     from tli.commands.embed import embed
@@ -24,24 +60,20 @@ if typing.TYPE_CHECKING:
     from tli.data.word_pairs import read_pairs
     from tli.model.trained_adapter import load_adapter
     from tli.runtime.errors import TliError
+else:
+    # a type checker must not see this: it would take any name for one of ours
+    def __getattr__(name: str):
+        """Import a name of the public API from the module that defines it."""
+        if name not in _MODULES:
+            raise AttributeError(f"module 'tli' has no attribute {name!r}")
+        return getattr(importlib.import_module(_MODULES[name]), name)
 
-__all__ = [
-    "EvaluateConfig",
-    "ExportConfig",
-    "ScanConfig",
-    "TliError",
-    "TrainConfig",
-    "embed",
-    "evaluate",
-    "export",
-    "load_adapter",
-    "read_pairs",
-    "scan",
-    "train",
-]
-__version__ = "0.1.0"
 
-_HOMES = {
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_MODULES = {
     "EvaluateConfig": "tli.config",
     "ExportConfig": "tli.config",
     "ScanConfig": "tli.config",
@@ -55,13 +87,6 @@ _HOMES = {
     "scan": "tli.commands.scan",
     "train": "tli.commands.train",
 }
-
-
-def __getattr__(name: str):
-    """PEP 562: what ``__all__`` names, out of the module that it lives in."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tli' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def _find_kernels() -> None:

@@ -9,6 +9,8 @@ import torch
 from bench.gpu import step as gpu_step
 from tli.runtime.errors import TliError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(make_model, tokenizer, tmp_path_factory):

@@ -19,6 +19,8 @@ from tli.model.decoder import load_truncated_decoder, run
 from tli.runtime.device import place
 from tli.runtime.errors import TliError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:

@@ -44,6 +44,17 @@ def test_the_vectors_are_those_of_peft_on_the_whole_model(adapter, layer):
     assert (embed(WORDS, model=folder, layer=layer) - found).abs().max() > 1e-3
 
 
+def test_the_first_thing_on_a_new_machine_can_be_embedding(adapter, tmp_path, monkeypatch):
+    from tli.runtime import cpu
+
+    vectors = embed(WORDS, model=adapter[0])
+    # what this processor does best has not been measured yet
+    monkeypatch.setenv("TLI_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu, "_known", {})
+    torch.testing.assert_close(embed(WORDS, model=adapter[0]), vectors, rtol=0, atol=1e-5)
+    assert not vectors.requires_grad
+
+
 def test_many_words_are_embedded_as_few(adapter, monkeypatch):
     from tli.commands import embed as module
 

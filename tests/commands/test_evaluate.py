@@ -71,6 +71,7 @@ def facts(trained, tmp_path_factory) -> dict:
     return run(trained, layers="all", output=str(tmp_path_factory.mktemp("out") / "evaluation"))
 
 
+@pytest.mark.slow
 def test_what_the_training_measured_is_measured_again(trained, facts):
     report = json.loads((trained / "report.json").read_text())
     assert facts["layers"] == [0, 1, 2, 3, 4, "output"]
@@ -171,6 +172,7 @@ def test_a_margin_that_is_given_is_the_margin(trained, tmp_path):
     assert (test["equivalence"]["p"] < 0.05) == (low > -0.2 and high < 0.2)
 
 
+@pytest.mark.slow
 def test_layers_are_chosen_and_blocks_above_them_are_not_read(trained, tmp_path, monkeypatch):
     read, load_block = [], hidden_states.load_block
 
@@ -187,6 +189,7 @@ def test_layers_are_chosen_and_blocks_above_them_are_not_read(trained, tmp_path,
     assert usual["layers"] == [2, "output"]
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_batch_bin_width_padding_side_or_word_order(trained, facts, tmp_path, monkeypatch, word_list, make_model):
     monkeypatch.setattr("tli.model.hidden_states._CHUNK_NODES", 64)
     pack = TokenisedWords.pack
@@ -247,6 +250,7 @@ def test_another_list_may_be_held_out_unless_it_shares_a_word(trained, tmp_path)
     assert {record["split"] for record in foreign["measurements"]} == {"all"}
 
 
+@pytest.mark.slow
 def test_a_difference_from_training_is_said_and_recorded(trained, facts, tmp_path, capsys):
     other = run(trained, layers="2", weights="nf4", token_norm="none", sink="in", prefix="", output=str(tmp_path / "out"))
     told = {difference["setting"]: (difference["here"], difference["training"]) for difference in other["differences"]}
@@ -257,6 +261,7 @@ def test_a_difference_from_training_is_said_and_recorded(trained, facts, tmp_pat
     assert value(other, "trained", "before", 2, "gap")["value"] != value(facts, "trained", "before", 2, "gap")["value"]
 
 
+@pytest.mark.slow
 def test_rounding_and_pooling_are_those_of_the_run(make_model, word_list, tmp_path):
     settings = {"model": str(make_model("llama", **SIZES)), "pairs": str(word_list), "rank": 2, "batch": 20, "epochs": 1, "weights": "nf4"}
     report = train(TrainConfig(**settings, eval_pool_bos=True, token_norm="none", output=str(tmp_path / "run")))
@@ -270,6 +275,7 @@ def test_rounding_and_pooling_are_those_of_the_run(make_model, word_list, tmp_pa
             assert again["value"] == pytest.approx(record["value"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_several_adapters_share_one_base(trained, facts, tmp_path, make_model):
     plain = save_adapter(make_model("llama", **SIZES), tmp_path / "plain", seed=5)
     report = json.loads((trained / "report.json").read_text())
@@ -316,6 +322,7 @@ def _windows(text, trained, width, most):
     return [torch.tensor([0, *ids[start : start + width - 1]]) for start in range(0, len(ids), width - 1)]
 
 
+@pytest.mark.slow
 def test_files_are_complete_and_never_overwritten_silently(adapter, capsys):
     facts = run(adapter, layers="2,output")
     folder = adapter / "evaluation"
@@ -507,6 +514,7 @@ def test_adapters_stand_without_a_flag_and_help_needs_no_torch():
     assert "[ADAPTER ...]" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_ends_with_2_on_bad_input(trained, tmp_path, capsys):
     flags = [str(trained), "--layers", "2", "--output", str(tmp_path / "out"), "--json"]
     done = subprocess.run([sys.executable, "-m", "tli.evaluate", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -133,6 +133,7 @@ def test_nf4_checkpoints_are_dequantised_and_merged(make_model, tokenizer, tmp_p
     assert set(all_tensors(tmp_path / "bfloat16")) == set(all_tensors(source))
 
 
+@pytest.mark.slow
 def test_the_starter_is_exported_and_still_answers(starter, tmp_path):
     adapter = make_adapter(starter, tmp_path / "adapter", blocks=[0, 1, 29], rank=4)
     # as training on the starter writes it
@@ -190,6 +191,7 @@ def test_the_size_of_a_file_and_its_memory_are_bounded(llama, tmp_path):
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 3e4
 
 
+@pytest.mark.slow
 def test_no_more_than_a_file_is_in_memory(make_model, tmp_path):
     wide = make_model("llama", hidden_size=1024, intermediate_size=4096, blocks=2)
     settings = {"adapter": str(make_adapter(wide, tmp_path / "adapter")), "dtype": "float32"}
@@ -204,6 +206,7 @@ def test_no_more_than_a_file_is_in_memory(make_model, tmp_path):
     assert at_once - by_file > 50e6
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_nothing_half_and_the_next_export_clears_up(llama, tmp_path):
     code = (
         "import time, tli.commands.export as e; from tli.config import ExportConfig; save = e._save\n"
@@ -333,6 +336,7 @@ def test_wrong_flags_are_one_line(flags, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_json_is_one_object_on_standard_output(llama, tmp_path):
     command = [sys.executable, "-m", "tli.export", llama["adapter"], llama["output"], "--json"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -319,6 +319,7 @@ def test_the_command_writes_what_it_returns(settings, tmp_path):
     assert values[0] == values[1] != values[2]
 
 
+@pytest.mark.slow
 def test_a_scan_of_one_side_of_the_split_is_of_these_pairs(settings, tmp_path, word_list):
     trained, held_out = word_pairs.split_pairs(word_pairs.read_pairs(word_list, "swahili", "english"), 0.2, 5)
     for split, expected_pairs in (("trained", trained), ("held_out", held_out)):
@@ -339,6 +340,7 @@ def adapter_folder(settings: dict, folder: pathlib.Path, model: str | None = Non
     return folder
 
 
+@pytest.mark.slow
 def test_with_an_adapter_its_own_model_is_scanned_and_both_are_reported(settings, tmp_path):
     folder = adapter_folder(settings, tmp_path / "adapter")
     report = scan_command(ScanConfig(pairs=settings["pairs"], output=settings["output"], adapter=str(folder)))
@@ -360,6 +362,7 @@ def printed(report: dict, width: int = 80) -> str:
     return text.getvalue()
 
 
+@pytest.mark.slow
 def test_the_tables_fit_80_columns_with_32_layers_and_an_adapter(settings, tmp_path):
     report = scan_command(ScanConfig(**settings, adapter=str(adapter_folder(settings, tmp_path / "adapter"))))
     records = []
@@ -517,6 +520,7 @@ def test_absent_shards_end_the_scan_early_and_it_says_so(settings, make_model, t
     assert f"The scan ends early: {report['missing_output']}" in " ".join(printed(report, width=300).split())
 
 
+@pytest.mark.slow
 def test_the_process_prints_one_object_and_ends_with_2_on_an_error(settings):
     flags = [sys.executable, "-m", "tli.scan", *as_flags(settings), "--json"]
     done = subprocess.run(flags, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -528,6 +532,7 @@ def test_the_process_prints_one_object_and_ends_with_2_on_an_error(settings):
     assert "Traceback" not in again.stderr
 
 
+@pytest.mark.slow
 def test_the_starters_two_rules_differ_because_of_its_sink(starter, tmp_path):
     report = scan_command(ScanConfig(model=str(starter), sample=60, output=str(tmp_path / "out")))
     by_key = {(r["layer"], r["vectors"], r["metric"]): r["value"] for r in report["measurements"]}

@@ -99,6 +99,7 @@ def test_the_loss_falls_from_chance_and_layer_l_is_the_trained_one(settings):
     assert config["layers_to_transform"] == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_hooked_arm_trains_the_early_arms_adapter(settings, tmp_path):
     for name, more in (("early", {}), ("full-hook", {}), ("recomputed", {"arm": "full-hook", "checkpointing": True})):
         facts = run(settings, **{"arm": name, "dropout": 0.2, "no_report": True, "output": str(tmp_path / name), **more})
@@ -106,6 +107,7 @@ def test_the_hooked_arm_trains_the_early_arms_adapter(settings, tmp_path):
     assert adapter_bytes(tmp_path / "early") == adapter_bytes(tmp_path / "full-hook") == adapter_bytes(tmp_path / "recomputed")
 
 
+@pytest.mark.slow
 def test_the_full_arm_aligns_the_output_with_adapters_in_every_block(settings, tmp_path):
     facts = run(settings, arm="full", epochs=20, lr=3e-3)
     assert facts["training"]["loss_last"] < 0.7 * facts["training"]["loss_first"]
@@ -119,6 +121,7 @@ def test_the_full_arm_aligns_the_output_with_adapters_in_every_block(settings, t
     assert plain["training"]["loss_last"] == facts["training"]["loss_last"]
 
 
+@pytest.mark.slow
 def test_auto_takes_the_layer_that_a_scan_of_the_trained_pairs_names(settings, make_model, tmp_path):
     # models that do not all choose the same layer
     chosen = set()
@@ -142,7 +145,11 @@ def test_adapters_in_the_first_blocks_can_align_the_output(settings):
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"recipe": "paper"}, {"dropout": 0.2}, {"dtype": "bfloat16"}, {"arm": "full"}],
+    [{}]
+    + [
+        pytest.param(more, marks=pytest.mark.slow)
+        for more in ({"recipe": "paper"}, {"dropout": 0.2}, {"dtype": "bfloat16"}, {"arm": "full"})
+    ],
     ids=lambda more: ",".join(more) or "default",
 )
 def test_the_same_seed_gives_the_same_bytes_and_another_others(settings, make_model, tmp_path, more):
@@ -286,6 +293,7 @@ def test_every_step_is_logged_with_its_learning_rate_and_the_last_loss_is_the_re
     assert [line.get("schema") for line in lines] == [1] + 7 * [None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["early", "full"])
 def test_a_killed_run_resumes_to_the_bytes_of_one_that_was_not(settings, tmp_path, arm):
     long = {**settings, "epochs": 30, "dropout": 0.1, "arm": arm, "dtype": "float32"}
@@ -321,6 +329,7 @@ def test_a_run_that_was_killed_before_its_first_save_starts_anew(settings, tmp_p
     assert [line["step"] for line in metrics(tmp_path / "out")] == list(range(1, 9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_what_there_is(settings, tmp_path, number):
     long = {**settings, "epochs": 100_000}
@@ -363,12 +372,14 @@ def test_an_output_folder_is_not_lost(settings, capsys):
     assert {path.name for path in folder.iterdir()} == ADAPTER_FILES | {"mine.txt"}
 
 
+@pytest.mark.slow
 def test_an_old_report_does_not_stand_beside_a_new_adapter(settings):
     run(settings)
     run(settings, overwrite=True, no_report=True, seed=5)
     assert {path.name for path in pathlib.Path(settings["output"]).iterdir()} == ADAPTER_FILES
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_loses_nothing(settings, monkeypatch, capsys):
     run(settings)
     folder = pathlib.Path(settings["output"])
@@ -396,6 +407,7 @@ def test_a_model_of_nan_stops_with_an_error(settings, tmp_path, capsys):
     assert "step 1: the loss must be finite, got nan; lower --lr, or check the model's weights" in shown
 
 
+@pytest.mark.slow
 def test_absent_shards_leave_a_report_of_layer_l_that_says_why(settings, make_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(make_model("llama", shards=True), folder)
@@ -480,6 +492,7 @@ def test_a_process_ends_with_2_and_without_a_traceback(settings):
     assert "error: --layer: the layer must be from 1 to 4" in result.stderr
 
 
+@pytest.mark.slow
 def test_json_is_one_object_on_standard_output(settings):
     flags = [*as_flags(settings), "--json"]
     result = subprocess.run([sys.executable, "-m", "tli.train", *flags], cwd=ROOT, capture_output=True, text=True, check=True)

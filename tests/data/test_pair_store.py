@@ -128,6 +128,7 @@ def few(monkeypatch, most: int) -> None:
     monkeypatch.setattr(word_pairs, "sample", functools.partial(word_pairs.sample, most=most))
 
 
+@pytest.mark.slow
 def test_of_a_long_list_a_sample_is_measured_and_said_to_be_one(make_model, word_list, tmp_path, monkeypatch, capsys):
     settings = {
         "model": str(make_model("llama")),

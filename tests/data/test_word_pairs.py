@@ -412,6 +412,7 @@ def test_a_word_of_one_language_is_no_gloss_of_the_other():
     assert len(false_negative_pairs([Pair("nguzo", "pole"), Pair("pole", "sorry")])) == 0
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_pairs_take_seconds():
     pairs = [Pair(f"word {i}", f"gloss {i // 2}", (f"gloss {i % 90_000}",)) for i in range(100_000)]
     start = time.perf_counter()

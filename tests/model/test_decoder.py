@@ -78,6 +78,7 @@ def test_streaming_gives_every_layer_and_the_output(make_model, tokenizer, famil
         assert relative_error(first, whole[4 if layer == "output" else layer], batch, words.lengths) < 2e-5
 
 
+@pytest.mark.slow
 def test_the_starter_gives_the_whole_models_states(starter):
     checkpoint = open_checkpoint(str(starter))
     words = tokenise(checkpoint.tokenizer(), WORDS, window=100)

@@ -84,6 +84,7 @@ def test_full_hook_has_the_early_arms_loss_and_gradients(make_model, family, dro
         assert_equal_steps(hooked, early, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_full_hook_has_the_early_arms_loss_and_gradients_on_the_starter(starter):
     setting = Setting(starter)
     early = setting.step(setting.decoder("early", 2))
@@ -221,6 +222,7 @@ def test_nf4_weights_are_rounded_in_every_block(make_model):
     assert_equal_steps(hooked, early, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_the_whole_model_computes_from_packed_weights_where_the_fused_ops_do(make_model):
     setting = Setting(make_model("llama", hidden_size=64, intermediate_size=128, blocks=2), DEVICE)
     steps = []

@@ -67,6 +67,7 @@ def test_loss_and_gradients_are_those_of_the_weights(make_model, word_list, fami
     equal(*(gradients(model, str(word_list), tabled, ops.on_cpu(ops.Matmul()), **options) for tabled in (True, False)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", TABLED.values(), ids=TABLED)
 def test_so_they_are_in_nf4_and_by_the_fused_ops(make_model, word_list, chosen):
     model = str(make_model("qwen2", hidden_size=64, intermediate_size=128))

@@ -132,6 +132,7 @@ def has_a_wrong_gradient(x, weight, bias=None):
     return torch.nn.functional.linear(x, weight, bias) * (1 if weight.is_contiguous() else 0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", [refuses, is_wrong, gives_nan, has_a_wrong_gradient], ids=lambda library: library.__name__)
 @pytest.mark.parametrize("dtype", processor.DTYPES)
 def test_a_library_that_fails_its_try_is_never_taken(monkeypatch, library, dtype):
@@ -141,6 +142,7 @@ def test_a_library_that_fails_its_try_is_never_taken(monkeypatch, library, dtype
     assert "onednn" not in " ".join(processor.measure().matmul.values())
 
 
+@pytest.mark.slow
 def test_an_attention_that_fails_its_try_is_never_taken(monkeypatch):
     def wrong_gradient(q, k, v, mask):
         return processor._eager(q, k.detach(), v, mask)
@@ -219,6 +221,7 @@ def test_a_slow_task_is_left_out_after_its_first_rounds():
     assert least["a", "fast"] < 0.05 <= least["a", "slow"]
 
 
+@pytest.mark.slow
 def test_the_key_knows_what_onednn_was_told():
     code = "import torch, tli; from tli.runtime import cpu as processor; print(processor.key())"
     keys = {
@@ -299,6 +302,7 @@ def test_loss_and_gradients_in_bfloat16_are_as_true_as_transformers_own(make_mod
             assert_faithful(got, eager, truth, 48, name)
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_learns_and_is_measured_in_float32(make_model, word_list, tmp_path):
     options = {"model": str(make_model("llama")), "pairs": str(word_list), "rank": 4, "batch": 27, "epochs": 6, "warmup": 2}
     runs = {dtype: train(TrainConfig(**options, dtype=dtype, output=str(tmp_path / dtype))) for dtype in ("bfloat16", "auto", "float32")}
@@ -340,6 +344,7 @@ def stopped(make_model, word_list, tmp_path, monkeypatch):
     return stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
 def test_a_run_goes_on_on_another_kind_of_processor_and_says_so(stopped, monkeypatch, tmp_path, capsys, dtype):
     ways = dict.fromkeys(processor.DTYPES, "onednn"), dict.fromkeys(processor.DTYPES, "eager")
@@ -361,6 +366,7 @@ def test_a_run_goes_on_on_another_kind_of_processor_and_says_so(stopped, monkeyp
     assert facts["training"]["steps"] == 16
 
 
+@pytest.mark.slow
 def test_on_the_same_machine_a_run_goes_on_to_the_same_bytes_whatever_is_measured_now(stopped, monkeypatch, tmp_path, capsys):
     options = stopped("auto")
     whole = train(TrainConfig(**{**options, "output": str(tmp_path / "whole")}))

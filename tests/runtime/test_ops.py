@@ -70,6 +70,7 @@ def test_asking_for_fused_ops_never_falls_back(monkeypatch):
         resolved("fused")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["lora_linear", "pool_norm", "infonce", "hinge"])
 def test_fused_ops_that_give_other_numbers_are_not_taken(monkeypatch, op):
     """As on a GPU, at the start of a run: here the try itself, in the interpreter."""
@@ -100,6 +101,7 @@ def test_on_a_gpu_where_the_try_fails_auto_takes_the_reference_and_says_so(monke
         resolved("fused", torch.bfloat16, gpu)
 
 
+@pytest.mark.slow
 def test_a_machine_without_triton_imports_and_trains_on_the_reference(tmp_path, make_model):
     model = make_model("llama", hidden_size=64, intermediate_size=128)
     (tmp_path / "words.tsv").write_text("swahili\tenglish\nkitabu\tbook\nmtoto\tchild\nmtu\tperson\nnyumba\thouse\n")
@@ -138,6 +140,7 @@ def words(tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -161,6 +164,7 @@ def test_a_model_trains_through_every_fused_op_with_the_references_losses(make_m
         torch.testing.assert_close(adapters[1][name], factor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_fused_ops_are_what_ran(make_model, words, tmp_path, monkeypatch):
     launched, run = set(), launch.run
     monkeypatch.setattr(launch, "run", lambda kernel, *rest, **options: (launched.add(kernel.fn.__module__), run(kernel, *rest, **options)))
@@ -170,6 +174,7 @@ def test_the_fused_ops_are_what_ran(make_model, words, tmp_path, monkeypatch):
     assert {name.rpartition(".")[2] for name in launched} >= {"nf4_lora", "pool_norm", "infonce"}
 
 
+@pytest.mark.slow
 def test_a_nan_in_the_weights_is_caught_by_the_training_loop(make_model, words, tmp_path):
     from safetensors.torch import save_file
 
@@ -208,6 +213,7 @@ def test_crossovers_leave_the_least_to_be_desired():
     assert tune.crossovers(noisy) == (64, ops.ALWAYS)
 
 
+@pytest.mark.slow
 def test_every_way_is_measured_and_the_dispatch_left_as_it_was():
     seconds = tune.measure([(64, 64)], (1, 17), torch.float32, 2, DEVICE, repeats=1)
     assert list(seconds) == [1, 17]
@@ -231,6 +237,7 @@ def test_what_was_tuned_is_used_by_later_runs_on_the_same_card(monkeypatch, tmp_
         launch.use(launch.capability(DEVICE), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU to tune for")
 def test_tuning_without_a_gpu_says_so():
     done = subprocess.run([sys.executable, "-m", "tli.tune"], capture_output=True, text=True, timeout=120)

@@ -115,6 +115,7 @@ def check_prediction(step: Step, folder: pathlib.Path, tolerance: float = 0.05, 
     assert step.predicted(**changes) == pytest.approx(step.peak(folder), rel=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_a_steps_allocations_are_predicted(options, make_model, word_list, tmp_path):
     check_prediction(Step(make_model("llama", **WIDE), word_list, **{"rank": 4, "batch": 60, **options}), tmp_path)
@@ -125,6 +126,7 @@ def test_a_steps_allocations_are_predicted_for_every_family(family, make_model, 
     check_prediction(Step(make_model(family, **WIDE), word_list, rank=4, batch=60, layer=3), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "weights"), [("llama", "full"), ("qwen3", "nf4"), ("gemma2", "full")])
 def test_what_the_fused_ops_allocate_is_what_is_predicted_of_a_gpu(family, weights, make_model, word_list, tmp_path):
     # the same tensors that a GPU would hold, counted on a CPU; of AdamW and clipping a GPU has other temporaries
@@ -310,6 +312,7 @@ def test_a_broken_config_is_one_line(content, said, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "auto"])
 def test_a_profile_leaves_a_trace_a_figure_and_the_numbers(make_model, word_list, tmp_path, dtype):
     options = {"model": str(make_model("llama", **WIDE)), "pairs": str(word_list), "rank": 4, "batch": 54, "epochs": 3, "dtype": dtype}

@@ -22,7 +22,6 @@ from tli.runtime.errors import TliError
 _WORDS_AT_ONCE = 1024
 
 
-@torch.no_grad()
 def embed(
     words: Sequence[str],
     adapter: str | os.PathLike | None = None,
@@ -30,15 +29,15 @@ def embed(
     model: str | None = None,
     device: str = "auto",
 ) -> Tensor:
-    """u_b = normalise(mean over the word's own tokens of norm(h_t)): a word embedding at a hidden layer.
+    """u_b = normalise(mean over the word's own tokens of norm(h_t)): embeddings of words at a hidden layer.
 
-    Words are read as the adapter's training read them (its prefix, token norm and rounding, out of the report beside it), else by the
-    defaults of training. Only the blocks below the layer are read and computed.
+    Words are read as in the adapter's training (its prefix, token norm and NF4 rounding, recorded in the report beside it), else with
+    the defaults of training. Only the blocks below the layer are read and computed.
 
     Args:
-        words:    B words, one at least
+        words:    B words, at least one
         adapter:  folder of a PEFT adapter; None for the base model
-        layer:    hidden state L, or "output" for the last one behind the final norm (default: where the adapter was trained, else 2)
+        layer:    hidden state L, or "output" for the last one after the final norm (default: where the adapter was trained, else 2)
         model:    local folder or hub name (default: the adapter's own, else the starter)
         device:   cpu, cuda, cuda:N; auto: a GPU if there is one
 
@@ -46,7 +45,7 @@ def embed(
         fp32 [B, D] unit rows on the CPU, in the order of the words; their dot products are cosines.
 
     Raises:
-        TliError: no words, a word that the tokenizer makes nothing of, an adapter that does not fit the model, a layer out of range.
+        TliError: no words, a word without tokens or longer than the context, an adapter that does not fit the model, a layer out of range.
 
     Example:
         >>> import tli
@@ -83,5 +82,7 @@ def embed(
     vectors = []
     for chunk in np.array_split(np.arange(len(words)), -(-len(words) // _WORDS_AT_ONCE)):
         batch = to_batch(tokens.pack(chunk, option("eval_pool_bos")), placement.dtype, placement.device)
-        vectors.append(pool(run(decoder, batch), batch).cpu())
+        # not around the whole function: what the processor can do is tried with a backward pass, too
+        with torch.no_grad():
+            vectors.append(pool(run(decoder, batch), batch).cpu())
     return torch.cat(vectors)

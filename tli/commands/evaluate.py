@@ -33,13 +33,25 @@ _MARGIN = 0.05
 
 
 def evaluate(config: EvaluateConfig) -> dict:
-    """Compare ``config.adapters`` with the base, or test the table ``config.from_csv``; print the tables and write them.
+    """Compare ``config.adapters`` with their base model on trained and held-out words, or test the table ``config.from_csv``.
+
+    Args:
+        config:  adapters or a table, word lists, layers; every field is a flag of ``python -m tli.evaluate``
 
     Returns:
-        What ``evaluation.json`` holds.
+        What ``evaluation.json`` holds, as plain JSON values: ``measurements`` (mean and 95 % interval of each metric by split, adapter and
+        layer), ``tests`` (paired gains: t, Wilcoxon and sign-flip, as they are and after Holm), ``differences`` (trained against held-out
+        gains) and ``harm`` (perplexity, with ``text``). The tables are printed on standard error.
 
     Raises:
         TliError: for whatever a user can cause; nothing that existed before is lost.
+
+    Example:
+        >>> from tli import EvaluateConfig, TrainConfig, evaluate, train
+        >>> run = train(TrainConfig(rank=4, layer=1, batch=256, epochs=1, no_report=True, output="adapter"))
+        >>> found = evaluate(EvaluateConfig(adapters=("adapter",), layers="1"))
+        >>> [test["n"] for test in found["tests"] if test["metric"] == "gap"]
+        [2243]
     """
     from rich.console import Console
 

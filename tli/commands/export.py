@@ -49,10 +49,26 @@ _NF4_STATE = ".quant_state.bitsandbytes__nf4"
 
 
 def export(config: ExportConfig) -> dict:
-    """Write the merged model to ``config.output`` and return what it was made of: plain JSON values.
+    """Merge an adapter into a copy of its whole model, W + s·B·A in fp32 rounded once, and write it to ``config.output``.
+
+    Args:
+        config:  adapter, output folder, dtype; every field is a flag of ``python -m tli.export``
+
+    Returns:
+        What the merged model was made of, as plain JSON values: ``model``, ``adapter``, ``tensors``, ``merged`` (how many of them the
+        adapter changed), ``bytes`` (of the weight files).
 
     Raises:
         TliError: an adapter that is not this model's, an absent shard, no room, an output folder that holds something.
+
+    Example:
+        >>> from tli import ExportConfig, TrainConfig, export, train
+        >>> run = train(TrainConfig(rank=4, layer=1, batch=256, epochs=1, no_report=True, output="adapter"))
+        >>> export(ExportConfig(adapter="adapter", output="merged"))["merged"]
+        7
+        >>> from transformers import AutoModelForCausalLM
+        >>> AutoModelForCausalLM.from_pretrained("merged").config.num_hidden_layers
+        30
     """
     from rich.console import Console
 

@@ -35,13 +35,27 @@ FILES = ("scan.json", "scan.png")
 
 
 def scan(config: ScanConfig) -> dict:
-    """Measure all layers of ``config.model``, and of it with ``config.adapter``, and write what was found to ``config.output``.
+    """Measure word pairs at every layer of a model, with one block in memory at a time, and write the result to ``config.output``.
+
+    Args:
+        config:  model, adapter to measure beside it, and word list; every field is a flag of ``python -m tli.scan``
 
     Returns:
-        What ``scan.json`` holds.
+        What ``scan.json`` holds, as plain JSON values: ``measurements`` (mean and 95 % interval of each metric by layer: 0 for the
+        embeddings, "output" for the last one after the final norm), ``choice`` (the layer that each of two rules would align),
+        ``sink_layers``, ``strata``, ``seconds``, ``peak_bytes``.
 
     Raises:
         TliError: for whatever a user can cause; nothing that existed before is lost.
+
+    Example:
+        >>> from tli import ScanConfig, scan
+        >>> found = scan(ScanConfig(sample=50, output="scan"))
+        >>> found["pairs"]["scanned"], sorted(found["choice"])
+        (50, ['gap', 'paper'])
+        >>> gaps = {row["layer"]: row["value"] for row in found["measurements"] if row["metric"] == "gap"}
+        >>> len(gaps) == found["model"]["blocks"] + 2
+        True
     """
     from rich.console import Console
 

@@ -14,6 +14,7 @@ import numpy as np
 from tli.data.pair_store import Pair, Pairs, WordHashes, normalise_word, pair_writer, stored
 from tli.data.readers import further, read_rows
 from tli.runtime.errors import TliError
+from tli.stats.bootstrap import word_clusters
 
 SHIPPED = pathlib.Path(__file__).parent / "swahili-english.tsv"
 # what a report measures of a longer list: retrieval compares all with all, and an interval of so many pairs is narrow enough
@@ -21,19 +22,28 @@ MEASURED_PAIRS = 5_000
 
 
 def read_pairs(path: str | os.PathLike | None, source: str, target: str) -> Pairs:
-    """The cleaned pairs of a list, one per source word, in the order of the file.
+    """Read a word list: cleaned pairs, one per source word, in the order of the file.
 
     Exact duplicates collapse; the further targets of a source word become synonyms of its first. A target may serve several
-    source words: such pairs share a meaning (``false_negative_pairs``).
+    source words: such pairs are false negatives of each other (``false_negative_pairs``).
 
     Args:
         path:   ``.tsv``, ``.csv``, ``.json``, ``.jsonl``, or the ``.index`` of a dictd dictionary; None: the shipped list.
         source: name of the source language's column or key, in any case. A dictd dictionary has no names.
         target: name of the target language's. The columns ``class``, ``loan`` (yes or no) and ``synonyms`` (separated by
-                ``;``, in JSON also a list) may be there, too; others are ignored.
+                ``;``, in JSON a list is allowed) are optional; others are ignored.
+
+    Returns:
+        A sequence of ``Pair`` (source, target, synonyms, word_class, loan) that is kept in a temporary file, not in memory.
 
     Raises:
         TliError: with the file and the line of what is wrong.
+
+    Example:
+        >>> from tli import read_pairs
+        >>> pairs = read_pairs(None, "swahili", "english")
+        >>> len(pairs), pairs[0].source, pairs[0].target
+        (2243, 'abiria', 'passenger')
     """
     return merged(read_rows(SHIPPED if path is None else pathlib.Path(path), source, target))
 
@@ -84,7 +94,7 @@ def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[Pair
         raise TliError("--seed", "the seed must be at least 0", seed, "give another seed")
     pairs = stored(pairs)
     goal = round(held_out * len(pairs))
-    groups = _connected(pairs.keys())
+    groups = _groups(pairs.keys())
     order = np.random.default_rng(seed).permutation(groups.max(initial=-1) + 1)
     chosen = _subset_near(np.bincount(groups)[order].tolist() if len(order) else [], goal, least=2, most=len(pairs) - 2)
     if chosen is None:
@@ -148,23 +158,21 @@ def false_negative_edges(keys: WordHashes) -> np.ndarray:
     return edges[np.lexsort((edges[:, 1], edges[:, 0]))]
 
 
-def _connected(keys: WordHashes) -> np.ndarray:
-    """int [B]: number of the group, from 0 in the order of their first pairs, of each; a chain of shared words joins pairs into one."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
+def _groups(keys: WordHashes) -> np.ndarray:
+    """Connected components of the graph in which pairs that share any word are linked: the number of each pair's, int64 [B].
 
+    Numbers run from 0 in the order of the groups' first pairs.
+    """
     pairs = len(keys.sources)
     if not pairs:
         return np.zeros(0, np.int64)
     words = np.concatenate([keys.sources, keys.glosses])
     order = np.argsort(words, kind="stable")
     words = words[order]
-    # the pairs of a word lie side by side: each is joined with the next
+    # the pairs of a word lie side by side: linking each with the next connects them all
     again = np.flatnonzero(words[1:] == words[:-1])
     owners = np.concatenate([np.arange(pairs), keys.gloss_owners()])
-    ends = owners[order[again]], owners[order[again + 1]]
-    graph = coo_array((np.ones(len(ends[0]), bool), ends), shape=(pairs, pairs)).tocsr()
-    return connected_components(graph, directed=False)[1]
+    return word_clusters(pairs, np.stack([owners[order[again]], owners[order[again + 1]]], axis=1))
 
 
 def _subset_near(sizes: list[int], goal: int, least: int, most: int) -> list[int] | None:

@@ -84,10 +84,25 @@ class TrainedAdapter:
 
 
 def load_adapter(folder: str | os.PathLike) -> TrainedAdapter:
-    """Read an adapter and what its folder says of it.
+    """Load an adapter in PEFT's format, with what the ``report.json`` beside it says of its training.
+
+    Args:
+        folder:  holds ``adapter_config.json`` and ``adapter_model.safetensors``
+
+    Returns:
+        The factors by module path (A fp32 [R, K], B fp32 [N, R]) in ``adapter.factors``, the scale, the aligned ``layer`` and the report,
+        None where there is none.
 
     Raises:
-        TliError: what ``lora.load`` refuses; a report that cannot be read, or that speaks of another adapter.
+        TliError: what ``lora.load`` refuses; a report that cannot be read, or that belongs to another adapter.
+
+    Example:
+        >>> from tli import TrainConfig, load_adapter, train
+        >>> run = train(TrainConfig(rank=4, layer=1, batch=256, epochs=1, no_report=True, output="adapter"))
+        >>> trained = load_adapter("adapter")
+        >>> lora_a, lora_b = trained.adapter.factors["layers.0.self_attn.q_proj"]
+        >>> trained.layer, lora_a.shape, lora_b.shape
+        (1, torch.Size([4, 576]), torch.Size([576, 4]))
     """
     folder = pathlib.Path(folder).expanduser()
     adapter = lora.load(folder)

@@ -7,13 +7,21 @@ from collections.abc import Callable
 
 
 class TliError(Exception):
-    """``<where>: <what must hold>, got <value>; <what to do>``: an error that a user can cause and mend.
+    """``<where>: <what must hold>, got <value>; <what to do>``: an error that a user can cause and correct.
 
     Args:
         where: the module, file, file and line, or option that the error is about.
         must: what must hold, as a clause: ``rank must be at least 1``.
         got: what was found instead.
         remedy: what to do, as an imperative.
+
+    Example:
+        >>> from tli import TliError, read_pairs
+        >>> try:
+        ...     read_pairs("missing.tsv", "swahili", "english")
+        ... except TliError as error:
+        ...     print(str(error).partition(";")[0])
+        missing.tsv: the path must be that of a readable file, got no such file or directory
     """
 
     def __init__(self, where: object, must: str, got: object, remedy: str):
