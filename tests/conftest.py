@@ -1,4 +1,4 @@
-"""What several test files share: the starter, small random-weight models of each family, and where kernels run."""
+"""Shared fixtures: the starter, small random-weight models of each family, a tokenizer; and Triton's interpreter without a GPU."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ interpreter.mend_bfloat16()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs the starter; skip without a GPU what needs one."""
+    """Mark tests that use the starter as ``network``; skip ``gpu`` tests without a GPU."""
     for item in items:
         if "starter" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.network)
@@ -74,7 +74,7 @@ def make_model(tmp_path_factory, tokenizer) -> Callable[..., pathlib.Path]:
             config = AutoConfig.for_model(family, **{**sizes, **heads, **ids, **window, **overrides})
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config)
-            # the usual start (0.02) is so near to linear that errors in masks and positions would hide
+            # the usual initialisation (std 0.02) is so close to linear that errors in masks and positions would not show
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.normal_(std=0.2) if parameter.ndim > 1 else parameter.add_(0.3 * torch.randn_like(parameter))

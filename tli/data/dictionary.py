@@ -1,4 +1,4 @@
-"""How far a list of word pairs agrees with a dictd dictionary."""
+"""Check a word list against a dictd dictionary: the share of its pairs that the dictionary confirms."""
 
 import os
 import pathlib
@@ -16,9 +16,9 @@ AGREEMENT = 0.95
 
 
 def check(pairs: str | None, source: str, target: str, dictionary: str | os.PathLike) -> float:
-    """Print how far a list agrees with a dictd dictionary, and where it does not; return the share of agreement.
+    """Print which pairs of a list a dictd dictionary confirms and which it does not; return the share that it confirms.
 
-    The share is over those source words that the dictionary has; 0 if it has none of them.
+    The share is among the source words that the dictionary has; 0 if it has none of them.
     """
     if pathlib.Path(dictionary) == FREEDICT and not os.path.exists(FREEDICT):
         raise TliError(
@@ -51,7 +51,7 @@ def check(pairs: str | None, source: str, target: str, dictionary: str | os.Path
 
 
 def _looked_up(pair: Pair, entries: dict[str, set[str]]) -> set[str] | None:
-    """The dictionary's glosses; a verb may stand there with or without the infinitive's ku-, or before a hyphen alone."""
+    """The dictionary's glosses, or None; a verb may be listed with or without the infinitive's ku-, or after a hyphen."""
     word = letters(pair.source)
     # a noun such as kuku is no infinitive
     variants = [word, word.removeprefix("ku"), "ku" + word] if pair.word_class.casefold() in ("verb", "v", "") else [word]
@@ -59,7 +59,7 @@ def _looked_up(pair: Pair, entries: dict[str, set[str]]) -> set[str] | None:
 
 
 def _agree(ours: Iterable[str], theirs: Iterable[str]) -> bool:
-    """True if a gloss of ours is one of theirs up to an English ending, or one word of theirs of up to three words."""
+    """True if a gloss of ours equals one of theirs up to an English ending, or is one word of a gloss of at most three words."""
     ours, theirs = _plain_glosses(ours), _plain_glosses(theirs)
     inflected = {form for gloss in ours for form in _inflections(gloss)} & theirs
     inflects = {form for gloss in theirs for form in _inflections(gloss)} & ours

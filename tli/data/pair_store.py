@@ -1,8 +1,8 @@
-"""Word pairs on disk: a list of a million in little memory, and no Python object per pair.
+"""Disk-backed word pairs: a list of a million in little memory, without a Python object per pair.
 
-The text of a pair lies in a temporary file without a name, mapped, and becomes a ``Pair`` when it is asked for. What concerns all
-pairs at once - who shares a word with whom - goes by the words' keys: 64-bit hashes in flat arrays, 32 bytes a pair and 8 more for each
-further gloss. Two words are the same word if they are equal after Unicode NFC and case folding.
+The text of the pairs is in an anonymous temporary file, memory-mapped, and is parsed to a ``Pair`` on access. Which pairs share a word is
+computed from 64-bit hashes of the words in flat arrays: 32 bytes a pair, and 8 more for each further gloss. Two words are the same word if
+they are equal after Unicode NFC and case folding.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _CHUNK_PAIRS = 4096
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
-    """A word, its translation, and the further translations that count as right. All are cleaned; their case is kept."""
+    """A source word, its target, and synonyms of the target, which count as correct, too. All are cleaned; case is kept."""
 
     source: str
     target: str
@@ -41,11 +41,11 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WordHashes:
-    """The words of B pairs as numbers: equal keys, equal words.
+    """Hashes of the words of B pairs: equal hashes, equal words.
 
-    sources  uint64 [B]      key of each source word
-    indptr   int64 [B + 1]   where each pair's accepted glosses begin in ``glosses``, its target first
-    glosses  uint64 [E]      keys of the accepted glosses
+    sources  uint64 [B]      hash of each source word
+    indptr   int64 [B + 1]   CSR offsets of each pair's accepted glosses in ``glosses``, its target first
+    glosses  uint64 [E]      hashes of the accepted glosses
     """
 
     sources: np.ndarray
@@ -53,22 +53,22 @@ class WordHashes:
     glosses: np.ndarray
 
     def take(self, numbers: np.ndarray) -> "WordHashes":
-        """The keys of the pairs with these numbers, in this order."""
+        """The hashes of the pairs at these indices, in this order."""
         counts = self.indptr[numbers + 1] - self.indptr[numbers]
         indptr = np.concatenate([[0], np.cumsum(counts)])
         places = np.arange(indptr[-1]) + np.repeat(self.indptr[numbers] - indptr[:-1], counts)
         return WordHashes(self.sources[numbers], indptr, self.glosses[places])
 
     def gloss_owners(self) -> np.ndarray:
-        """int64 [E]: number of the pair that each gloss is of."""
+        """int64 [E]: index of the pair that each gloss belongs to."""
         return np.repeat(np.arange(len(self.sources)), np.diff(self.indptr))
 
 
 class Pairs(Sequence[Pair]):
-    """Pairs that are read from disk one by one, as often as they are asked for. ``subset`` is a view, and so is a slice."""
+    """A sequence of pairs that are read from disk at each access. ``subset`` and slices are views."""
 
     def __init__(self, text: mmap.mmap | bytes, bounds: np.ndarray, keys: WordHashes, numbers: np.ndarray | None = None):
-        """Record i is ``text`` from ``bounds[i]`` on; ``bounds`` and ``keys`` are of all records, ``numbers`` of those that count."""
+        """Record i is ``text[bounds[i]:bounds[i + 1]]``; ``numbers`` selects the records of this view, None all of them."""
         self._text, self._bounds, self._keys, self._numbers = text, bounds, keys, numbers
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class Pairs(Sequence[Pair]):
         return map(_decoded, self.records())
 
     def records(self) -> Iterator[bytes]:
-        """The bytes of each pair, a line of JSON: the same for equal pairs."""
+        """Each pair serialised as a line of JSON; equal pairs have equal bytes."""
         for start in range(0, len(self), _CHUNK_PAIRS):
             yield from self._records(np.arange(start, min(start + _CHUNK_PAIRS, len(self))))
 
@@ -95,11 +95,11 @@ class Pairs(Sequence[Pair]):
             yield self._text[begin:end]
 
     def subset(self, numbers: np.ndarray) -> "Pairs":
-        """The pairs with these numbers, int64, in this order."""
+        """A view of the pairs at these indices, int64, in this order."""
         return Pairs(self._text, self._bounds, self._keys, self._among_all(numbers))
 
     def keys(self, numbers: np.ndarray | None = None) -> WordHashes:
-        """The keys of the pairs with these numbers, in this order; None: of all."""
+        """The hashes of the pairs at these indices, in this order; None: of all."""
         numbers = self._numbers if numbers is None else self._among_all(numbers)
         return self._keys if numbers is None else self._keys.take(numbers)
 
@@ -108,14 +108,14 @@ class Pairs(Sequence[Pair]):
 
 
 class PairWriter:
-    """Pairs on their way to disk: ``add`` them, then take ``pairs``. Use ``pair_writer``."""
+    """Append pairs to the file with ``add``, then take ``pairs``. Made by ``pair_writer``."""
 
     def __init__(self, file: typing.BinaryIO):
         self._file = file
         self._bounds, self._sources, self._indptr, self._glosses = array("q", [0]), array("Q"), array("q", [0]), array("Q")
 
     def add(self, pair: Pair) -> int:
-        """Write the pair; returns its number."""
+        """Write the pair; returns its index."""
         record = json.dumps((pair.source, pair.target, pair.synonyms, pair.word_class, pair.loan)).encode() + b"\n"
         self._file.write(record)
         self._bounds.append(self._bounds[-1] + len(record))
@@ -125,22 +125,22 @@ class PairWriter:
         return len(self._sources) - 1
 
     def pairs(self) -> Pairs:
-        """All pairs so far, in the order in which they came."""
+        """All pairs written so far, in that order."""
         self._file.flush()
-        # a file without a byte cannot be mapped
+        # an empty file cannot be mapped
         text = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self._sources else b""
         return Pairs(text, np.array(self._bounds), WordHashes(*map(np.array, (self._sources, self._indptr, self._glosses))))
 
 
 @contextlib.contextmanager
 def pair_writer() -> Iterator[PairWriter]:
-    """A writer to a temporary file, which is gone when the last pairs that were taken from it are."""
+    """A writer to a temporary file, which is deleted with the last view of its pairs."""
     with disk_errors(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
         yield PairWriter(file)
 
 
 def stored(pairs: Iterable[Pair]) -> Pairs:
-    """The pairs on disk; what is there already is given back as it is."""
+    """Write the pairs to disk; disk-backed pairs are returned as they are."""
     if isinstance(pairs, Pairs):
         return pairs
     with pair_writer() as writer:
@@ -150,12 +150,12 @@ def stored(pairs: Iterable[Pair]) -> Pairs:
 
 
 def normalise_word(word: str) -> str:
-    """The form that all spellings of a word have in common: folded case, in NFC."""
+    """Normalise a word for comparison: case-folded, in Unicode NFC."""
     return unicodedata.normalize("NFC", word.casefold())
 
 
 def _hash(word: str) -> int:
-    # 64 bits: among a million words two different ones have the same key with probability 10^12 / 2^65, 3e-8
+    # 64 bits: the probability of any collision among a million words is 10^12 / 2^65, 3e-8
     return int.from_bytes(hashlib.blake2b(normalise_word(word).encode(), digest_size=8).digest(), "little")
 
 

@@ -1,8 +1,8 @@
 """Lists of word pairs, read row by row and cleaned: TSV, CSV, JSON, JSONL or a dictd dictionary.
 
-Whatever the format, a reader yields ``(line, row)``, a row being a mapping from column names in lower case to values; from there on all
-formats go one way: clean, make a ``Pair``. TSV, CSV and JSONL are read line by line, so they may be of any length; JSON and dictd
-dictionaries are read whole.
+A reader of a format is a generator of ``(line, row)`` in ``_READERS``; a row maps normalised column names (``normalise_word``) to values.
+The rest is common to all formats: clean the values, make a ``Pair``. TSV, CSV and JSONL are streamed line by line, so they may be of any
+length; JSON and dictd dictionaries are read whole.
 """
 
 import csv
@@ -25,7 +25,7 @@ _LOAN = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0":
 
 
 def read_rows(path: pathlib.Path, source: str, target: str) -> Iterator[Pair]:
-    """The pair of every row, cleaned, in the order of the file; rows of one source word are not merged.
+    """Parse a word list: the cleaned pair of every row, in the order of the file; rows with the same source word are not merged.
 
     Arguments and columns as for ``word_pairs.read_pairs``.
 
@@ -61,7 +61,7 @@ def _unreadable(path: pathlib.Path, error: OSError, remedy: str) -> TliError:
 
 
 def _not_utf8(path: pathlib.Path) -> TliError:
-    """Where the file is not UTF-8: the decoder knows a place in its buffer only, and no character reaches over a line's end."""
+    """The error that names the first line that is not UTF-8; the decoder knows only an offset in its buffer."""
     with open(path, "rb") as file:
         for line, record in enumerate(file, start=1):
             try:
@@ -84,7 +84,7 @@ def _table_rows(path: pathlib.Path, source: str, target: str) -> Iterator[tuple[
                     must = f"the header must have the columns {source} and {target} once each, {separated_by} between them"
                     raise TliError(where, must, f"the columns {', '.join(map(repr, fields))}", "name yours with --source and --target")
             elif fields:
-                # the first row with fields was it
+                # the first row with fields is the header
                 assert header is not None
                 row = dict(zip(header, fields))
                 if len(fields) > len(header) or not {normalise_word(source), normalise_word(target)} <= row.keys():
@@ -147,7 +147,7 @@ _CLASSES = {
 
 
 def _dictd_rows(path: pathlib.Path, source: str, target: str) -> Iterator[tuple[int, dict]]:
-    """One row per headword that has a gloss of its own; inflected forms that only point to another entry have none."""
+    """One row per headword that has a gloss; inflected forms that only refer to another entry have none and are skipped."""
     data = _dictd_data(path)
     for line, record in enumerate(_lines(path, newline="\n"), start=1):
         if not record.strip() or record.startswith(("00database", "00-database")):
@@ -183,7 +183,7 @@ def _dictd_data(path: pathlib.Path) -> bytes:
 
 
 def _dictd_entry(headword: str, entry: str) -> tuple[str, str, list[str]]:
-    """Word, class and glosses of an entry in FreeDict's layout.
+    """Parse an entry in FreeDict's layout: its word, class and glosses.
 
     The first line is ``word /pronunciation/ <class>``, or several spellings before the first slash; the lines below hold
     glosses, or a number alone; what is indented is a note. The index has the words in lower case and without apostrophes.
@@ -198,7 +198,7 @@ def _dictd_entry(headword: str, entry: str) -> tuple[str, str, list[str]]:
 
 
 def without_notes(text: str) -> str:
-    """The text without its parentheses, which may be nested."""
+    """Remove parentheses and what is in them; they may be nested."""
     while (shorter := re.sub(r"\([^()]*\)", " ", text)) != text:
         text = shorter
     return text
@@ -238,7 +238,7 @@ def _clean(where: str, name: str, value: object) -> str:
 
 
 def further(glosses: Iterable[str]) -> tuple[str, ...]:
-    """The glosses after the first that say something new; of spellings that differ in case the first one stays."""
+    """The glosses after the first, without duplicates of it or of each other; of spellings that differ in case only the first is kept."""
     distinct: dict[str, str] = {}
     for gloss in glosses:
         distinct.setdefault(normalise_word(gloss), gloss)
@@ -246,5 +246,5 @@ def further(glosses: Iterable[str]) -> tuple[str, ...]:
 
 
 def letters(word: str) -> str:
-    """What is left of a word when all that is no letter or digit is taken out, in folded case."""
+    """The letters and digits of a word, case-folded."""
     return "".join(letter for letter in normalise_word(word) if letter.isalnum())

@@ -1,4 +1,4 @@
-"""Word pairs in: one per source word, a split that leaks no word, and who means the same.
+"""Word pairs: one per source word, a train/held-out split without leakage, and false negatives.
 
 Readers are in ``tli/data/readers.py``; how a long list is held, in ``tli/data/pair_store.py``. ``python -m tli.lexicon check`` compares a
 list with a dictionary (``tli/data/dictionary.py``).
@@ -17,7 +17,7 @@ from tli.runtime.errors import TliError
 from tli.stats.bootstrap import word_clusters
 
 SHIPPED = pathlib.Path(__file__).parent / "swahili-english.tsv"
-# what a report measures of a longer list: retrieval compares all with all, and an interval of so many pairs is narrow enough
+# a report measures a sample of this size from a longer list: retrieval is quadratic, and intervals of so many pairs are narrow enough
 MEASURED_PAIRS = 5_000
 
 
@@ -49,7 +49,7 @@ def read_pairs(path: str | os.PathLike | None, source: str, target: str) -> Pair
 
 
 def merged(rows: Iterable[Pair]) -> Pairs:
-    """One pair per source word, in the order of their first rows."""
+    """Merge rows with the same source word into one pair, in the order of their first rows."""
     with pair_writer() as writer:
         for pair in rows:
             writer.add(pair)
@@ -75,12 +75,12 @@ def _merge(rows: Sequence[Pair]) -> Pair:
 
 
 def sample(pairs: Sequence[Pair], seed: int, most: int = MEASURED_PAIRS) -> np.ndarray:
-    """Numbers of at most so many pairs, int64, ascending: all of them, or as many as that drawn at random."""
+    """Indices of a random sample of at most ``most`` pairs without replacement, int64, ascending; all if there are no more."""
     return np.sort(np.random.default_rng([seed, 3]).permutation(len(pairs))[:most])
 
 
 def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[Pairs, Pairs]:
-    """Trained and held-out pairs, each in the given order, such that no word stands on both sides.
+    """Split into trained and held-out pairs, each in the given order, such that no word is on both sides.
 
     Pairs that share a word, synonyms included, stay together. A string counts as one word in both languages, because to the
     model it is one state. The held-out count is the nearest to ``held_out * len(pairs)`` that such groups can add up to.
