@@ -98,6 +98,20 @@ def test_what_print_config_prints_is_read_back(command, tmp_path, capsys):
     assert parse(CONFIGS[command], module, [f"--config={tmp_path / 'run.yaml'}"]) == parse(CONFIGS[command], module, flags)
 
 
+def test_what_follows_from_other_options_follows_them_beside_the_file_too(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, "tli.train", ["--recipe=paper", "--print-config"])
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    changed = parse(TrainConfig, "tli.train", [f"--config={tmp_path / 'run.yaml'}", "--rank=4", "--layer=3"])
+    assert changed == TrainConfig(recipe="paper", rank=4, layer=3)
+    assert (changed.alpha, changed.output) == (8.0, "runs/paper-layer3-rank4-seed0")
+
+
+@pytest.mark.parametrize("flags", [["--rank=3", "--rank=5"], ["--rank", "3", "--arm=full", "--rank", "5", "--arm=early"]])
+def test_of_a_repeated_flag_the_last_counts(flags):
+    assert parse(TrainConfig, "tli.train", flags) == TrainConfig(rank=5)
+
+
 @pytest.mark.parametrize("name", ["run.yaml", "run.toml"])
 def test_flags_win_over_the_file_wherever_they_stand(name, tmp_path):
     rows = {"rank": 8, "held_out": 0.25, "overwrite": True, "recipe": '"paper"', "layer": '"auto"'}

@@ -97,8 +97,11 @@ def parse(config_class, module: str, arguments: list[str] | None = None, many_pr
     if shown:
         import yaml
 
+        # what follows from other options and was not given stays open, so that it follows them where the file is read, too
+        kept = {field.name for field in dataclasses.fields(config) if field.default is not None or field.metadata["recipes"]}
+        options = {name: value if name in kept or name in named else None for name, value in as_dict(config).items()}
         # tuples as lists
-        print(yaml.safe_dump(json.loads(json.dumps(as_dict(config))), sort_keys=False, allow_unicode=True), end="")
+        print(yaml.safe_dump(json.loads(json.dumps(options)), sort_keys=False, allow_unicode=True), end="")
         sys.exit(0)
     return config
 
