@@ -170,7 +170,7 @@ def off(name: str, factor: float):
 
 
 CHECKS = {
-    "nf4_lora": lambda checks: gpu_parity.check_product(checks, PLACE, Product("t", 65, 64, rows=3, rank=2), torch.float32),
+    "lora_linear": lambda checks: gpu_parity.check_product(checks, PLACE, Product("t", 65, 64, rows=3, rank=2), torch.float32),
     "linear": lambda checks: gpu_parity.check_linear(checks, PLACE, Product("t", 65, 64, rows=3, rank=2), torch.float32),
     "pool_norm": lambda checks: gpu_parity.check_pool_norm(checks, PLACE, 2, 16),
     "infonce": lambda checks: gpu_parity.check_infonce(checks, PLACE, 3, 16, SIZES),
