@@ -16,10 +16,11 @@ from typing import Any
 
 import filelock
 
+from tli.runtime.cli import flag
 from tli.runtime.console import stop_signals
 from tli.runtime.environment import cores
 from tli.runtime.errors import TliError, disk_errors
-from tli.runtime.files import write_text
+from tli.runtime.files import write_json
 from tli.training.state import STATE_FILE
 
 REPORT = "report.json"
@@ -45,8 +46,7 @@ class Cell:
         """The options as ``tli.train``'s command line."""
         flags = []
         for name, value in (self.options | self.paths).items():
-            flag = f"--{name.replace('_', '-')}"
-            flags += [flag] if value is True else [] if value in (False, None) else [f"{flag}={value}"]
+            flags += [flag(name)] if value is True else [] if value in (False, None) else [f"{flag(name)}={value}"]
         return flags
 
     def report(self, folder: pathlib.Path) -> dict | None:
@@ -140,7 +140,7 @@ def claim_folder(folder: pathlib.Path, name: str, what: str, settings: dict[str,
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / f".{what}.lock"):
             if not file.is_file():
-                write_text(file, json.dumps(settings, indent=1) + "\n")
+                write_json(file, settings)
     try:
         kept = _flat(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:

@@ -19,6 +19,7 @@ from tli.model import hub, starter
 from tli.model.shape import Shape
 from tli.reports.tables import Table, show
 from tli.runtime.errors import TliError, one_line
+from tli.runtime.files import SCHEMA
 from tli.training.memory.estimate import Part, Run, allocations, predict, total
 from tli.training.memory.fit import as_flags, change_to_fit, largest_part, trained_pairs
 
@@ -75,7 +76,8 @@ def memory(config: MemoryConfig) -> dict:
                     options = None if changed is None else as_flags(changed)
                     fits.append({"device": device, "gb": size, "arm": arm, "weights": weights, "options": options})
     facts = {"nodes": run.current.nodes, "rows": run.rows, "counted": tokenizer is not None, "batch": batch, "adapters": run.parameters}
-    return {"config": dataclasses.asdict(config), "model": {"name": name, **dataclasses.asdict(shape)}, **facts, "runs": runs, "fits": fits}
+    model = {"name": name, **dataclasses.asdict(shape)}
+    return {"schema": SCHEMA, "config": dataclasses.asdict(config), "model": model, **facts, "runs": runs, "fits": fits}
 
 
 def _config_file(model: str | None) -> tuple[pathlib.Path | None, pathlib.Path | None]:
@@ -135,7 +137,7 @@ def _counted(
     """The largest part of some random batches, and the tokens that occur."""
     # where a tokenizer is at hand, so is the config
     assert path is not None
-    texts = [pair.source for pair in pairs] + [pair.target for pair in pairs]
+    texts = word_pairs.words_of(pairs)
     words = tokenise(_Tokenizer(file, path), texts, 1 << 30, config.prefix)
     return largest_part(words, trained, batch, config.micro_batch), len(words.rows)
 

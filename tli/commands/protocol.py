@@ -243,13 +243,9 @@ def of_report(report: dict) -> dict:
 def _numbers_of(measurements: list[dict], tests: list[dict]) -> dict:
     """Of a report's records those that a row shows."""
     return {
-        "measurements": [_without_adapter(record) for record in measurements if record["metric"] in names("headline")],
-        "tests": [_without_adapter(test) for test in tests if test["test"] == "paired" and test["metric"] in names("between")],
+        "measurements": [record for record in measurements if record["metric"] in names("headline")],
+        "tests": [test for test in tests if test["test"] == "paired" and test["metric"] in names("between")],
     }
-
-
-def _without_adapter(record: dict) -> dict:
-    return {key: value for key, value in record.items() if key != "adapter"}
 
 
 def measure_anew(options: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: Mapping[str, Sequence[Pair]]) -> dict:

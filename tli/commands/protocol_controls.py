@@ -12,6 +12,7 @@ from torch import Tensor
 from tli.data.loader import BatchLoader
 from tli.data.packing import TokenisedWords, tokenise
 from tli.data.pair_store import Pair
+from tli.data.word_pairs import words_of
 from tli.model import lora
 from tli.model.checkpoint import Checkpoint, sight
 from tli.model.decoder import build_decoder, run, run_hooked
@@ -25,7 +26,7 @@ _CHECKED_STEPS = 8
 
 def tokenise_pairs(checkpoint: Checkpoint, pairs: Sequence[Pair], prefix: str) -> TokenisedWords:
     """All sources, then all targets."""
-    return tokenise(checkpoint.tokenizer(), [pair.source for pair in pairs] + [pair.target for pair in pairs], sight(checkpoint), prefix)
+    return tokenise(checkpoint.tokenizer(), words_of(pairs), sight(checkpoint), prefix)
 
 
 def save_random_model(checkpoint: Checkpoint, folder: pathlib.Path, seed: int) -> None:

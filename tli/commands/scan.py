@@ -69,8 +69,7 @@ def scan(config: ScanConfig) -> dict:
     name = config.model or (starter.NAME if adapted is None else adapted.model_name())
     checkpoint = open_checkpoint(starter.locate(name))
     hashed = functools.cache(checkpoint.sha256)
-    texts = [pair.source for pair in pairs] + [pair.target for pair in pairs]
-    words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), config.prefix)
+    words = tokenise(checkpoint.tokenizer(), word_pairs.words_of(pairs), sight(checkpoint), config.prefix)
     placement = place(config.device, config.dtype, config.weights, config.impl)
     if adapted is not None:
         check_compatible(adapted, checkpoint, placement, hashed)

@@ -74,6 +74,12 @@ def _merge(rows: Sequence[Pair]) -> Pair:
     return replace(rows[0], synonyms=synonyms, word_class=word_class, loan=loan)
 
 
+def words_of(pairs: Iterable[Pair]) -> list[str]:
+    """All sources, then all targets: the order in which words are tokenised, and of the rows of every tensor of words."""
+    pairs = list(pairs)
+    return [pair.source for pair in pairs] + [pair.target for pair in pairs]
+
+
 def sample(pairs: Sequence[Pair], seed: int, most: int = MEASURED_PAIRS) -> np.ndarray:
     """Indices of a random sample of at most ``most`` pairs without replacement, int64, ascending; all if there are no more."""
     return np.sort(np.random.default_rng([seed, 3]).permutation(len(pairs))[:most])

@@ -33,21 +33,23 @@ def summarize(
     layers   those that are tested; None: all
 
     Returns:
-        ``measurements``: a record for each (adapter, split, layer, metric); the base's are ``before``, the adapters' ``after``.
+        ``measurements``: a record for each (stream, split, layer, metric); the base's are ``before``, the others' ``after``.
         ``tests``: ``paired`` ones, and with two splits ``welch`` ones; every p with its ``_holm``.
+        A record names its stream as ``adapter`` where base is None; with a named base there are just two, and ``when`` tells them apart.
     """
     measurements, tests = [], []
     for (split, stream, layer), alignment in found.items():
-        which = {"split": split, "when": "before" if stream == base else "after", "adapter": stream, "layer": layer}
-        measurements += [{**which, **record} for record in _means(alignment, seed)]
+        which = {"layer": layer} if base is not None else {"adapter": stream, "layer": layer}
+        when = "before" if stream == base else "after"
+        measurements += [{"split": split, "when": when, **which, **record} for record in _means(alignment, seed)]
         if stream != base and (layers is None or layer in layers):
-            paired = {"test": "paired", "split": split, "adapter": stream, "layer": layer}
-            tests += [{**paired, **change} for change in _changes(found[split, base, layer], alignment, seed)]
+            changes = _changes(found[split, base, layer], alignment, seed)
+            tests += [{"test": "paired", "split": split, **which, **change} for change in changes]
             if split == "trained" and ("held_out", stream, layer) in found:
-                welch = {"test": "welch", "split": DIFFERENCE, "adapter": stream, "layer": layer}
                 for metric in names("between"):
                     trained, held_out = (_gain(found[part, base, layer], found[part, stream, layer], metric) for part in SPLITS)
-                    tests.append({**welch, "metric": metric, **compare_groups(trained, held_out, margin)})
+                    between = compare_groups(trained, held_out, margin)
+                    tests.append({"test": "welch", "split": DIFFERENCE, **which, "metric": metric, **between})
     _correct_over_layers(tests)
     return measurements, tests
 
@@ -92,4 +94,4 @@ def _correct_over_layers(tests: list[dict]) -> None:
 
 
 def _family(test: dict) -> tuple[str, ...]:
-    return tuple(str(test[key]) for key in ("test", "split", "adapter", "metric"))
+    return tuple(str(test.get(key)) for key in ("test", "split", "adapter", "metric"))

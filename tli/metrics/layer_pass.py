@@ -61,7 +61,7 @@ def measure_layers(
     pairs = [pair for part in splits.values() for pair in part]
     owners = np.repeat(np.arange(len(pairs)), [len(pair.synonyms) * references for pair in pairs])
     glosses = [gloss for pair in pairs for gloss in pair.synonyms] * references
-    texts = [pair.source for pair in pairs] + [pair.target for pair in pairs] + glosses
+    texts = word_pairs.words_of(pairs) + glosses
     words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), prefix)
     batch = to_batch(words.pack(np.arange(len(texts)), pool_bos), placement.dtype, placement.device)
     ends = list(itertools.accumulate(map(len, splits.values()), initial=0))

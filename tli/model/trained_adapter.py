@@ -18,6 +18,7 @@ from torch import nn
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint
 from tli.model.decoder import init_empty_decoder
+from tli.runtime.cli import flag
 from tli.runtime.device import Placement
 from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
@@ -160,7 +161,7 @@ def agreed(adapters: list[TrainedAdapter], name: str, default):
     """The option that all adapters' runs had; several adapters are compared only where they agree."""
     values = {json.dumps(recorded.option(name, default)): recorded.option(name, default) for recorded in adapters}
     if len(values) > 1:
-        must = f"adapters that are evaluated together must have been trained with the same --{name.replace('_', '-')}"
+        must = f"adapters that are evaluated together must have been trained with the same {flag(name)}"
         raise TliError("ADAPTER", must, ", ".join(values), "evaluate them one by one")
     return next(iter(values.values()))
 

@@ -13,6 +13,7 @@ from tli.model.shape import Layer
 from tli.reports.tables import Table
 from tli.reports.tables import show as show_tables
 from tli.reports.wording import interval, number, place_name, side, side_of_chance
+from tli.runtime.cli import flag
 
 if typing.TYPE_CHECKING:
     import rich.console
@@ -112,7 +113,7 @@ def _other_options(report: dict) -> str:
     other = [name for name in names if recorded and recorded["config"].get(name, report["config"][name]) != report["config"][name]]
     if not other:
         return ""
-    flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(recorded['config'][name]))}" for name in other)
+    flags = " ".join(f"{flag(name)} {shlex.quote(str(recorded['config'][name]))}" for name in other)
     return f"The adapter was trained with other options than it is scanned with: {flags}."
 
 

@@ -69,9 +69,6 @@ def assemble(run: dict, alignments: dict[tuple[str, str, Layer], Alignment]) -> 
     """The facts of the run, and of them all: ``measurements`` in every layer, ``tests`` at L and ``output``, ``verdict``."""
     layers = [run["config"]["layer"], "output"]
     records, tests = summarize(alignments, run["config"]["seed"], base="before", layers=layers)
-    for record in (*records, *tests):
-        # there is one
-        del record["adapter"]
     report = {**run, "measurements": records, "tests": tests}
     return {**report, "verdict": verdict(report)}
 

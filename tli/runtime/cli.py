@@ -24,7 +24,7 @@ if typing.TYPE_CHECKING:
     import cyclopts
 
 # in the order in which --help shows them; "" stands for any other
-_GROUPS: tuple[str, ...] = (
+_GROUPS = (
     "arguments",
     "grid",
     "model",
@@ -36,8 +36,13 @@ _GROUPS: tuple[str, ...] = (
     "adapter",
     "objective",
     "training",
+    "tuning",
+    "running",
+    "",
+    "output",
+    "configuration",
+    "commands",
 )
-_GROUPS += ("tuning", "running", "", "output", "configuration", "commands")
 _POSITIONAL: typing.Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _KEYWORD: typing.Any = inspect.Parameter.KEYWORD_ONLY
 
@@ -59,6 +64,7 @@ def argument(help: str):
 
 
 def flag(name: str) -> str:
+    """The flag of a field."""
     return f"--{name.replace('_', '-')}"
 
 

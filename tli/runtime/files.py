@@ -12,7 +12,6 @@ from typing import Any
 # one folder for tli and its kernels
 from tli_kernels.cache_folder import cache_folder  # noqa: F401
 
-# one folder for tli and its kernels
 from tli.runtime.errors import TliError, disk_errors
 
 # "schema" in every report and --json output: raised when a key goes or changes its meaning

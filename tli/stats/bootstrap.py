@@ -162,9 +162,12 @@ def _cluster_sums(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     return sums.T
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _resample_weights(n: int, seed: int) -> np.ndarray:
-    """How often each of n values is drawn in each resample, over n: fp32 [resamples, n]. Two are kept: trained and held out."""
+    """How often each of n values is drawn in each resample, over n: fp32 [resamples, n].
+
+    Four are kept: of both splits, and of those of their pairs that have references.
+    """
     generator = np.random.default_rng([seed, n])
     weights = np.empty((_RESAMPLES, n), np.float32)
     for row in weights:

@@ -13,10 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from tli.runtime.errors import TliError, disk_errors, one_line
-from tli.runtime.files import replacing
+from tli.runtime.files import SCHEMA, replacing
 
 METRICS_FILE = "metrics.jsonl"
-SCHEMA = 1
 
 
 class RunLogger(Protocol):

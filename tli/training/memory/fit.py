@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tli.data.packing import TokenisedWords
+from tli.runtime.cli import flag
 from tli.runtime.errors import TliError
 from tli.training.memory.estimate import Part, Run, predict, total
 
@@ -65,7 +66,7 @@ def change_to_fit(run: Run, available: int, held: int = 0, free: tuple[str, ...]
 
 def as_flags(changed: dict[str, Any]) -> str:
     """Changed options as they are typed: ``--micro-batch 32 --checkpointing``."""
-    return " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changed.items())
+    return " ".join(flag(name) + ("" if value is True else f" {value}") for name, value in changed.items())
 
 
 def require_room(run: Run, available: int, held: int = 0, fixed: frozenset[str] = frozenset()) -> None:
