@@ -25,7 +25,7 @@ from rich.table import Table
 
 from bench import record
 from bench.harness import Run, chosen, dtypes, goal, goals_table, ratios, results_option, run, turns
-from bench.peers.subjects import SUBJECTS, distinct_pairs
+from bench.peers.contenders import CONTENDERS, distinct_pairs
 from tli.config import TrainConfig
 from tli.data import word_pairs
 from tli.model.starter import starter_folder
@@ -85,7 +85,7 @@ def write_lists(pairs: list[word_pairs.Pair], folder: pathlib.Path, batch: int, 
 def command(
     name: str, dtype: str | None, config: CommandConfig, model: str, lists: tuple[pathlib.Path, pathlib.Path], output: str
 ) -> list[str]:
-    """What is typed for a subject; ``dtype`` None leaves it to tli."""
+    """What is typed for a contender; ``dtype`` None leaves it to tli."""
     same = {key: getattr(config, key) for key in ("layer", "rank", "dropout", "epochs", "batch", "lr", "warmup")}
     flags = [f"--{key}={value}" for key, value in same.items()]
     if dtype is not None:
@@ -100,7 +100,7 @@ def command(
 
 
 def losses(name: str, said: dict) -> dict:
-    """Steps, first and last loss of what a subject printed."""
+    """Steps, first and last loss of what a contender printed."""
     said = said["training"] if name == "tli" else said
     return {key: said[key] for key in ("steps", "loss_first", "loss_last")}
 
@@ -117,11 +117,11 @@ def require_comparable(trials: list[dict]) -> None:
 
 
 def installed(names: list[str]) -> tuple[list[str], list[str]]:
-    """Those of the subjects that can run here, and the others."""
+    """Those of the contenders that can run here, and the others."""
     chosen("--subjects", names, ["tli", *SCRIPTS])
     # its Trainer wants its data as one of these
     trainer = importlib.util.find_spec("datasets") is not None
-    there = [name for name in names if SUBJECTS[name].installed() and (trainer or name != "sentence-transformers")]
+    there = [name for name in names if CONTENDERS[name].installed() and (trainer or name != "sentence-transformers")]
     return there, [name for name in names if name not in there]
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from bench import record
 from tli.config import TrainConfig
 from tli.runtime.cli import option
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 
 _WATCH_EVERY_S = 0.02
@@ -61,7 +61,7 @@ def train_configs(config: StepConfig) -> list[TrainConfig]:
 
 def dtypes(device: str) -> list[str]:
     """The dtypes that are timed, tli's default last: float32, and the one that training chooses here, where that is another."""
-    return list(dict.fromkeys(["float32", place(device, "fastest").facts["dtype"]]))
+    return list(dict.fromkeys(["float32", resolve_device(device, "fastest").facts["dtype"]]))
 
 
 def chosen(flag: str, wanted: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -153,7 +153,7 @@ def turns(keys: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
 
 
 def ratios(mine: Sequence[float], own: Sequence[float]) -> dict[str, float]:
-    """Median, lowest and highest over rounds of (seconds of a subject / ours in the same round)."""
+    """Median, lowest and highest over rounds of (seconds of a contender / ours in the same round)."""
     found = [its / ours for its, ours in zip(mine, own, strict=True)]
     return {"ratio": statistics.median(found), "ratio_low": min(found), "ratio_high": max(found)}
 

@@ -1,6 +1,6 @@
 """``python -m bench.large FOLDER``: a step on a model of 8B's shape, beside peft + bitsandbytes with the whole model. Linux, a CPU.
 
-FOLDER is what ``python -m bench.synthetic --like llama-3-8b --blocks 0 FOLDER`` writes (16 GB). Each subject runs in a process of its own:
+FOLDER is what ``python -m bench.synthetic --like llama-3-8b --blocks 0 FOLDER`` writes (16 GB). Each contender has a process of its own:
 
     tli                         the first L blocks in the dtype that training chooses here
     tli-float32                 the same in float32
@@ -33,8 +33,8 @@ from tli.config import TrainConfig
 from tli.runtime.cli import argument, as_dict, option, parse
 from tli.runtime.errors import TliError, run_command
 
-# name -> which subject, its weights, its dtype (None: what training chooses), and how many steps are timed; a peer's forward takes minutes
-SUBJECTS = {
+# name -> which contender, its weights, its dtype (None: what training chooses), and the timed steps; a peer's forward takes minutes
+CONTENDERS = {
     "tli": ("tli", "full", None, 5),
     "tli-float32": ("tli", "full", "float32", 5),
     "tli-nf4": ("tli", "nf4", None, 3),
@@ -53,33 +53,33 @@ class LargeConfig:
     batch: int = option(64, "bench", "pairs per step")
     layer: int = option(2, "bench", "hidden state to align")
     rank: int = option(16, "bench", "LoRA rank, in all linear layers")
-    subjects: str = option(",".join(SUBJECTS), "bench", "a comma list of these")
+    subjects: str = option(",".join(CONTENDERS), "bench", "a comma list of these")
     results: str = results_option()
 
 
 def measure(name: str, config: TrainConfig, warm: int, steps: int) -> dict:
-    """What a process of the subject ``tli`` or ``peft-bitsandbytes`` says of itself: ``warm`` steps that are not timed, then ``steps``."""
+    """What a process of the contender ``tli`` or ``peft-bitsandbytes`` says of itself: ``warm`` untimed steps, then ``steps``."""
     return call_in_process(name, measure_here, name, json.dumps(as_dict(config)), str(warm), str(steps))
 
 
 def measure_here(name: str, config: str, warm: str, steps: str) -> None:
-    """What the process of one subject does."""
-    from bench.peers.subjects import PeftBitsandbytes, Tli
+    """What the process of one contender does."""
+    from bench.peers.contenders import PeftBitsandbytes, Tli
 
-    subject_class = {subject.name: subject for subject in (Tli, PeftBitsandbytes)}[name]
+    contender_class = {contender.name: contender for contender in (Tli, PeftBitsandbytes)}[name]
     with MemoryWatch("RssAnon") as own:
-        subject_class.imports()
+        contender_class.imports()
         began = time.monotonic()
-        subject = subject_class(TrainConfig(**json.loads(config)))
+        contender = contender_class(TrainConfig(**json.loads(config)))
         loaded = time.monotonic() - began
         losses, seconds = [], []
         for _ in range(int(warm) + int(steps)):
             began = time.monotonic()
-            losses.append(subject.step())
+            losses.append(contender.step())
             seconds.append(time.monotonic() - began)
     facts = {"losses": losses, "seconds": seconds[int(warm) :], "load_seconds": loaded}
     facts |= {"peak_bytes": resident("VmHWM"), "own_peak_bytes": own.most}
-    print(json.dumps(facts | {"nodes": subject.nodes() if name == "tli" else None}))
+    print(json.dumps(facts | {"nodes": contender.nodes() if name == "tli" else None}))
 
 
 def step_work(config: TrainConfig, nodes: int) -> tuple[int, int]:
@@ -101,10 +101,10 @@ def step_work(config: TrainConfig, nodes: int) -> tuple[int, int]:
 
 def floor(config: TrainConfig, nodes: int) -> dict:
     """``step_work`` and how long it takes where nothing else is to be done: at ``product_rate`` of the config's dtype."""
-    from tli.runtime.device import place
+    from tli.runtime.device import resolve_device
 
     flops, _ = step_work(config, nodes)
-    rate = product_rate(place(config.device, config.dtype).dtype)
+    rate = product_rate(resolve_device(config.device, config.dtype).dtype)
     return {"flops": flops, "flops_per_second": rate, "seconds": flops / rate}
 
 
@@ -136,12 +136,12 @@ def agree(rows: list[dict]) -> None:
 def main() -> None:
     """The command."""
     config = parse(LargeConfig, "bench.large")
-    console, names = Console(width=120), chosen("--subjects", config.subjects.split(","), list(SUBJECTS))
+    console, names = Console(width=120), chosen("--subjects", config.subjects.split(","), list(CONTENDERS))
     settings = {"model": config.folder, "layer": config.layer, "rank": config.rank, "batch": config.batch, "device": "cpu"}
     fastest = dtypes("cpu")[-1]
     rows = []
     for name in names:
-        which, weights, dtype, steps = SUBJECTS[name]
+        which, weights, dtype, steps = CONTENDERS[name]
         train = TrainConfig(**settings, weights=weights, dtype=dtype or fastest, dropout=0.0, warmup=0, schedule="constant")
         facts = measure(which, train, warm=int(which == "tli"), steps=steps)
         rows.append({"subject": name, "dtype": dtype or fastest, **facts})

@@ -28,7 +28,7 @@ from tli.config import TrainConfig
 from tli.reports.figures.style import save_figure
 from tli.runtime.cli import as_dict, option, parse
 from tli.runtime.errors import TliError, run_command
-from tli.runtime.files import replacing
+from tli.runtime.files import atomic_write
 
 STAGES = {"read": "reading", "split": "splitting", "hash": "hashing", "tokenise": "tokenising", "pack": "packing", "step": "a step"}
 FIGURE = record.ROOT / "docs" / "long-lists.png"
@@ -60,7 +60,7 @@ def write_list(path: pathlib.Path, pairs: int, seed: int = 0) -> None:
     if not 1 <= pairs <= _WORDS:
         raise TliError("--pairs", f"a list must have from 1 to {_WORDS:,} pairs", pairs, "choose a number among these")
     starts = np.random.default_rng(seed).integers(_WORDS, size=2).tolist()
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write("swahili\tenglish\n")
         for number in range(pairs):
             source, target = ((start + number * stride) % _WORDS for start, stride in zip(starts, _STRIDES))
@@ -118,16 +118,16 @@ def measure_here(options: str, steps: str) -> None:
     from tli.data.loader import BatchLoader
     from tli.data.packing import tokenise
     from tli.model import lora
-    from tli.model.checkpoint import open_checkpoint, sight
+    from tli.model.checkpoint import context_length, open_checkpoint
     from tli.model.decoder import load_truncated_decoder, run
-    from tli.model.pooling import pooling
-    from tli.runtime.device import place
+    from tli.model.pooling import Pooling
+    from tli.runtime.device import resolve_device
     from tli.training.loss import Objective
     from tli.training.state import TrainingState
     from tli.training.step import OptimiserSettings, TrainStep
 
     config, seconds, own = TrainConfig(**json.loads(options)), {}, {}
-    checkpoint, placement = open_checkpoint(config.model), place("cpu", "float32")
+    checkpoint, device_config = open_checkpoint(config.model), resolve_device("cpu", "float32")
     # what the first list of any length makes the libraries load
     tokenizer = checkpoint.tokenizer()
     tokenizer(["word"], return_offsets_mapping=True)
@@ -149,19 +149,20 @@ def measure_here(options: str, steps: str) -> None:
         TrainingState(pathlib.Path(), as_dict(config), trained)
     with stage("tokenise"):
         texts = itertools.chain(*((getattr(pair, side) for pair in part) for side in ("source", "target") for part in (trained, held_out)))
-        words = tokenise(tokenizer, texts, sight(checkpoint), config.prefix)
-    batches = BatchLoader(words, trained, placement, batch=config.batch, epochs=1 + int(steps), seed=config.seed)
+        words = tokenise(tokenizer, texts, context_length(checkpoint), config.prefix)
+    batches = BatchLoader(words, trained, device_config, batch=config.batch, epochs=1 + int(steps), seed=config.seed)
     with stage("pack"):
         for _ in batches.epoch(0):
             pass
-    decoder = load_truncated_decoder(checkpoint, config.layer, words.rows, placement).train()
+    decoder = load_truncated_decoder(checkpoint, config.layer, words.vocab_ids, device_config).train()
     lora.inject(decoder, lora.LoRAConfig(rank=config.rank, alpha=config.alpha), seed=config.seed)
-    pool, objective = pooling("final", checkpoint, placement.device), Objective(config.loss, config.temperature, config.margin)
+    pool = Pooling.from_checkpoint("final", checkpoint, device_config.device)
+    objective = Objective(config.loss, config.temperature, config.margin)
     step = TrainStep(decoder, lambda part: pool(run(decoder, part), part), objective, OptimiserSettings(config.lr), config.seed)
     # the first step allocates
     taken = 0
-    for number, (parts, same) in enumerate(itertools.islice(batches.steps(), 1 + int(steps))):
-        step(number, parts, same)
+    for number, (parts, false_negatives) in enumerate(itertools.islice(batches.steps(), 1 + int(steps))):
+        step(number, parts, false_negatives)
         list(step.pop_results())
         if number == 0:
             began = time.process_time()

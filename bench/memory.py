@@ -1,6 +1,6 @@
-"""``python -m bench.memory``: the peak memory of each subject, each in a process of its own. Linux.
+"""``python -m bench.memory``: the peak memory of each contender, each in a process of its own. Linux.
 
-A process imports what its subject needs, builds it, and takes three steps of the optimiser; its peak is the kernel's
+A process imports what its contender needs, builds it, and takes three steps of the optimiser; its peak is the kernel's
 high-water mark of resident memory (VmHWM). ``ru_maxrss`` would not do: a process inherits that from the one that started it.
 """
 
@@ -22,7 +22,7 @@ _MIB = 1 << 20
 
 
 def measure(config: TrainConfig, names: list[str]) -> list[dict]:
-    """Of each subject: resident bytes once its imports are done, once its model and batch are there, and at most."""
+    """Of each contender: resident bytes once its imports are done, once its model and batch are there, and at most."""
     # all take the same batch, and one of them cannot take every batch
     distinct = "sentence-transformers" in names
     return [{"subject": name, "dtype": config.dtype, "batch": config.batch, **_measure(config, name, distinct)} for name in names]
@@ -33,16 +33,16 @@ def _measure(config: TrainConfig, name: str, distinct: bool) -> dict:
 
 
 def measure_here(name: str, config: str, distinct: str) -> None:
-    """What the process of one subject does."""
-    from bench.peers.subjects import SUBJECTS
+    """What the process of one contender does."""
+    from bench.peers.contenders import CONTENDERS
 
-    subject_class = SUBJECTS[name]
-    subject_class.imports()
+    contender_class = CONTENDERS[name]
+    contender_class.imports()
     imported = resident("VmRSS")
-    subject = subject_class(TrainConfig(**json.loads(config)), bool(distinct))
+    contender = contender_class(TrainConfig(**json.loads(config)), bool(distinct))
     built = resident("VmRSS")
     for _ in range(STEPS):
-        subject.step()
+        contender.step()
     print(json.dumps({"imported_bytes": imported, "built_bytes": built, "peak_bytes": resident("VmHWM")}))
 
 
@@ -63,7 +63,7 @@ def table(rows: list[dict]) -> Table:
 
 def main() -> None:
     """The command."""
-    from bench.peers.subjects import taking_part
+    from bench.peers.contenders import taking_part
 
     config = parse(StepConfig, "bench.memory")
     names, _ = taking_part(config.subjects.split(","))

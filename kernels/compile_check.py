@@ -158,10 +158,10 @@ def _call_losses() -> None:
 
     widths = {model.width for model in shapes.MODELS.values()} | {768}
     for batch, width in itertools.product((1, 8, 63, 64, 256, 1024, 4096, 8191, 65536), widths):
-        source, target, same = _empty(batch, width, grad=True), _empty(batch, width, grad=True), _empty(12, 2, dtype=torch.int64)
+        source, target, false_negatives = _empty(batch, width, grad=True), _empty(batch, width, grad=True), _empty(12, 2, dtype=torch.int64)
         for temperature in (0.07, _empty(grad=True)):
-            infonce.infonce(source, target, temperature, same).backward()
-        hinge.hinge(source, target, 0.4, same).backward()
+            infonce.infonce(source, target, temperature, false_negatives).backward()
+        hinge.hinge(source, target, 0.4, false_negatives).backward()
 
 
 def calls(capability: int) -> Iterator[tuple[Callable[[], None], bool]]:

@@ -88,7 +88,7 @@ PLAIN = Matmul()
 def _forward(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | None, matmul: Matmul, dtype: torch.dtype) -> Tensor:
     """x·Wᵀ + b, [M, N] in x's dtype; W in ``dtype``, or decoded to it a few rows at a time, or its products looked up."""
     if isinstance(weight, TokenTable):
-        return weight.looked_up(x).to(x.dtype)
+        return weight.lookup(x).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if not isinstance(weight, NF4Weight):
         return matmul(x, weight.to(x.dtype), bias)

@@ -229,7 +229,7 @@ def _product(
         weight = nf4.dequantise(weight, x.dtype, out=_buffer(weight.shape, x))
     known = isinstance(weight, TokenTable)
     by_cublas = not nf4_in_loop and rows > (dispatch.decode_rows if x.dtype == torch.float32 else dispatch.fused_rows)
-    y = weight.looked_up(x) if known else x.new_empty((rows, length))
+    y = weight.lookup(x) if known else x.new_empty((rows, length))
     low_splits, rank, strides = (1, 1, (0, 0)) if low is None else (low.shape[0], low.shape[2], factor.stride())
     adding = (rank, low_splits, *strides, scale, *parameters(dropout, seed))
     flags = {"LOW_RANK": low is not None, "BIAS": bias is not None and not by_cublas, "DROPOUT": dropout > 0}

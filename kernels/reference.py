@@ -108,7 +108,7 @@ def linear(x: Tensor, weight: Tensor | NF4Weight | TokenTable, bias: Tensor | No
         [..., N] in x's dtype. Gradient to x alone; none where the weight is a ``TokenTable``.
     """
     if isinstance(weight, TokenTable):
-        return weight.looked_up(x.reshape(-1, x.shape[-1])).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+        return weight.lookup(x.reshape(-1, x.shape[-1])).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
     if isinstance(weight, NF4Weight):
         weight = dequantise(weight, x.dtype)
     return F.linear(x, weight, bias)

@@ -37,7 +37,7 @@ class TokenTable:
     def nbytes(self) -> int:
         return self.products.nbytes
 
-    def looked_up(self, x: Tensor) -> Tensor:
+    def lookup(self, x: Tensor) -> Tensor:
         """The outputs for the rows x [M, K]: [M, N], a copy.
 
         Raises:

@@ -89,14 +89,18 @@ def sources() -> str:
 _ahead: list[tuple] = []
 
 
-def compile_ahead(cases: list, place, timeout_s: float) -> dict:
+def compile_ahead(cases: list, bench_device, timeout_s: float) -> dict:
     """Fill Triton's cache with what the cases launch, on all cores at once; whatever is missing is compiled when it is met."""
     from tli_kernels import launch
 
     from bench.gpu.operands import forget
 
     began = time.perf_counter()
-    jobs = {job.key: (kernel, job) for case in cases for kernel, job in jobs_of(case, launch.capability(place.device), place.dtype)}
+    jobs = {
+        job.key: (kernel, job)
+        for case in cases
+        for kernel, job in jobs_of(case, launch.capability(bench_device.device), bench_device.dtype)
+    }
     _ahead[:] = jobs.values()
     forget()
     # made now, since a kernel's key depends on the order in which a process met them all; none of the copies touches the GPU
@@ -106,26 +110,26 @@ def compile_ahead(cases: list, place, timeout_s: float) -> dict:
 
 
 def jobs_of(case, capability: int, dtype: torch.dtype) -> list[tuple]:
-    """Every kernel that our own subjects of a case launch, with the specialisation, found on tensors without memory."""
+    """Every kernel that our own variants of a case launch, with the specialisation, found on tensors without memory."""
     from tli_kernels import compile_check, launch
 
     from bench.gpu.cases import WAYS
-    from bench.gpu.operands import Place
+    from bench.gpu.operands import BenchDevice
 
     with launch.recording(capability) as launches:
-        for name, maker in case.makers(Place(torch.device("meta"), dtype, cold_bytes=0)).items():
+        for name, maker in case.makers(BenchDevice(torch.device("meta"), dtype, cold_bytes=0)).items():
             if name in ("ours", "fused", *WAYS):
-                subject = maker()
-                with subject.around():
-                    subject.call(0)
+                variant = maker()
+                with variant.around():
+                    variant.call(0)
     return [(one.kernel, compile_check.specialise(one, capability)) for one in launches if 0 not in one.grid]
 
 
-def compile_job(place: int) -> str | None:
+def compile_job(bench_device: int) -> str | None:
     """Compile one of them; returns what went wrong."""
     import triton
 
-    kernel, job = _ahead[place]
+    kernel, job = _ahead[bench_device]
     source = triton.compiler.ASTSource(kernel, job.signature, job.constants, job.attributes)
     target = triton.backends.compiler.GPUTarget("cuda", job.capability, 32)
     try:
@@ -136,7 +140,7 @@ def compile_job(place: int) -> str | None:
     return None
 
 
-def run_cases(cases: list, place, clock, ceiling: dict, watch, console: Console, found: list[dict], left_out: list[dict]) -> None:
+def run_cases(cases: list, bench_device, clock, ceiling: dict, watch, console: Console, found: list[dict], left_out: list[dict]) -> None:
     """Add the records of the cases to ``found``, and to ``left_out`` those that were skipped or failed, with the reason."""
     from bench.gpu.goals import line
     from bench.gpu.operands import forget
@@ -146,9 +150,9 @@ def run_cases(cases: list, place, clock, ceiling: dict, watch, console: Console,
         try:
             if watch.left() <= 0:
                 raise Skipped("no time was left")
-            found.append(measure(case, place, clock, ceiling, watch.share(len(cases) - number), watch.limit()))
+            found.append(measure(case, bench_device, clock, ceiling, watch.share(len(cases) - number), watch.limit()))
             # should the process be killed, this is what is left of it
-            console.print(f"{case}: {'ran' if place.rehearsal else line(found[-1])}", markup=False, soft_wrap=True)
+            console.print(f"{case}: {'ran' if bench_device.rehearsal else line(found[-1])}", markup=False, soft_wrap=True)
             continue
         except (Skipped, TimeoutError) as error:
             left_out.append({"case": str(case), "skipped": str(error)})
@@ -159,7 +163,7 @@ def run_cases(cases: list, place, clock, ceiling: dict, watch, console: Console,
             forget()
         try:
             free()
-            wait(place)
+            wait(bench_device)
         except RuntimeError as error:
             # after an illegal access nothing runs in this process any more
             lost = f"the GPU is lost to this process: {reason(error)}"
@@ -167,14 +171,14 @@ def run_cases(cases: list, place, clock, ceiling: dict, watch, console: Console,
             return
 
 
-def run(cases: list, place, sizes, watch, console: Console, keep_going: bool) -> dict:
+def run(cases: list, bench_device, sizes, watch, console: Console, keep_going: bool) -> dict:
     """Compile, check and time, as far as the time reaches."""
     from bench.gpu import parity as gpu_parity
     from bench.gpu.operands import bitsandbytes, forget
     from bench.gpu.timing import Clock, ceilings, free, reason
 
     checks = gpu_parity.Checks()
-    # where one is missing, its subjects say so
+    # where one is missing, its variants say so
     with contextlib.suppress(ImportError):
         bitsandbytes()
         importlib.import_module("peft")
@@ -182,9 +186,9 @@ def run(cases: list, place, sizes, watch, console: Console, keep_going: bool) ->
     gc.freeze()
     found = {"compiled_ahead": None, "parity": None, "ceilings": None, "cases": [], "left_out": []}
     try:
-        if not place.rehearsal:
+        if not bench_device.rehearsal:
             try:
-                ahead = compile_ahead(cases, place, min(_COMPILING_S, watch.left() / 3))
+                ahead = compile_ahead(cases, bench_device, min(_COMPILING_S, watch.left() / 3))
             except TimeoutError:
                 raise
             except Exception as error:
@@ -192,7 +196,7 @@ def run(cases: list, place, sizes, watch, console: Console, keep_going: bool) ->
             found["compiled_ahead"] = ahead
             console.print(f"compiled ahead: {ahead}", markup=False)
         began = time.perf_counter()
-        gpu_parity.check(checks, place, cases, sizes)
+        gpu_parity.check(checks, bench_device, cases, sizes)
         checks.finished = True
         console.print(f"parity: {len(checks.rows)} checks in {time.perf_counter() - began:.0f} s, {len(checks.failures)} failed")
         if checks.failures and not keep_going:
@@ -200,15 +204,15 @@ def run(cases: list, place, sizes, watch, console: Console, keep_going: bool) ->
             return found
         free()
         gc.freeze()
-        clock = Clock(place.device)
-        found["ceilings"] = ceilings(place, clock)
-        if not place.rehearsal:
+        clock = Clock(bench_device.device)
+        found["ceilings"] = ceilings(bench_device, clock)
+        if not bench_device.rehearsal:
             console.print(f"ceilings: {found['ceilings']}", markup=False)
-        run_cases(cases, place, clock, found["ceilings"], watch, console, found["cases"], found["left_out"])
+        run_cases(cases, bench_device, clock, found["ceilings"], watch, console, found["cases"], found["left_out"])
         signal.setitimer(signal.ITIMER_REAL, 0)
         forget()
         free()
-        found["ceilings_after"] = ceilings(place, clock)
+        found["ceilings_after"] = ceilings(bench_device, clock)
     except TimeoutError as error:
         found["left_out"].append({"case": "all that followed", "skipped": str(error)})
     except Exception as error:
@@ -235,12 +239,12 @@ def main() -> None:
     # other people's
     warnings.simplefilter("ignore", FutureWarning)
     if config.rehearse:
-        place = gpu_operands.Place(device, torch.float32, cold_bytes=20_000, rehearsal=True)
+        bench_device = gpu_operands.BenchDevice(device, torch.float32, cold_bytes=20_000, rehearsal=True)
         cases, sizes = gpu_cases.rehearsed(), gpu_parity.Sizes(elements=1 << 10, eager=4, block=3)
     else:
         device = torch.device("cuda", torch.cuda.current_device())
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or _CACHE_BYTES
-        place = gpu_operands.Place(device, torch.bfloat16, cold_bytes=3 * cache)
+        bench_device = gpu_operands.BenchDevice(device, torch.bfloat16, cold_bytes=3 * cache)
         cases, sizes = gpu_cases.chosen(config.all), gpu_parity.Sizes()
     # what tli.tune found here before must not pass for the table
     launch.use(launch.capability(device), None)
@@ -253,7 +257,7 @@ def main() -> None:
         "gpu": card(device),
         "sources_sha256": sources(),
         "legend": gpu_cases.LEGEND,
-        **run(cases, place, sizes, watch, console, config.keep_going),
+        **run(cases, bench_device, sizes, watch, console, config.keep_going),
     }
     if device.type == "cuda":
         content["gpu"]["after"] = state()
@@ -272,7 +276,7 @@ def main() -> None:
 
 
 def without_numbers(content: dict) -> dict:
-    """A rehearsal's record: which subjects ran, and nothing that could pass for a measurement, whoever copies it out of there."""
+    """A rehearsal's record: which variants ran, and nothing that could pass for a measurement, whoever copies it out of there."""
     for case in content["cases"]:
         case["rehearsal"] = True
         del case["prepared_s"]

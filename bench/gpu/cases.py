@@ -1,6 +1,6 @@
-"""What ``bench.gpu`` times: each case is one problem, and its subjects solve that problem on the same operands.
+"""What ``bench.gpu`` times: each case is one problem, and its variants solve that problem on the same operands.
 
-A subject is made by a function of its own, so that one that cannot run does not keep the others from it.
+A variant is made by a function of its own, so that one that cannot run does not keep the others from it.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tli_kernels import launch, nf4, reference, shapes
 from torch import Tensor
 
-from bench.gpu.operands import SCALE, Place, bitsandbytes, copied, edges, layers, paths, quant_state, units
+from bench.gpu.operands import SCALE, BenchDevice, bitsandbytes, copied, edges, layers, paths, quant_state, units
 from tli.commands import tune
 from tli.runtime import ops
 
@@ -44,7 +44,7 @@ LOSSES = ("pool_norm + infonce", "infonce", "pool_norm")
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class KernelVariant:
     """A way to solve a case.
 
     call:    solve it on copy i, modulo the number of copies; returns the results, always in the case's order
@@ -59,18 +59,18 @@ class Subject:
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
-Makers = dict[str, Callable[[], Subject]]
+Makers = dict[str, Callable[[], KernelVariant]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One problem; ``ours`` is the subject that the others are compared with."""
+    """One problem; ``ours`` is the variant that the others are compared with."""
 
     name: str
 
     op = ""
     ours = ""
-    # whether the results of all subjects must be close
+    # whether the results of all variants must be close
     comparable = True
     measures_memory = False
 
@@ -78,11 +78,11 @@ class Case:
         """What the record says of it."""
         return {"op": self.op, **dataclasses.asdict(self)}
 
-    def makers(self, place: Place) -> Makers:
-        """A function that makes each subject."""
+    def makers(self, bench_device: BenchDevice) -> Makers:
+        """A function that makes each variant."""
         raise NotImplementedError
 
-    def input_bytes(self, place: Place) -> int:
+    def input_bytes(self, bench_device: BenchDevice) -> int:
         """Bytes of one copy of the tensors that it is given."""
         return 0
 
@@ -102,34 +102,34 @@ class Dequantise(Case):
     op = "dequantise"
     ours = "ours"
 
-    def makers(self, place: Place) -> Makers:
-        first = place.weight((self.n, self.k), self.nested)
-        total = first.nbytes + self.n * self.k * place.dtype.itemsize
-        weights = [first, *(copied(first) for _ in range(place.copies(total) - 1))]
-        outs = [torch.empty(self.n, self.k, dtype=place.dtype, device=place.device) for _ in weights]
+    def makers(self, bench_device: BenchDevice) -> Makers:
+        first = bench_device.weight((self.n, self.k), self.nested)
+        total = first.nbytes + self.n * self.k * bench_device.dtype.itemsize
+        weights = [first, *(copied(first) for _ in range(bench_device.copies(total) - 1))]
+        outs = [torch.empty(self.n, self.k, dtype=bench_device.dtype, device=bench_device.device) for _ in weights]
 
-        def ours() -> Subject:
-            return Subject(lambda i: (nf4.dequantise(weights[i % len(weights)], place.dtype, out=outs[i % len(outs)]),), total)
+        def ours() -> KernelVariant:
+            return KernelVariant(lambda i: (nf4.dequantise(weights[i % len(weights)], bench_device.dtype, out=outs[i % len(outs)]),), total)
 
-        def theirs() -> Subject:
+        def theirs() -> KernelVariant:
             bnb = bitsandbytes().functional
-            packed = [(weight.codes.view(-1, 1), quant_state(weight, place.dtype)) for weight in weights]
+            packed = [(weight.codes.view(-1, 1), quant_state(weight, bench_device.dtype)) for weight in weights]
 
             def call(i: int) -> tuple[Tensor, ...]:
                 # it has no such thing on a CPU
-                out = None if place.rehearsal else outs[i % len(outs)]
+                out = None if bench_device.rehearsal else outs[i % len(outs)]
                 return (bnb.dequantize_4bit(*packed[i % len(packed)], out=out),)
 
-            return Subject(call, total)
+            return KernelVariant(call, total)
 
-        def copy() -> Subject:
-            halves = [torch.empty(2, total // 2, dtype=torch.uint8, device=place.device).random_() for _ in weights]
+        def copy() -> KernelVariant:
+            halves = [torch.empty(2, total // 2, dtype=torch.uint8, device=bench_device.device).random_() for _ in weights]
 
             def call(i: int) -> tuple[Tensor, ...]:
                 halves[i % len(halves)][1].copy_(halves[i % len(halves)][0])
                 return ()
 
-            return Subject(call, total)
+            return KernelVariant(call, total)
 
         return {"ours": ours, "bitsandbytes": theirs, "copy": copy}
 
@@ -154,47 +154,47 @@ class Product(Case):
         # each draws its own mask
         return self.dropout == 0.0
 
-    def makers(self, place: Place) -> Makers:
-        held = layers(place, (self.n, self.k), self.rank, self.nested)
-        x = place.normal(self.rows, self.k, seed=1, grad=self.backward)
-        dy = place.normal(self.rows, self.n, seed=2) if self.backward else None
-        subject = functools.partial(self._subject, place, dy)
-        table = dataclasses.astuple(launch.dispatch(launch.capability(place.device)))
+    def makers(self, bench_device: BenchDevice) -> Makers:
+        held = layers(bench_device, (self.n, self.k), self.rank, self.nested)
+        x = bench_device.normal(self.rows, self.k, seed=1, grad=self.backward)
+        dy = bench_device.normal(self.rows, self.n, seed=2) if self.backward else None
+        variant = functools.partial(self._variant, bench_device, dy)
+        table = dataclasses.astuple(launch.dispatch(launch.capability(bench_device.device)))
 
-        def ours(limits: tuple[int, int], resident: bool) -> Subject:
+        def ours(limits: tuple[int, int], resident: bool) -> KernelVariant:
             weights = held.resident if resident else held.packed
 
             def product(i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
                 a, b = held.factors[i % len(held.factors)]
                 return ops.fused().lora_linear(x, weights[i % len(weights)], a, b, SCALE, dropout=self.dropout, seed=1), (x, a, b)
 
-            return subject(product, weights[0].nbytes, around=lambda: ops.override_dispatch(place.device, *limits))
+            return variant(product, weights[0].nbytes, around=lambda: ops.override_dispatch(bench_device.device, *limits))
 
-        def peft(autocast: bool) -> Subject:
+        def peft(autocast: bool) -> KernelVariant:
             modules = held.peft(self.dropout)
 
             def product(i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
                 layer = modules[i % len(modules)]
-                with torch.autocast(place.device.type, torch.bfloat16, enabled=autocast):
+                with torch.autocast(bench_device.device.type, torch.bfloat16, enabled=autocast):
                     y = layer(x)
                 return y, (x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
 
-            return subject(product, held.packed[0].nbytes)
+            return variant(product, held.packed[0].nbytes)
 
-        def eager(weight_at: Callable[[int], Tensor], weight_bytes: int) -> Subject:
+        def eager(weight_at: Callable[[int], Tensor], weight_bytes: int) -> KernelVariant:
             def product(i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
                 a, b = held.factors[i % len(held.factors)]
                 low = F.linear(F.dropout(x, self.dropout), a.to(x.dtype))
                 return torch.addmm(F.linear(x, weight_at(i)), low, b.to(x.dtype).t(), alpha=SCALE), (x, a, b)
 
-            return subject(product, weight_bytes)
+            return variant(product, weight_bytes)
 
-        def dequantised() -> Subject:
+        def dequantised() -> KernelVariant:
             bnb = bitsandbytes().functional
-            packed = [(weight.codes.view(-1, 1), quant_state(weight, place.dtype)) for weight in held.packed]
+            packed = [(weight.codes.view(-1, 1), quant_state(weight, bench_device.dtype)) for weight in held.packed]
             return eager(lambda i: bnb.dequantize_4bit(*packed[i % len(packed)]), held.packed[0].nbytes)
 
-        def resident() -> Subject:
+        def resident() -> KernelVariant:
             return eager(lambda i: held.resident[i % len(held.resident)], held.resident[0].nbytes)
 
         return {
@@ -206,7 +206,9 @@ class Product(Case):
             "eager, resident": resident,
         }
 
-    def _subject(self, place: Place, dy: Tensor | None, product, weight_bytes: int, around=contextlib.nullcontext) -> Subject:
+    def _variant(
+        self, bench_device: BenchDevice, dy: Tensor | None, product, weight_bytes: int, around=contextlib.nullcontext
+    ) -> KernelVariant:
         def forward(i: int) -> tuple[Tensor, ...]:
             with torch.no_grad():
                 return (product(i)[0],)
@@ -216,13 +218,13 @@ class Product(Case):
             return (y.detach(), *torch.autograd.grad(y, leaves, dy))
 
         width, low = self.n + self.k, self.rank * (self.n + self.k)
-        moved, computed = self.rows * width * place.dtype.itemsize + 4 * low, 2 * self.rows * (self.n * self.k + low)
+        moved, computed = self.rows * width * bench_device.dtype.itemsize + 4 * low, 2 * self.rows * (self.n * self.k + low)
         if dy is None:
-            return Subject(forward, weight_bytes + moved, computed, around)
+            return KernelVariant(forward, weight_bytes + moved, computed, around)
         # dx = dy·W, and of the low rank dy·B, u·A, uᵀ·x and dyᵀ·t; x, dy and both factors are read, dx and the gradients written
-        moved += self.rows * (width + self.k) * place.dtype.itemsize + 8 * low
+        moved += self.rows * (width + self.k) * bench_device.dtype.itemsize + 8 * low
         computed += 2 * self.rows * (self.n * self.k + 2 * low)
-        return Subject(both, 2 * weight_bytes + moved, computed, around)
+        return KernelVariant(both, 2 * weight_bytes + moved, computed, around)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,54 +245,54 @@ class Loss(Case):
     def op(self) -> str:
         return self.name
 
-    def makers(self, place: Place) -> Makers:
-        operands, problem, gradient = self._problem(place)
-        others = place.copies(sum(each.nbytes for each in operands), most=400) - 1
+    def makers(self, bench_device: BenchDevice) -> Makers:
+        operands, problem, gradient = self._problem(bench_device)
+        others = bench_device.copies(sum(each.nbytes for each in operands), most=400) - 1
         copies = [operands, *([each.detach().clone().requires_grad_() for each in operands] for _ in range(others))]
         moved, computed = self._floors(operands)
 
-        def solve(function: Callable[..., Tensor], around=contextlib.nullcontext) -> Subject:
+        def solve(function: Callable[..., Tensor], around=contextlib.nullcontext) -> KernelVariant:
             def call(i: int) -> tuple[Tensor, ...]:
                 leaves = copies[i % len(copies)]
                 result = function(*leaves)
                 return (result.detach(), *torch.autograd.grad(result, leaves, gradient))
 
-            return Subject(call, moved, computed, around)
+            return KernelVariant(call, moved, computed, around)
 
         def plain(*leaves: Tensor) -> Tensor:
             return problem(reference, *leaves)
 
-        def compiled() -> Subject:
-            if place.rehearsal:
+        def compiled() -> KernelVariant:
+            if bench_device.rehearsal:
                 raise RuntimeError("torch.compile is no part of a rehearsal: it takes a minute")
             # a size that was compiled before counts towards the limit of recompilations, and beyond it runs eagerly
             torch._dynamo.reset()
             return solve(torch.compile(plain, dynamic=False))
 
         makers = {
-            "fused": lambda: solve(functools.partial(problem, ops.fused()), lambda: ops.override_dispatch(place.device, 0, 0)),
+            "fused": lambda: solve(functools.partial(problem, ops.fused()), lambda: ops.override_dispatch(bench_device.device, 0, 0)),
             "eager": lambda: solve(plain),
         }
         return {**makers, "compiled": compiled} if self.compiled else {**makers, "eager, tf32": lambda: solve(plain, _tf32)}
 
-    def _problem(self, place: Place) -> tuple[list[Tensor], Callable[..., Tensor], Tensor | None]:
+    def _problem(self, bench_device: BenchDevice) -> tuple[list[Tensor], Callable[..., Tensor], Tensor | None]:
         """The tensors that want gradients, the problem as a function of an implementation and of these, and the gradient that comes in."""
         if self.name == "infonce":
-            source, target = units(place, self.pairs, self.width)
-            same = edges(self.pairs, place.device)
-            return [source, target], lambda impl, u, v: impl.infonce(u, v, TEMPERATURE, same), None
-        indptr, indices, nodes = paths(2 * self.pairs, place.device)
-        states = place.normal(nodes, self.width, seed=5, grad=True)
-        norm_weight = place.normal(self.width, dtype=torch.float32, seed=6) * 0.1 + 1
+            source, target = units(bench_device, self.pairs, self.width)
+            false_negatives = edges(self.pairs, bench_device.device)
+            return [source, target], lambda impl, u, v: impl.infonce(u, v, TEMPERATURE, false_negatives), None
+        indptr, indices, nodes = paths(2 * self.pairs, bench_device.device)
+        states = bench_device.normal(nodes, self.width, seed=5, grad=True)
+        norm_weight = bench_device.normal(self.width, dtype=torch.float32, seed=6) * 0.1 + 1
         transposed = reference.transpose_paths(indptr, indices, nodes)
 
         def pooled(impl, states: Tensor) -> Tensor:
             return impl.pool_norm(states, indptr, indices, norm_weight, 1e-6, transposed)
 
         if self.name == "pool_norm":
-            return [states], pooled, place.normal(2 * self.pairs, self.width, dtype=torch.float32, seed=7)
-        same = edges(self.pairs, place.device)
-        return [states], lambda impl, states: impl.infonce(*pooled(impl, states).chunk(2), TEMPERATURE, same), None
+            return [states], pooled, bench_device.normal(2 * self.pairs, self.width, dtype=torch.float32, seed=7)
+        false_negatives = edges(self.pairs, bench_device.device)
+        return [states], lambda impl, states: impl.infonce(*pooled(impl, states).chunk(2), TEMPERATURE, false_negatives), None
 
     def _floors(self, operands: list[Tensor]) -> tuple[int, int]:
         """Bytes to move and operations to make: states, units and their gradients; s = u·vᵀ once, and du and dv of it."""
@@ -306,11 +308,11 @@ class Loss(Case):
             moved += rows if self.name == "infonce" else 3 * rows
         return moved, computed
 
-    def input_bytes(self, place: Place) -> int:
+    def input_bytes(self, bench_device: BenchDevice) -> int:
         """The leaves and the rows that come in as a gradient; the few bytes of paths and edges are left out."""
         if self.name == "infonce":
             return 2 * self.pairs * self.width * 4
-        states = paths(2 * self.pairs, "meta")[2] * self.width * place.dtype.itemsize
+        states = paths(2 * self.pairs, "meta")[2] * self.width * bench_device.dtype.itemsize
         return states + (2 * self.pairs * self.width * 4 if self.name == "pool_norm" else 0)
 
 

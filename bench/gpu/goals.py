@@ -12,9 +12,9 @@ from bench.gpu.timing import AGAIN
 from tli.commands import tune
 
 
-def _of(row: dict, subject: str) -> dict:
-    """A subject's part of a case's record."""
-    return next((each for each in row["subjects"] if each["subject"] == subject), {"subject": subject, "failed": ""})
+def _of(row: dict, variant: str) -> dict:
+    """A variant's part of a case's record."""
+    return next((each for each in row["subjects"] if each["subject"] == variant), {"subject": variant, "failed": ""})
 
 
 def dispatches(found: list[dict], table: tuple[int, int]) -> tuple[dict, list[dict]]:

@@ -18,7 +18,7 @@ _MOST_COPIES = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class BenchDevice:
     """Where the cases run.
 
     dtype:       of activations and of 16-bit weights
@@ -54,22 +54,22 @@ class Place:
 
 
 class Layers:
-    """Copies of one linear layer with its adapter, in each of the forms that the subjects take."""
+    """Copies of one linear layer with its adapter, in each of the forms that the variants take."""
 
-    def __init__(self, place: Place, size: tuple[int, int], rank: int, nested: bool):
-        (n, k), self.place, self.size, self.nested = size, place, size, nested
-        first = place.weight(size, nested)
-        self.packed = [first, *(copied(first) for _ in range(place.copies(first.nbytes) - 1))]
-        a, b = place.normal(rank, k, dtype=torch.float32, seed=3) / k**0.5, place.normal(n, rank, dtype=torch.float32, seed=4)
+    def __init__(self, bench_device: BenchDevice, size: tuple[int, int], rank: int, nested: bool):
+        (n, k), self.bench_device, self.size, self.nested = size, bench_device, size, nested
+        first = bench_device.weight(size, nested)
+        self.packed = [first, *(copied(first) for _ in range(bench_device.copies(first.nbytes) - 1))]
+        a, b = bench_device.normal(rank, k, dtype=torch.float32, seed=3) / k**0.5, bench_device.normal(n, rank, dtype=torch.float32, seed=4)
         self.factors = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for _ in self.packed]
         self._peft: dict[float, list[nn.Module]] = {}
 
     @functools.cached_property
     def resident(self) -> list[Tensor]:
-        if self.place.device.type == "meta":
-            return [torch.empty(self.size, dtype=self.place.dtype, device="meta")]
-        first = reference.dequantise(self.packed[0], self.place.dtype)
-        return [first, *(first.clone() for _ in range(self.place.copies(first.nbytes) - 1))]
+        if self.bench_device.device.type == "meta":
+            return [torch.empty(self.size, dtype=self.bench_device.dtype, device="meta")]
+        first = reference.dequantise(self.packed[0], self.bench_device.dtype)
+        return [first, *(first.clone() for _ in range(self.bench_device.copies(first.nbytes) - 1))]
 
     def peft(self, dropout: float) -> list[nn.Module]:
         """peft's LoRA layer over bitsandbytes' Linear4bit, of the same bytes."""
@@ -82,11 +82,11 @@ class Layers:
         bnb = bitsandbytes()
         import peft
 
-        holder, (n, k), place = nn.Module(), self.size, self.place
+        holder, (n, k), bench_device = nn.Module(), self.size, self.bench_device
         kind = {"quant_type": "nf4", "compress_statistics": self.nested}
         # on the meta device it takes no memory, and the weight is replaced
-        holder.layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=place.dtype, device="meta", **kind)
-        state = quant_state(weight, place.dtype)
+        holder.layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=bench_device.dtype, device="meta", **kind)
+        state = quant_state(weight, bench_device.dtype)
         codes = weight.codes.view(-1, 1)
         holder.layer.weight = bnb.nn.Params4bit(codes, quant_state=state, bnb_quantized=True, module=holder.layer, **kind)
         holder.layer.quant_state = state
@@ -101,9 +101,9 @@ class Layers:
 
 
 @functools.lru_cache(maxsize=1)
-def layers(place: Place, size: tuple[int, int], rank: int, nested: bool) -> Layers:
+def layers(bench_device: BenchDevice, size: tuple[int, int], rank: int, nested: bool) -> Layers:
     # the next case often has the same ones
-    return Layers(place, size, rank, nested)
+    return Layers(bench_device, size, rank, nested)
 
 
 def forget() -> None:
@@ -128,10 +128,10 @@ def paths(words: int, device: torch.device | str) -> tuple[Tensor, Tensor, int]:
     return indptr.to(device), indices.to(device), shared + int((~first).sum())
 
 
-def units(place: Place, pairs: int, width: int) -> tuple[Tensor, Tensor]:
+def units(bench_device: BenchDevice, pairs: int, width: int) -> tuple[Tensor, Tensor]:
     """Unit rows of two sides that know of each other, so that neither loss nor gradients are those of noise alone."""
-    source = place.normal(pairs, width, dtype=torch.float32, seed=9)
-    target = source + place.normal(pairs, width, dtype=torch.float32, seed=10)
+    source = bench_device.normal(pairs, width, dtype=torch.float32, seed=9)
+    target = source + bench_device.normal(pairs, width, dtype=torch.float32, seed=10)
     return tuple(F.normalize(side, dim=-1).requires_grad_() for side in (source, target))
 
 

@@ -16,7 +16,7 @@ from tli_kernels.nf4_weight import NF4Weight
 from torch import Tensor
 
 from bench.gpu.cases import TEMPERATURE, WAYS, Case, Dequantise, Loss, Product
-from bench.gpu.operands import SCALE, Place, bitsandbytes, edges, paths, quant_state, units
+from bench.gpu.operands import SCALE, BenchDevice, bitsandbytes, edges, paths, quant_state, units
 from bench.gpu.timing import free, reason
 from tli.commands import tune
 from tli.runtime import ops
@@ -94,56 +94,56 @@ class Checks:
             free()
 
 
-def check(checks: Checks, place: Place, cases: list[Case], sizes: Sizes) -> None:
+def check(checks: Checks, bench_device: BenchDevice, cases: list[Case], sizes: Sizes) -> None:
     """Make every check, for these cases."""
     for size, nested in dict.fromkeys(((case.n, case.k), case.nested) for case in cases if isinstance(case, Dequantise)):
         with checks.about(f"dequantise {list(size)} nested {nested}"):
-            check_dequantise(checks, place, size, nested)
+            check_dequantise(checks, bench_device, size, nested)
     # forward is checked with backward
     products = dict.fromkeys(dataclasses.replace(case, backward=True) for case in cases if isinstance(case, Product))
     for case in products:
         with checks.about(str(case)):
-            check_product(checks, place, case, place.dtype)
-    for case, dtype in edge_products(place):
+            check_product(checks, bench_device, case, bench_device.dtype)
+    for case, dtype in edge_products(bench_device):
         with checks.about(f"{case}, {dtype}"):
-            check_product(checks, place, case, dtype, bias=True)
-            check_linear(checks, place, case, dtype)
+            check_product(checks, bench_device, case, dtype, bias=True)
+            check_linear(checks, bench_device, case, dtype)
     for op, pairs, width in dict.fromkeys((case.op, case.pairs, case.width) for case in cases if isinstance(case, Loss)):
         for name, one in (("pool_norm", check_pool_norm), ("infonce", functools.partial(check_infonce, sizes=sizes))):
             if name in op and not any(row["check"].startswith(f"{name} {pairs} x {width}") for row in checks.rows):
                 with checks.about(f"{name} {pairs} x {width}"):
-                    one(checks, place, pairs, width)
+                    one(checks, bench_device, pairs, width)
                 free()
     for one in (check_hinge, check_nan, check_same_bits):
         with checks.about(one.__name__):
-            one(checks, place)
+            one(checks, bench_device)
     for one in (check_large_products, check_large_dequantise):
         with checks.about(one.__name__):
-            one(checks, place, sizes.elements)
+            one(checks, bench_device, sizes.elements)
         free()
 
 
-def edge_products(place: Place) -> list[tuple[Product, torch.dtype]]:
+def edge_products(bench_device: BenchDevice) -> list[tuple[Product, torch.dtype]]:
     """Odd sizes in all three dtypes."""
-    if place.rehearsal:
+    if bench_device.rehearsal:
         return [(Product("edge", 65, 64, rows=5, rank=3, dropout=0.2), torch.float16)]
     prime = Product("edge", 129, 192, rows=67, rank=33, dropout=0.2, nested=True)
     single = Product("edge", 1000, 64, rows=1, rank=1)
     return [*((prime, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)), (single, torch.bfloat16)]
 
 
-def check_dequantise(checks: Checks, place: Place, size: tuple[int, int], nested: bool) -> None:
+def check_dequantise(checks: Checks, bench_device: BenchDevice, size: tuple[int, int], nested: bool) -> None:
     """Bit for bit what bitsandbytes gives on the CPU, and what it gives here, if those two are alike."""
     bnb = bitsandbytes().functional
-    weight = place.weight(size, nested)
+    weight = bench_device.weight(size, nested)
     scales = weight.nested_absmax if nested else weight.absmax
     # a huge, a tiny and an empty block
     scales[: min(3, len(scales))] = torch.tensor([1e30, 1e-30, 0.0], device=scales.device)[: len(scales)]
     on_cpu = weight.to("cpu")
     # the interpreter does not know bf16
-    for dtype in (torch.float16, torch.float32, *([] if place.rehearsal else [torch.bfloat16])):
+    for dtype in (torch.float16, torch.float32, *([] if bench_device.rehearsal else [torch.bfloat16])):
         what = f"dequantise {list(size)} nested {nested} {dtype}"
-        poison(place)
+        poison(bench_device)
         got = nf4.dequantise(weight, dtype)
         cpu = bnb.dequantize_4bit(on_cpu.codes.view(-1, 1), quant_state(on_cpu, dtype)).to(got.device)
         checks.equal(f"{what}, as bitsandbytes on the CPU", (got,), (cpu,))
@@ -155,11 +155,11 @@ def check_dequantise(checks: Checks, place: Place, size: tuple[int, int], nested
             checks.rows[-1]["note"] = f"bitsandbytes itself differs from its CPU in {int((cpu != here).sum())} elements"
 
 
-def _operands(place: Place, case: Product, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+def _operands(bench_device: BenchDevice, case: Product, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """x, A and B, and the gradient to y."""
-    x, dy = place.normal(case.rows, case.k, dtype=dtype, seed=1), place.normal(case.rows, case.n, dtype=dtype, seed=2)
-    a = place.normal(case.rank, case.k, dtype=torch.float32, seed=3) / case.k**0.5
-    return [x, a, place.normal(case.n, case.rank, dtype=torch.float32, seed=4)], dy
+    x, dy = bench_device.normal(case.rows, case.k, dtype=dtype, seed=1), bench_device.normal(case.rows, case.n, dtype=dtype, seed=2)
+    a = bench_device.normal(case.rank, case.k, dtype=torch.float32, seed=3) / case.k**0.5
+    return [x, a, bench_device.normal(case.n, case.rank, dtype=torch.float32, seed=4)], dy
 
 
 def _solved(function: Callable[..., Tensor], leaves: list[Tensor], gradient: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -169,12 +169,12 @@ def _solved(function: Callable[..., Tensor], leaves: list[Tensor], gradient: Ten
     return (result.detach(), *torch.autograd.grad(result, leaves, gradient))
 
 
-def check_product(checks: Checks, place: Place, case: Product, dtype: torch.dtype, bias: bool = False) -> None:
+def check_product(checks: Checks, bench_device: BenchDevice, case: Product, dtype: torch.dtype, bias: bool = False) -> None:
     """``nf4_lora`` by every way, and its three gradients."""
-    weight = place.weight((case.n, case.k), case.nested)
+    weight = bench_device.weight((case.n, case.k), case.nested)
     held = reference.dequantise(weight, dtype)
-    leaves, dy = _operands(place, case, dtype)
-    added = place.normal(case.n, dtype=dtype, seed=5) if bias else None
+    leaves, dy = _operands(bench_device, case, dtype)
+    added = bench_device.normal(case.n, dtype=dtype, seed=5) if bias else None
 
     def plain(kind: torch.dtype) -> tuple[Tensor, ...]:
         def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -187,8 +187,8 @@ def check_product(checks: Checks, place: Place, case: Product, dtype: torch.dtyp
     terms = {"y": case.k + case.rank, "dx": case.n + case.rank, "dA": case.rows + case.n, "dB": case.rows + case.k}
     for way, limits in WAYS.items():
         operand = held if way.startswith("resident") else weight
-        with checks.about(f"{case}, {dtype}, {way}"), ops.override_dispatch(place.device, *limits):
-            poison(place)
+        with checks.about(f"{case}, {dtype}, {way}"), ops.override_dispatch(bench_device.device, *limits):
+            poison(bench_device)
             got = _solved(lambda *leaves: ops.fused().lora_linear(*_with(leaves, operand), SCALE, added, case.dropout, SEED), leaves, dy)  # noqa: B023
             for (name, count), *results in zip(terms.items(), got, eager, truth, strict=True):
                 checks.faithful(f"{case}, {dtype}, {way}: {name}", *results, count)
@@ -198,30 +198,30 @@ def _with(leaves: tuple[Tensor, ...], weight: NF4Weight | Tensor) -> tuple:
     return leaves[0], weight, *leaves[1:]
 
 
-def check_linear(checks: Checks, place: Place, case: Product, dtype: torch.dtype) -> None:
+def check_linear(checks: Checks, bench_device: BenchDevice, case: Product, dtype: torch.dtype) -> None:
     """``linear`` by every way, and its gradient."""
-    weight = place.weight((case.n, case.k), case.nested)
+    weight = bench_device.weight((case.n, case.k), case.nested)
     held = reference.dequantise(weight, dtype)
-    (x, _, _), dy = _operands(place, case, dtype)
+    (x, _, _), dy = _operands(bench_device, case, dtype)
     truth = _solved(lambda x: reference.linear(x, held.double()), [x.double()], dy.double())
     eager = _solved(lambda x: reference.linear(x, held), [x], dy)
     for way, limits in WAYS.items():
         operand = held if way.startswith("resident") else weight
-        with ops.override_dispatch(place.device, *limits):
-            poison(place)
+        with ops.override_dispatch(bench_device.device, *limits):
+            poison(bench_device)
             got = _solved(lambda x: ops.fused().linear(x, operand), [x], dy)  # noqa: B023
         for name, count, *results in zip(("y", "dx"), (case.k, case.n), got, eager, truth, strict=True):
             checks.faithful(f"linear {case}, {dtype}, {way}: {name}", *results, count)
 
 
-def check_pool_norm(checks: Checks, place: Place, pairs: int, width: int) -> None:
+def check_pool_norm(checks: Checks, bench_device: BenchDevice, pairs: int, width: int) -> None:
     """Unit rows and the gradient to the states, with the norm and without it."""
-    indptr, indices, nodes = paths(2 * pairs, place.device)
+    indptr, indices, nodes = paths(2 * pairs, bench_device.device)
     transposed = reference.transpose_paths(indptr, indices, nodes)
-    states, dunits = place.normal(nodes, width, seed=5), place.normal(2 * pairs, width, dtype=torch.float32, seed=7)
+    states, dunits = bench_device.normal(nodes, width, seed=5), bench_device.normal(2 * pairs, width, dtype=torch.float32, seed=7)
     lengths = indptr.diff()
     word = torch.repeat_interleave(torch.arange(2 * pairs, device=indptr.device), lengths)
-    for norm_weight in (None, place.normal(width, dtype=torch.float32, seed=6) * 0.1 + 1):
+    for norm_weight in (None, bench_device.normal(width, dtype=torch.float32, seed=6) * 0.1 + 1):
 
         def exact(states: Tensor, norm_weight=norm_weight) -> Tensor:
             tokens = states
@@ -234,33 +234,33 @@ def check_pool_norm(checks: Checks, place: Place, pairs: int, width: int) -> Non
             return _solved(lambda states: impl.pool_norm(states, indptr, indices, norm_weight, 1e-6, transposed), [states], dunits)
 
         truth, eager = _solved(exact, [states.double()], dunits.double()), by(reference)
-        poison(place)
-        with ops.override_dispatch(place.device, 0, 0):
+        poison(bench_device)
+        with ops.override_dispatch(bench_device.device, 0, 0):
             got = by(ops.fused())
         norm = "without the norm" if norm_weight is None else "with the norm"
         for name, *results in zip(("units", "dstates"), got, eager, truth, strict=True):
             checks.faithful(f"pool_norm {pairs} x {width} {norm}: {name}", *results, width)
 
 
-def check_infonce(checks: Checks, place: Place, pairs: int, width: int, sizes: Sizes) -> None:
+def check_infonce(checks: Checks, bench_device: BenchDevice, pairs: int, width: int, sizes: Sizes) -> None:
     """The loss and its gradients to both sides and to the temperature; the truth comes in blocks of rows."""
-    source, target = (side.detach() for side in units(place, pairs, width))
-    temperature = torch.tensor(TEMPERATURE, device=place.device)
-    same = edges(pairs, place.device)
+    source, target = (side.detach() for side in units(bench_device, pairs, width))
+    temperature = torch.tensor(TEMPERATURE, device=bench_device.device)
+    false_negatives = edges(pairs, bench_device.device)
     leaves = [source, target, temperature]
-    truth = streamed(*(leaf.double() for leaf in leaves), same, sizes.block)
+    truth = streamed(*(leaf.double() for leaf in leaves), false_negatives, sizes.block)
     if pairs <= sizes.eager:
-        eager = _solved(lambda *leaves: reference.infonce(*leaves, same), leaves)
+        eager = _solved(lambda *leaves: reference.infonce(*leaves, false_negatives), leaves)
     else:
-        eager = streamed(*leaves, same, sizes.block)
-    poison(place)
-    with ops.override_dispatch(place.device, 0, 0):
-        got = _solved(lambda *leaves: ops.fused().infonce(*leaves, same), leaves)
+        eager = streamed(*leaves, false_negatives, sizes.block)
+    poison(bench_device)
+    with ops.override_dispatch(bench_device.device, 0, 0):
+        got = _solved(lambda *leaves: ops.fused().infonce(*leaves, false_negatives), leaves)
     for name, *results in zip(("loss", "dsource", "dtarget", "dtemperature"), got, eager, truth, strict=True):
         checks.faithful(f"infonce {pairs} x {width}: {name}", *results, pairs + width)
 
 
-def streamed(source: Tensor, target: Tensor, temperature: Tensor, same: Tensor, block: int) -> tuple[Tensor, ...]:
+def streamed(source: Tensor, target: Tensor, temperature: Tensor, false_negatives: Tensor, block: int) -> tuple[Tensor, ...]:
     """infonce and its gradients by plain PyTorch in the dtype of its input, ``block`` rows of s at a time."""
     pairs = len(source)
     own = (source * target).sum(1) / temperature
@@ -270,7 +270,7 @@ def streamed(source: Tensor, target: Tensor, temperature: Tensor, same: Tensor, 
         for first in range(0, pairs, block):
             some = slice(first, min(pairs, first + block))
             s = source[some] @ target.t() / temperature
-            inside = same[(same[:, 0] >= some.start) & (same[:, 0] < some.stop)]
+            inside = false_negatives[(false_negatives[:, 0] >= some.start) & (false_negatives[:, 0] < some.stop)]
             s[inside[:, 0] - some.start, inside[:, 1]] = float("-inf")
             yield some, s
 
@@ -289,63 +289,63 @@ def streamed(source: Tensor, target: Tensor, temperature: Tensor, same: Tensor, 
     return loss, dsource, dtarget, dtemperature
 
 
-def check_hinge(checks: Checks, place: Place) -> None:
+def check_hinge(checks: Checks, bench_device: BenchDevice) -> None:
     """The paper's loss and its gradients."""
-    pairs, width = (9, 32) if place.rehearsal else (257, 768)
+    pairs, width = (9, 32) if bench_device.rehearsal else (257, 768)
     # of strangers: the loss of pairs that are alike is a small difference of large cosines, on which the rule says little
-    source, target = (F.normalize(place.normal(pairs, width, dtype=torch.float32, seed=seed), dim=-1) for seed in (9, 10))
-    same = edges(pairs, place.device)
-    own = torch.arange(pairs, device=place.device)
+    source, target = (F.normalize(bench_device.normal(pairs, width, dtype=torch.float32, seed=seed), dim=-1) for seed in (9, 10))
+    false_negatives = edges(pairs, bench_device.device)
+    own = torch.arange(pairs, device=bench_device.device)
 
     def exact(u: Tensor, v: Tensor) -> Tensor:
         cosines = u @ v.t()
         kept = torch.ones_like(cosines, dtype=torch.bool)
-        kept[same[:, 0], same[:, 1]] = kept[own, own] = False
+        kept[false_negatives[:, 0], false_negatives[:, 1]] = kept[own, own] = False
         hardest = cosines.masked_fill(~kept, float("-inf")).amax(1)
         return (0.4 - cosines.diagonal() + hardest).clamp(min=0).mean()
 
     truth = _solved(exact, [source.double(), target.double()])
-    eager = _solved(lambda u, v: reference.hinge(u, v, 0.4, same), [source, target])
-    poison(place)
-    with ops.override_dispatch(place.device, 0, 0):
-        got = _solved(lambda u, v: ops.fused().hinge(u, v, 0.4, same), [source, target])
+    eager = _solved(lambda u, v: reference.hinge(u, v, 0.4, false_negatives), [source, target])
+    poison(bench_device)
+    with ops.override_dispatch(bench_device.device, 0, 0):
+        got = _solved(lambda u, v: ops.fused().hinge(u, v, 0.4, false_negatives), [source, target])
     for name, *results in zip(("loss", "dsource", "dtarget"), got, eager, truth, strict=True):
         checks.faithful(f"hinge {pairs} x {width}: {name}", *results, pairs + width)
 
 
-def check_nan(checks: Checks, place: Place) -> None:
+def check_nan(checks: Checks, bench_device: BenchDevice) -> None:
     """A NaN comes through, and stays where it belongs."""
     case = Product("nan", 128, 64, rows=6, rank=4)
-    weight, (x, a, b) = place.weight((128, 64), False), _operands(place, case, place.dtype)[0]
+    weight, (x, a, b) = bench_device.weight((128, 64), False), _operands(bench_device, case, bench_device.dtype)[0]
     x[2, 7] = torch.nan
-    held = reference.dequantise(weight, place.dtype)
+    held = reference.dequantise(weight, bench_device.dtype)
     for way, limits in WAYS.items():
-        with ops.override_dispatch(place.device, *limits):
+        with ops.override_dispatch(bench_device.device, *limits):
             nan = ops.fused().lora_linear(x, held if way.startswith("resident") else weight, a, b, SCALE).isnan()
         checks.holds(f"nan in row 2 of 6, {way}", nan[2].all() and nan.sum() == 128, f"{int(nan.sum())} of 128")
-    indptr, indices, nodes = paths(16, place.device)
-    states = place.normal(nodes, 64)
+    indptr, indices, nodes = paths(16, bench_device.device)
+    states = bench_device.normal(nodes, 64)
     states[indices[0]] = torch.nan
-    with ops.override_dispatch(place.device, 0, 0):
+    with ops.override_dispatch(bench_device.device, 0, 0):
         nan = ops.fused().pool_norm(states, indptr, indices).isnan().all(1)
     holds = torch.stack([(indices[begin:end] == indices[0]).any() for begin, end in zip(indptr[:-1], indptr[1:])])
     checks.equal("nan in the words that hold the node and in no other", (nan,), (holds,))
-    source, target = (side.detach().clone() for side in units(place, 8, 64))
+    source, target = (side.detach().clone() for side in units(bench_device, 8, 64))
     source[3] = torch.nan
-    with ops.override_dispatch(place.device, 0, 0):
-        loss = ops.fused().infonce(source, target, TEMPERATURE, edges(8, place.device))
+    with ops.override_dispatch(bench_device.device, 0, 0):
+        loss = ops.fused().infonce(source, target, TEMPERATURE, edges(8, bench_device.device))
     checks.holds("nan in a word's vector is a nan in the loss", loss.isnan(), str(loss))
 
 
-def check_same_bits(checks: Checks, place: Place) -> None:
+def check_same_bits(checks: Checks, bench_device: BenchDevice) -> None:
     """Twice the same, with every gradient."""
-    pairs, width = (3, 32) if place.rehearsal else (1024, 768)
-    case = Product("bits", 65, 64, rows=3, rank=4) if place.rehearsal else Product("bits", 4096, 4096, rows=1000)
-    weight, (leaves, dy) = place.weight((case.n, case.k), True), _operands(place, case, place.dtype)
-    held = reference.dequantise(weight, place.dtype)
-    indptr, indices, nodes = paths(2 * pairs, place.device)
-    states, dunits = place.normal(nodes, width), place.normal(2 * pairs, width, dtype=torch.float32)
-    sides, same = list(units(place, pairs, width)), edges(pairs, place.device)
+    pairs, width = (3, 32) if bench_device.rehearsal else (1024, 768)
+    case = Product("bits", 65, 64, rows=3, rank=4) if bench_device.rehearsal else Product("bits", 4096, 4096, rows=1000)
+    weight, (leaves, dy) = bench_device.weight((case.n, case.k), True), _operands(bench_device, case, bench_device.dtype)
+    held = reference.dequantise(weight, bench_device.dtype)
+    indptr, indices, nodes = paths(2 * pairs, bench_device.device)
+    states, dunits = bench_device.normal(nodes, width), bench_device.normal(2 * pairs, width, dtype=torch.float32)
+    sides, false_negatives = list(units(bench_device, pairs, width)), edges(pairs, bench_device.device)
     problems: dict[str, tuple] = {
         f"nf4_lora, {way}": (
             functools.partial(
@@ -359,17 +359,17 @@ def check_same_bits(checks: Checks, place: Place) -> None:
         for way, limits in WAYS.items()
     }
     problems["pool_norm"] = (lambda states: ops.fused().pool_norm(states, indptr, indices), [states], dunits, (0, 0))
-    problems["infonce"] = (lambda u, v: ops.fused().infonce(u, v, TEMPERATURE, same), sides, None, (0, 0))
-    problems["hinge"] = (lambda u, v: ops.fused().hinge(u, v, 0.4, same), sides, None, (0, 0))
+    problems["infonce"] = (lambda u, v: ops.fused().infonce(u, v, TEMPERATURE, false_negatives), sides, None, (0, 0))
+    problems["hinge"] = (lambda u, v: ops.fused().hinge(u, v, 0.4, false_negatives), sides, None, (0, 0))
     for name, (function, operands, gradient, limits) in problems.items():
-        with checks.about(f"the same bits twice: {name}"), ops.override_dispatch(place.device, *limits):
+        with checks.about(f"the same bits twice: {name}"), ops.override_dispatch(bench_device.device, *limits):
             checks.equal(f"the same bits twice: {name}", *(_solved(function, operands, gradient) for _ in range(2)))
 
 
-def check_large_products(checks: Checks, place: Place, elements: int) -> None:
+def check_large_products(checks: Checks, bench_device: BenchDevice, elements: int) -> None:
     """y and its gradient of more than 2³¹ elements, decoded, dequantised and by cuBLAS: rows that repeat give results that repeat."""
-    case = Product("large", 64 if place.rehearsal else 1024, 64, rows=5, rank=2)
-    weight, (leaves, dy) = place.weight((case.n, case.k), False), _operands(place, case, place.dtype)
+    case = Product("large", 64 if bench_device.rehearsal else 1024, 64, rows=5, rank=2)
+    weight, (leaves, dy) = bench_device.weight((case.n, case.k), False), _operands(bench_device, case, bench_device.dtype)
     times = elements // (case.n * case.rows) + 1
 
     def farthest() -> list[tuple[str, float]]:
@@ -383,35 +383,39 @@ def check_large_products(checks: Checks, place: Place, elements: int) -> None:
         return list(zip(("y", "dx"), (each.item() for each in far)))
 
     for way, limits in tune.WAYS.items():
-        with checks.about(f"{elements} elements, {way}"), ops.override_dispatch(place.device, *limits):
+        with checks.about(f"{elements} elements, {way}"), ops.override_dispatch(bench_device.device, *limits):
             for name, error in farthest():
                 checks.holds(f"{elements} elements, {way}: {name}", error < 0.02, f"a relative difference of {error:.2g}")
         free()
 
 
-def check_large_dequantise(checks: Checks, place: Place, elements: int) -> None:
+def check_large_dequantise(checks: Checks, bench_device: BenchDevice, elements: int) -> None:
     """A weight of more than 2³¹ elements: its first and last rows."""
     k = 4096 if elements > 4096 * 16 else 64
     n = elements // k + 5
-    generator = torch.Generator(place.device).manual_seed(0)
-    codes = torch.randint(256, (n * k // 2,), dtype=torch.uint8, device=place.device, generator=generator)
-    absmax = torch.rand(n * k // 64, device=place.device, generator=generator)
-    code = place.weight((64, 64), False).code
-    got = nf4.dequantise(NF4Weight(codes, absmax, code, (n, k), place.dtype), place.dtype)
+    generator = torch.Generator(bench_device.device).manual_seed(0)
+    codes = torch.randint(256, (n * k // 2,), dtype=torch.uint8, device=bench_device.device, generator=generator)
+    absmax = torch.rand(n * k // 64, device=bench_device.device, generator=generator)
+    code = bench_device.weight((64, 64), False).code
+    got = nf4.dequantise(NF4Weight(codes, absmax, code, (n, k), bench_device.dtype), bench_device.dtype)
     for name, some in (("first", slice(0, 8)), ("last", slice(n - 8, n))):
         few = NF4Weight(
-            codes[some.start * k // 2 : some.stop * k // 2], absmax[some.start * k // 64 : some.stop * k // 64], code, (8, k), place.dtype
+            codes[some.start * k // 2 : some.stop * k // 2],
+            absmax[some.start * k // 64 : some.stop * k // 64],
+            code,
+            (8, k),
+            bench_device.dtype,
         )
-        checks.equal(f"dequantise {elements} elements: {name} rows", (got[some],), (reference.dequantise(few, place.dtype),))
+        checks.equal(f"dequantise {elements} elements: {name} rows", (got[some],), (reference.dequantise(few, bench_device.dtype),))
 
 
-def poison(place: Place) -> None:
+def poison(bench_device: BenchDevice) -> None:
     """Leave NaN in the memory that the next tensors get."""
-    if place.device.type != "cuda":
+    if bench_device.device.type != "cuda":
         return
     # what is freed here is the only free memory then, of both of the allocator's kinds
     torch.cuda.empty_cache()
-    nan = [torch.full((size,), torch.nan, device=place.device) for size in (1 << 28, *[1 << 16] * 32)]
+    nan = [torch.full((size,), torch.nan, device=bench_device.device) for size in (1 << 28, *[1 << 16] * 32)]
     del nan
 
 

@@ -7,7 +7,7 @@ FOLDER is what ``python -m bench.synthetic --like llama-3-8b --blocks 0 FOLDER``
              peft + bitsandbytes, the whole model with a hook behind block L: the paper's way
     full     tli with NF4 and recomputed blocks; peft + bitsandbytes with its gradient checkpointing; both with the loss at the output
 
-First losses must agree, or nothing is timed: to bf16's rounding among those that compute the same function. A subject's memory is what it
+First losses must agree, or nothing is timed: to bf16's rounding among those that compute the same function. A contender's memory is what it
 holds once it is built, and what its steps take at most on top, both as torch's allocator counts. The floor is the larger of two times:
 the step's multiplications, counted, at the rate of a large bf16 product, and its weights, read forward and backward, at that of a copy.
 Whatever the time ends is in the record all the same. ``--rehearse`` runs all of it on a CPU, where the numbers mean nothing.
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bench import harness, record
 from bench.gpu.card import card
 from bench.large import step_work
-from bench.peers.subjects import PeftBitsandbytes, PeftTruncated, Subject, Tli, truncated_config
+from bench.peers.contenders import Contender, PeftBitsandbytes, PeftTruncated, Tli, truncated_config
 from tli.config import TrainConfig
 from tli.runtime.cli import argument, as_dict, option, parse
 from tli.runtime.errors import TliError, run_command
@@ -66,7 +66,7 @@ class TliFull(Tli):
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
-        self.pool = self.pool.at("output")
+        self.pool = self.pool.for_layer("output")
 
 
 class PeftTruncatedBitsandbytes(PeftBitsandbytes):
@@ -106,8 +106,8 @@ class PeftFull(PeftBitsandbytes):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
-# name -> (class, options, subjects that compute the same function share a letter)
-EARLY: dict[str, tuple[type[Subject], dict, str]] = {
+# name -> (class, options, contenders that compute the same function share a letter)
+EARLY: dict[str, tuple[type[Contender], dict, str]] = {
     "tli bf16": (Tli, {"weights": "full"}, "a"),
     "tli bf16, no graphs": (TliEager, {"weights": "full"}, "a"),
     "tli NF4": (Tli, {"weights": "nf4"}, "b"),
@@ -116,7 +116,7 @@ EARLY: dict[str, tuple[type[Subject], dict, str]] = {
     "peft truncated bf16 compiled": (PeftCompiled, {}, "a"),
     "peft + bitsandbytes whole, hook": (PeftBitsandbytes, {}, "b"),
 }
-FULL: dict[str, tuple[type[Subject], dict, str]] = {
+FULL: dict[str, tuple[type[Contender], dict, str]] = {
     "tli full NF4, recomputed": (TliFull, {"arm": "full", "weights": "nf4", "checkpointing": True}, "c"),
     "peft + bitsandbytes full, checkpointing": (PeftFull, {}, "c"),
 }
@@ -148,22 +148,22 @@ def allocated(device: torch.device, peak: bool = False) -> int:
     return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
 
 
-def build(name: str, kinds: dict, config: TrainConfig, device: torch.device) -> tuple[Subject, dict]:
-    """A subject that took its first steps, and what is known of it so far: its first loss, memory, seconds of loading."""
-    subject_class, options, function = kinds[name]
+def build(name: str, kinds: dict, config: TrainConfig, device: torch.device) -> tuple[Contender, dict]:
+    """A contender that took its first steps, and what is known of it so far: its first loss, memory, seconds of loading."""
+    contender_class, options, function = kinds[name]
     gc.collect()
     before, began = allocated(device), time.monotonic()
-    subject = subject_class(dataclasses.replace(config, **options))
-    nodes = {"nodes": subject.nodes()} if isinstance(subject, Tli) else {}
+    contender = contender_class(dataclasses.replace(config, **options))
+    nodes = {"nodes": contender.nodes()} if isinstance(contender, Tli) else {}
     settled(device)
     loaded = time.monotonic() - began
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     held = allocated(device) - before
-    losses = [subject.step() for _ in range(_WARM_STEPS)]
+    losses = [contender.step() for _ in range(_WARM_STEPS)]
     settled(device)
     peak = allocated(device, peak=True) - before
-    return subject, {
+    return contender, {
         "subject": name,
         "function": function,
         "losses": losses,
@@ -186,31 +186,31 @@ def agree(rows: list[dict]) -> None:
             )
 
 
-def interleave(subjects: dict[str, Subject], rounds: int, device: torch.device, watch: Watch) -> dict[str, list[float]]:
-    """Seconds of each subject's step in each round that the time allows; each waits for the GPU before and after."""
-    seconds = {name: [] for name in subjects}
+def interleave(contenders: dict[str, Contender], rounds: int, device: torch.device, watch: Watch) -> dict[str, list[float]]:
+    """Seconds of each contender's step in each round that the time allows; each waits for the GPU before and after."""
+    seconds = {name: [] for name in contenders}
     order = np.random.default_rng(0)
     for _ in range(rounds):
         if watch.left() < 0:
             break
-        for name in order.permutation(list(subjects)):
+        for name in order.permutation(list(contenders)):
             settled(device)
             began = time.perf_counter()
-            subjects[name].step()
+            contenders[name].step()
             settled(device)
             seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
 def measured(kinds: dict, config: TrainConfig, rounds: int, device: torch.device, watch: Watch, console: Console) -> list[dict]:
-    """Each subject's row: losses, memory, and its seconds in the rounds. One that fails, or for which no time is left, says so."""
-    subjects, rows = {}, []
+    """Each contender's row: losses, memory, and its seconds in the rounds. One that fails, or for which no time is left, says so."""
+    contenders, rows = {}, []
     for name in kinds:
         if watch.left() < 60 and rows:
             rows.append({"subject": name, "failed": "no time was left"})
             continue
         try:
-            subjects[name], row = build(name, kinds, config, device)
+            contenders[name], row = build(name, kinds, config, device)
         except Exception as error:
             # a peer that does not run here must not take the others with it
             row = {"subject": name, "failed": f"{type(error).__name__}: {error}"[:300]}
@@ -219,7 +219,7 @@ def measured(kinds: dict, config: TrainConfig, rounds: int, device: torch.device
             name, row.get("failed") or f"loss {row['losses'][0]:.4f}, {row['peak_bytes'] / 1e9:.2f} GB, {watch.left():.0f} s left"
         )
     agree([row for row in rows if "failed" not in row])
-    seconds = interleave(subjects, rounds, device, watch)
+    seconds = interleave(contenders, rounds, device, watch)
     for row in rows:
         if seconds.get(row["subject"]):
             row |= {"rounds": seconds[row["subject"]], "seconds": statistics.median(seconds[row["subject"]])}
@@ -250,7 +250,7 @@ def _best(run, device: torch.device) -> float:
 
 
 def goals(rows: list[dict], full: list[dict], least: dict | None) -> list[dict]:
-    """Each goal with what was got; None where a subject did not run."""
+    """Each goal with what was got; None where a contender did not run."""
     of = {row["subject"]: row for row in [*rows, *full] if "seconds" in row}
     found = []
 

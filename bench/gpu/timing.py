@@ -1,4 +1,4 @@
-"""How ``bench.gpu`` times a case: in rounds, each a row of calls of every subject, and a second one of ours, in a new random order.
+"""How ``bench.gpu`` times a case: in rounds, each a row of calls of every variant, and a second one of ours, in a new random order.
 
 Time is the GPU's, between two events, and the queue is filled while the GPU is held up: what Python needs to fill it is noted beside it,
 and is what a user waits for where it is the longer of the two. A ratio is the median over rounds of (its seconds / ours in the same
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.gpu.cases import Case, Place, Subject
+from bench.gpu.cases import BenchDevice, Case, KernelVariant
 
 AGAIN = "again"
-# how far the results of a case's subjects may be apart, relatively: bf16, and TF32
+# how far the results of a case's variants may be apart, relatively: bf16, and TF32
 _CLOSE = 0.03
 # a row of calls lasts at least so long on the GPU, or has so many calls
 _ROW_S, _MOST_CALLS = 2e-4, 20
@@ -71,13 +71,13 @@ class Clock:
             torch.cuda._sleep(cycles)
             self.cycles_per_s = cycles / self._between(lambda: torch.cuda._sleep(cycles))
 
-    def row(self, subject: Subject, first: int, calls: int, host_s: float) -> Row:
+    def row(self, variant: KernelVariant, first: int, calls: int, host_s: float) -> Row:
         """Make ``calls`` calls; ``host_s`` is how long Python is expected to need for one."""
-        with subject.around():
+        with variant.around():
             if not self.cuda:
                 began = time.perf_counter()
                 for i in range(first, first + calls):
-                    subject.call(i)
+                    variant.call(i)
                 took = time.perf_counter() - began
                 return Row(took / calls, took / calls, True)
             held = min(_LONGEST_HOLD_S, 1.5 * calls * host_s + 5e-5)
@@ -86,7 +86,7 @@ class Clock:
             torch.cuda._sleep(int(held * self.cycles_per_s))
             began.record()
             for i in range(first, first + calls):
-                subject.call(i)
+                variant.call(i)
             ended.record()
             host = time.perf_counter() - before
             ended.synchronize()
@@ -114,48 +114,48 @@ def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
-def ceilings(place: Place, clock: Clock) -> dict:
+def ceilings(bench_device: BenchDevice, clock: Clock) -> dict:
     """What this card does at best: bytes read and written per second by a large copy, operations by a large product of random numbers."""
     size, side = (_COPY_BYTES, _PRODUCT_SIDE) if clock.cuda else (1 << 20, 64)
-    source = torch.empty(size // 4, dtype=torch.int32, device=place.device).random_()
+    source = torch.empty(size // 4, dtype=torch.int32, device=bench_device.device).random_()
     target = torch.empty_like(source)
     copy_s = clock.median(lambda: target.copy_(source), 15)
-    a, b = place.normal(side, side, seed=1), place.normal(side, side, seed=2)
+    a, b = bench_device.normal(side, side, seed=1), bench_device.normal(side, side, seed=2)
     out = torch.empty_like(a)
     product_s = clock.median(lambda: torch.matmul(a, b, out=out), 25)
     rates = {"copy_bytes_per_s": 2 * size / copy_s, "product_flops_per_s": 2 * side**3 / product_s}
-    return {**rates, "copy_bytes": 2 * size, "product_side": side, "product_dtype": str(place.dtype)}
+    return {**rates, "copy_bytes": 2 * size, "product_side": side, "product_dtype": str(bench_device.dtype)}
 
 
-def measure(case: Case, place: Place, clock: Clock, ceiling: dict, share_s: float, limit_s: float) -> dict:
-    """The record of a case: every subject's times, what it reached, and its memory, or why it did not run.
+def measure(case: Case, bench_device: BenchDevice, clock: Clock, ceiling: dict, share_s: float, limit_s: float) -> dict:
+    """The record of a case: every variant's times, what it reached, and its memory, or why it did not run.
 
     Raises:
         Skipped: where the fewest rounds take longer than ``limit_s``.
-        RuntimeError: where our own subject cannot run.
+        RuntimeError: where our own variant cannot run.
     """
     began = time.perf_counter()
-    subjects, host, failed = prepare(case, place)
+    variants, host, failed = prepare(case, bench_device)
     prepared = time.perf_counter() - began
-    rounds, dropped = interleave(subjects, case.ours, clock, host, max(_LEAST_S, share_s - prepared), limit_s - prepared)
+    rounds, dropped = interleave(variants, case.ours, clock, host, max(_LEAST_S, share_s - prepared), limit_s - prepared)
     failed |= dropped
-    rows = summary(rounds, subjects, case.ours, ceiling)
+    rows = summary(rounds, variants, case.ours, ceiling)
     if case.measures_memory:
         for row in rows:
-            if row["subject"] in subjects:
-                row["peak_bytes"] = _peak_bytes(subjects[row["subject"]], place, case.input_bytes(place))
+            if row["subject"] in variants:
+                row["peak_bytes"] = _peak_bytes(variants[row["subject"]], bench_device, case.input_bytes(bench_device))
     rows += [{"subject": name, "failed": reason} for name, reason in failed.items()]
     return {**case.facts(), "ours": case.ours, "prepared_s": _short(prepared), "subjects": rows}
 
 
-def prepare(case: Case, place: Place) -> tuple[dict[str, Subject], dict[str, float], dict[str, str]]:
-    """The subjects that run and agree with ours, what Python needs for a call of each, and why the others do not."""
-    subjects, host, failed, results = {}, {}, {}, {}
-    for name, maker in case.makers(place).items():
+def prepare(case: Case, bench_device: BenchDevice) -> tuple[dict[str, KernelVariant], dict[str, float], dict[str, str]]:
+    """The variants that run and agree with ours, what Python needs for a call of each, and why the others do not."""
+    variants, host, failed, results = {}, {}, {}, {}
+    for name, maker in case.makers(bench_device).items():
         try:
-            subject = maker()
-            results[name], host[name] = _warm(subject, place)
-            subjects[name] = subject
+            variant = maker()
+            results[name], host[name] = _warm(variant, bench_device)
+            variants[name] = variant
         except TimeoutError:
             raise
         except Exception as error:
@@ -163,28 +163,28 @@ def prepare(case: Case, place: Place) -> tuple[dict[str, Subject], dict[str, flo
             # it holds on to the tensors of where it came from
             error.__traceback__ = None
             free()
-    if case.ours not in subjects:
+    if case.ours not in variants:
         raise RuntimeError(f"{case.ours}: {failed[case.ours]}")
     for name, result in results.items() if case.comparable else ():
         far = _distance(result, results[case.ours])
         # not > so that a NaN is found, too
         if not far <= _CLOSE:
             failed[name] = f"computes something else: a relative difference of {far:.2g} to {case.ours}"
-            del subjects[name]
+            del variants[name]
     if case.ours in failed:
         raise RuntimeError(f"{case.ours}: the results are not finite")
-    return subjects, host, failed
+    return variants, host, failed
 
 
-def _warm(subject: Subject, place: Place) -> tuple[tuple[Tensor, ...], float]:
+def _warm(variant: KernelVariant, bench_device: BenchDevice) -> tuple[tuple[Tensor, ...], float]:
     """The results of a first call, which compiles, and the seconds that Python needs for a later one."""
-    with subject.around():
+    with variant.around():
         # the interpreter compiles nothing, and takes its time
-        for i in range(1 if place.rehearsal else 3):
+        for i in range(1 if bench_device.rehearsal else 3):
             before = time.perf_counter()
-            result = subject.call(i)
+            result = variant.call(i)
             took = time.perf_counter() - before
-            wait(place)
+            wait(bench_device)
     return result, took
 
 
@@ -195,16 +195,16 @@ def _distance(result: tuple[Tensor, ...], ours: tuple[Tensor, ...]) -> float:
 
 
 def interleave(
-    subjects: dict[str, Subject], ours: str, clock: Clock, host: dict[str, float], seconds: float, limit: float
+    variants: dict[str, KernelVariant], ours: str, clock: Clock, host: dict[str, float], seconds: float, limit: float
 ) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """Rows of each subject, one in each round, by name; ``again`` is our second one. As many rounds as the seconds allow.
+    """Rows of each variant, one in each round, by name; ``again`` is our second one. As many rounds as the seconds allow.
 
     Returns:
-        the rows, and the subjects that were left out because the fewest rounds with them would take longer than ``limit``.
+        the rows, and the variants that were left out because the fewest rounds with them would take longer than ``limit``.
     """
-    turns = {**subjects, AGAIN: subjects[ours]}
+    turns = {**variants, AGAIN: variants[ours]}
     host = {**host, AGAIN: host[ours]}
-    pilots = {name: clock.row(subject, 3, 1, host[name]) for name, subject in subjects.items()}
+    pilots = {name: clock.row(variant, 3, 1, host[name]) for name, variant in variants.items()}
     pilots[AGAIN] = pilots[ours]
     most = _MOST_CALLS if clock.cuda else 1
     calls = {name: max(1, min(most, round(_ROW_S / max(pilot.seconds, 1e-7)))) for name, pilot in pilots.items()}
@@ -236,16 +236,16 @@ def interleave(
     return rows, dropped
 
 
-def summary(rounds: dict[str, list[Row]], subjects: dict[str, Subject], ours: str, ceiling: dict) -> list[dict]:
-    """Of each subject: median seconds, ratios to ours, and what it reached of the card's ceilings."""
+def summary(rounds: dict[str, list[Row]], variants: dict[str, KernelVariant], ours: str, ceiling: dict) -> list[dict]:
+    """Of each variant: median seconds, ratios to ours, and what it reached of the card's ceilings."""
     found = []
     for name, rows in rounds.items():
-        subject = subjects[ours if name == AGAIN else name]
+        variant = variants[ours if name == AGAIN else name]
         seconds, host = (statistics.median(getattr(row, field) for row in rows) for field in ("seconds", "host_seconds"))
         low, ratio, high = statistics.quantiles(
             (row.seconds / own.seconds for row, own in zip(rows, rounds[ours])), n=4, method="inclusive"
         )
-        by_bytes, by_flops = subject.bytes / ceiling["copy_bytes_per_s"], subject.flops / ceiling["product_flops_per_s"]
+        by_bytes, by_flops = variant.bytes / ceiling["copy_bytes_per_s"], variant.flops / ceiling["product_flops_per_s"]
         found.append(
             {
                 "subject": name,
@@ -255,8 +255,8 @@ def summary(rounds: dict[str, list[Row]], subjects: dict[str, Subject], ours: st
                 "queue_full": sum(row.queue_full for row in rows) / len(rows),
                 "ratio": _short(ratio),
                 "ratio_quartiles": [_short(low), _short(high)],
-                "bytes_per_s": _short(subject.bytes / seconds),
-                "flops_per_s": _short(subject.flops / seconds),
+                "bytes_per_s": _short(variant.bytes / seconds),
+                "flops_per_s": _short(variant.flops / seconds),
                 "bound": "copy" if by_bytes >= by_flops else "product",
                 "share_of_ceiling": _short(max(by_bytes, by_flops) / seconds),
                 "rounds": [_short(row.seconds) for row in rows],
@@ -269,23 +269,23 @@ def _short(number: float) -> float:
     return float(f"{number:.4g}")
 
 
-def _peak_bytes(subject: Subject, place: Place, inputs: int) -> int | None:
+def _peak_bytes(variant: KernelVariant, bench_device: BenchDevice, inputs: int) -> int | None:
     """The most memory that a call takes, its inputs counted once."""
-    if place.device.type != "cuda":
+    if bench_device.device.type != "cuda":
         return None
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with subject.around():
-        subject.call(0)
+    with variant.around():
+        variant.call(0)
         torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before + inputs
 
 
-def wait(place: Place) -> None:
+def wait(bench_device: BenchDevice) -> None:
     """Until the device is done; what went wrong there is raised here."""
-    if place.device.type == "cuda":
+    if bench_device.device.type == "cuda":
         torch.cuda.synchronize()
 
 

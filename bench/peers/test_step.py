@@ -1,7 +1,7 @@
 """The steps under pytest-benchmark: ``python -m pytest bench/peers/test_step.py``.
 
 pytest-benchmark times one function after the other, and on a shared machine minutes lie between them. So a fixture times
-all subjects interleaved (``bench.step``), once for each batch and only when they agree, and each test plays its subject's
+all contenders interleaved (``bench.step``), once for each batch and only when they agree, and each test plays its contender's
 seconds to pytest-benchmark through a clock that stands still but for them: its statistics, groups, comparisons and JSON
 are of the interleaved steps. ``TLI_BENCH`` changes the setting: ``TLI_BENCH='{"batches": "64", "layer": 4}'``.
 """
@@ -13,7 +13,7 @@ import pytest
 
 from bench import record
 from bench.harness import StepConfig, dtypes, train_configs
-from bench.peers.subjects import taking_part
+from bench.peers.contenders import taking_part
 from bench.step import AGAIN, measure
 
 CONFIG = StepConfig(**json.loads(os.environ.get("TLI_BENCH", "{}")))
@@ -37,7 +37,7 @@ clock = Clock()
 
 @pytest.fixture(scope="module", params=train_configs(CONFIG), ids=lambda config: f"batch{config.batch}")
 def timed(request) -> tuple[dict, dict]:
-    """Of one batch: how well each subject agrees with tli, and its timed steps."""
+    """Of one batch: how well each contender agrees with tli, and its timed steps."""
     agreement, steps = measure(request.param, taking_part(CONFIG.subjects.split(","))[0], CONFIG.rounds)
     return {(row["subject"], row["dtype"]): row for row in agreement}, {(row["subject"], row["dtype"]): row for row in steps}
 
@@ -45,14 +45,14 @@ def timed(request) -> tuple[dict, dict]:
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize("dtype", dtypes(CONFIG.device))
 @pytest.mark.parametrize("subject", [*taking_part(CONFIG.subjects.split(","))[0], AGAIN])
-def test_step(benchmark, timed, subject, dtype):
+def test_step(benchmark, timed, contender, dtype):
     agreement, steps = timed
-    if (subject, dtype) not in steps:
+    if (contender, dtype) not in steps:
         pytest.skip("tli's second step of a round is in its default dtype")
-    step = steps[subject, dtype]
+    step = steps[contender, dtype]
     benchmark.group = f"batch {step['batch']}"
     benchmark.extra_info.update(
-        machine=record.machine(), agreement=agreement.get((subject, dtype)), **{key: step[key] for key in step if key != "rounds"}
+        machine=record.machine(), agreement=agreement.get((contender, dtype)), **{key: step[key] for key in step if key != "rounds"}
     )
     seconds = iter(step["rounds"])
     benchmark.pedantic(clock.play, setup=lambda: ((next(seconds),), {}), rounds=len(step["rounds"]))

@@ -1,4 +1,4 @@
-"""The benchmark compares equals: all subjects compute the same step, and one that does not stops it. No time is asserted."""
+"""The benchmark compares equals: all contenders compute the same step, and one that does not stops it. No time is asserted."""
 
 import dataclasses
 import importlib.util
@@ -14,7 +14,7 @@ from torch import nn
 
 from bench import command, cost, large, memory, record, start, step
 from bench.harness import StepConfig, train_configs
-from bench.peers.subjects import SUBJECTS, Subject, distinct_pairs, drawn_pairs, taking_part
+from bench.peers.contenders import CONTENDERS, Contender, distinct_pairs, drawn_pairs, taking_part
 from bench.step import AGAIN, agree, goals, interleave, measure, prepare, summary
 from tli.config import TrainConfig
 from tli.data import word_pairs
@@ -44,21 +44,21 @@ def config(make_config) -> TrainConfig:
 
 
 @pytest.fixture
-def subjects(config) -> dict[str, Subject]:
+def contenders(config) -> dict[str, Contender]:
     return prepare(config, PEFT)
 
 
-def test_all_subjects_agree_in_loss_and_gradients(subjects):
-    rows = agree(subjects)
+def test_all_subjects_agree_in_loss_and_gradients(contenders):
+    rows = agree(contenders)
     assert [row["subject"] for row in rows] == PEFT
-    assert [len(subjects[name].model.base_model.model.layers) for name in ("peft-truncated", "peft-hook")] == [2, 4]
+    assert [len(contenders[name].model.base_model.model.layers) for name in ("peft-truncated", "peft-hook")] == [2, 4]
     # the step that the check takes is a real one
     assert all(row["loss_after_step"] < row["loss"] for row in rows)
     # A and B of seven layers in two blocks, each with something to compare
-    for subject in subjects.values():
-        factors = [factor for pair in subject.adapters().values() for factor in pair]
+    for contender in contenders.values():
+        factors = [factor for pair in contender.adapters().values() for factor in pair]
         assert len(factors) == 28
-        assert {id(factor) for factor in factors} == {id(parameter) for parameter in subject.parameters}
+        assert {id(factor) for factor in factors} == {id(parameter) for parameter in contender.parameters}
         assert all(factor.grad.any() for factor in factors)
 
 
@@ -83,16 +83,16 @@ def test_every_family_agrees(make_config, family):
     assert [row["subject"] for row in rows] == PEFT
 
 
-@pytest.mark.skipif(not SUBJECTS["sentence-transformers"].installed(), reason="sentence-transformers is not installed")
+@pytest.mark.skipif(not CONTENDERS["sentence-transformers"].installed(), reason="sentence-transformers is not installed")
 def test_sentence_transformers_agrees_on_a_batch_without_two_of_a_meaning(make_config):
     # the small tokenizer makes some prefixes a token of their own, which sentence-transformers would pool
     config = dataclasses.replace(make_config(targets="q_proj,v_proj"), prefix="")
-    subjects = prepare(config, ["tli", "sentence-transformers"])
-    rows = agree(subjects)
+    contenders = prepare(config, ["tli", "sentence-transformers"])
+    rows = agree(contenders)
     assert rows[1]["subject"] == "sentence-transformers"
-    assert len(subjects["sentence-transformers"].adapters()) == 4
+    assert len(contenders["sentence-transformers"].adapters()) == 4
     with pytest.raises(TliError, match="no two pairs may mean the same"):
-        SUBJECTS["sentence-transformers"](dataclasses.replace(config, loss="hinge"), distinct=True)
+        CONTENDERS["sentence-transformers"](dataclasses.replace(config, loss="hinge"), distinct=True)
 
 
 def test_what_is_not_installed_is_left_out_and_named(monkeypatch):
@@ -117,45 +117,45 @@ def test_distinct_pairs_leave_no_two_of_a_meaning_and_none_out_without_need():
     assert all(any((number, other) in alike for other in taken) for number in range(len(pairs)) if number not in taken)
 
 
-def _apply_the_final_norm(subjects):
-    peer = subjects["peft-truncated"]
+def _apply_the_final_norm(contenders):
+    peer = contenders["peft-truncated"]
     peer.model.base_model.model.norm = peer.norm
 
 
-def _hook_the_next_block(subjects):
-    peer = subjects["peft-hook"]
+def _hook_the_next_block(contenders):
+    peer = contenders["peft-hook"]
     blocks = peer.model.base_model.model.layers
     blocks[1]._forward_hooks.clear()
     blocks[2].register_forward_hook(peer._take)
 
 
-def _change_one_weight(subjects):
-    factor = subjects["peft-truncated"].adapters()["layers.1.mlp.down_proj"][0]
+def _change_one_weight(contenders):
+    factor = contenders["peft-truncated"].adapters()["layers.1.mlp.down_proj"][0]
     with torch.no_grad():
         factor[0] *= 1.05
 
 
-def _detach_one_adapter(subjects):
+def _detach_one_adapter(contenders):
     # the loss stays what it is: only a comparison of gradients can tell
-    v_proj = subjects["peft-hook"].model.base_model.model.layers[1].self_attn.v_proj
+    v_proj = contenders["peft-hook"].model.base_model.model.layers[1].self_attn.v_proj
     v_proj.register_forward_hook(lambda module, arguments, output: 0.99 * output + 0.01 * output.detach())
 
 
 @pytest.mark.parametrize("breakage", [_apply_the_final_norm, _hook_the_next_block, _change_one_weight, _detach_one_adapter])
-def test_a_subject_that_computes_something_else_stops_the_benchmark(subjects, breakage):
-    breakage(subjects)
+def test_a_subject_that_computes_something_else_stops_the_benchmark(contenders, breakage):
+    breakage(contenders)
     with pytest.raises(TliError, match="against tli must be at most"):
-        agree(subjects)
+        agree(contenders)
 
 
-def test_a_nan_does_not_pass_as_agreement(subjects):
-    nn.init.constant_(subjects["peft-hook"].parameters[0], float("nan"))
+def test_a_nan_does_not_pass_as_agreement(contenders):
+    nn.init.constant_(contenders["peft-hook"].parameters[0], float("nan"))
     with pytest.raises(TliError, match="got nan"):
-        agree(subjects)
+        agree(contenders)
 
 
 class _Counted:
-    """Stands for a subject: notes whose turn it is."""
+    """Stands for a contender: notes whose turn it is."""
 
     def __init__(self, name: str, turns: list[str]):
         self.name, self.turns = name, turns
@@ -186,8 +186,8 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
 def test_goals_are_met_or_not_by_each_peers_better_dtype():
     def rows(name: str, **facts) -> list[dict]:
         return [
-            {"batch": 64, "subject": subject, "dtype": dtype, name: value}
-            for subject, values in facts.items()
+            {"batch": 64, "subject": contender, "dtype": dtype, name: value}
+            for contender, values in facts.items()
             for dtype, value in zip(("float32", "bfloat16"), values)
         ]
 

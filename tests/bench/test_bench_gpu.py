@@ -19,8 +19,8 @@ from bench.gpu import goals as gpu_goals
 from bench.gpu import operands as gpu_operands
 from bench.gpu import parity as gpu_parity
 from bench.gpu import timing as gpu_timing
-from bench.gpu.cases import Dequantise, Loss, Product, Subject
-from bench.gpu.operands import Place
+from bench.gpu.cases import Dequantise, KernelVariant, Loss, Product
+from bench.gpu.operands import BenchDevice
 from bench.gpu.timing import AGAIN, Clock, Row, Skipped, Stopwatch
 from tests.support.fidelity import DEVICE
 from tli.commands import tune
@@ -29,7 +29,7 @@ from tli.runtime.errors import TliError
 
 pytestmark = pytest.mark.slow
 
-PLACE = Place(DEVICE, torch.float32, cold_bytes=20_000, rehearsal=True)
+BENCH_DEVICE = BenchDevice(DEVICE, torch.float32, cold_bytes=20_000, rehearsal=True)
 SIZES = gpu_parity.Sizes(elements=1 << 10, eager=4, block=3)
 CEILING = {"copy_bytes_per_s": 1000.0, "product_flops_per_s": 100.0}
 QUIET = Console(quiet=True)
@@ -170,11 +170,11 @@ def off(name: str, factor: float):
 
 
 CHECKS = {
-    "lora_linear": lambda checks: gpu_parity.check_product(checks, PLACE, Product("t", 65, 64, rows=3, rank=2), torch.float32),
-    "linear": lambda checks: gpu_parity.check_linear(checks, PLACE, Product("t", 65, 64, rows=3, rank=2), torch.float32),
-    "pool_norm": lambda checks: gpu_parity.check_pool_norm(checks, PLACE, 2, 16),
-    "infonce": lambda checks: gpu_parity.check_infonce(checks, PLACE, 3, 16, SIZES),
-    "hinge": lambda checks: gpu_parity.check_hinge(checks, PLACE),
+    "lora_linear": lambda checks: gpu_parity.check_product(checks, BENCH_DEVICE, Product("t", 65, 64, rows=3, rank=2), torch.float32),
+    "linear": lambda checks: gpu_parity.check_linear(checks, BENCH_DEVICE, Product("t", 65, 64, rows=3, rank=2), torch.float32),
+    "pool_norm": lambda checks: gpu_parity.check_pool_norm(checks, BENCH_DEVICE, 2, 16),
+    "infonce": lambda checks: gpu_parity.check_infonce(checks, BENCH_DEVICE, 3, 16, SIZES),
+    "hinge": lambda checks: gpu_parity.check_hinge(checks, BENCH_DEVICE),
 }
 
 
@@ -197,14 +197,14 @@ def test_a_dequantise_that_is_off_by_a_bit_fails_its_check(monkeypatch):
 
     monkeypatch.setattr(gpu_parity.nf4, "dequantise", wrong)
     checks = gpu_parity.Checks()
-    gpu_parity.check_dequantise(checks, PLACE, (8, 64), nested=False)
+    gpu_parity.check_dequantise(checks, BENCH_DEVICE, (8, 64), nested=False)
     assert len(checks.failures) == len(checks.rows)
 
 
 @pytest.mark.parametrize("keep_going", [False, True])
 def test_where_a_kernel_is_wrong_nothing_is_timed_unless_asked_for(keep_going, monkeypatch, capsys):
     monkeypatch.setattr(gpu_parity, "check", lambda checks, *_: checks.holds("the kernel", False, "off"))
-    found = gpu.run([Dequantise("toy", 64, 64, False)], PLACE, SIZES, Stopwatch(60), QUIET, keep_going)
+    found = gpu.run([Dequantise("toy", 64, 64, False)], BENCH_DEVICE, SIZES, Stopwatch(60), QUIET, keep_going)
     assert len(found["cases"]) == (1 if keep_going else 0)
     assert [one.get("skipped") for one in found["left_out"]] == ([] if keep_going else ["a kernel is wrong, so nothing is timed"])
     with pytest.raises(SystemExit) as end:
@@ -215,15 +215,15 @@ def test_where_a_kernel_is_wrong_nothing_is_timed_unless_asked_for(keep_going, m
 
 def test_every_timed_case_is_a_checked_case(monkeypatch):
     seen = set()
-    monkeypatch.setattr(gpu_parity, "check_dequantise", lambda _, place, size, nested: seen.add((*size, nested)))
-    monkeypatch.setattr(gpu_parity, "check_product", lambda _, place, case, dtype, bias=False: seen.add((case, dtype)))
-    monkeypatch.setattr(gpu_parity, "check_pool_norm", lambda _, place, *size: seen.add(("pool_norm", *size)))
-    monkeypatch.setattr(gpu_parity, "check_infonce", lambda _, place, *size, sizes: seen.add(("infonce", *size)))
+    monkeypatch.setattr(gpu_parity, "check_dequantise", lambda _, bench_device, size, nested: seen.add((*size, nested)))
+    monkeypatch.setattr(gpu_parity, "check_product", lambda _, bench_device, case, dtype, bias=False: seen.add((case, dtype)))
+    monkeypatch.setattr(gpu_parity, "check_pool_norm", lambda _, bench_device, *size: seen.add(("pool_norm", *size)))
+    monkeypatch.setattr(gpu_parity, "check_infonce", lambda _, bench_device, *size, sizes: seen.add(("infonce", *size)))
     monkeypatch.setattr(gpu_parity, "free", lambda: None)
     for name in ("linear", "hinge", "nan", "same_bits", "large_products", "large_dequantise"):
         monkeypatch.setattr(gpu_parity, f"check_{name}", lambda *_, name=name: seen.add(name))
     cases = gpu_cases.chosen(every_shape=True)
-    gpu_parity.check(gpu_parity.Checks(), dataclasses.replace(PLACE, rehearsal=False), cases, SIZES)
+    gpu_parity.check(gpu_parity.Checks(), dataclasses.replace(BENCH_DEVICE, rehearsal=False), cases, SIZES)
     for case in cases:
         match case:
             case Dequantise():
@@ -237,20 +237,20 @@ def test_every_timed_case_is_a_checked_case(monkeypatch):
 
 @pytest.mark.parametrize("block", [2, 3, 100])
 def test_infonce_in_blocks_is_infonce(block):
-    place = Place(torch.device("cpu"), torch.float32, 0)
-    leaves = [side.detach().double().requires_grad_() for side in gpu_operands.units(place, 11, 5)]
+    bench_device = BenchDevice(torch.device("cpu"), torch.float32, 0)
+    leaves = [side.detach().double().requires_grad_() for side in gpu_operands.units(bench_device, 11, 5)]
     leaves.append(torch.tensor(0.1, dtype=torch.float64, requires_grad=True))
-    same = gpu_operands.edges(11, "cpu")
-    assert len(same) == 4
+    false_negatives = gpu_operands.edges(11, "cpu")
+    assert len(false_negatives) == 4
 
     u, v, temperature = leaves
-    allowed = torch.tensor([[[i, j] not in same.tolist() for j in range(11)] for i in range(11)])
+    allowed = torch.tensor([[[i, j] not in false_negatives.tolist() for j in range(11)] for i in range(11)])
     s = [[u[i] @ v[j] / temperature for j in range(11)] for i in range(11)]
     terms = [torch.stack([s[i][j] for j in range(11) if allowed[i, j]]).logsumexp(0) - s[i][i] for i in range(11)]
     terms += [torch.stack([s[i][j] for i in range(11) if allowed[i, j]]).logsumexp(0) - s[j][j] for j in range(11)]
     loss = torch.stack(terms).mean()
 
-    got = gpu_parity.streamed(*(leaf.detach() for leaf in leaves), same, block)
+    got = gpu_parity.streamed(*(leaf.detach() for leaf in leaves), false_negatives, block)
     for one, other in zip(got, (loss, *torch.autograd.grad(loss, leaves)), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -267,8 +267,8 @@ def test_random_words_share_nodes_and_are_well_formed():
     assert 2 * 400 < nodes < 2.5 * 400
 
 
-def sleeper(seconds: float) -> Subject:
-    return Subject(lambda i: (time.sleep(seconds), torch.ones(2))[1:], bytes=10, flops=2)
+def sleeper(seconds: float) -> KernelVariant:
+    return KernelVariant(lambda i: (time.sleep(seconds), torch.ones(2))[1:], bytes=10, flops=2)
 
 
 class Cpu(Clock):
@@ -278,8 +278,8 @@ class Cpu(Clock):
 
 def test_rounds_are_interleaved_and_ours_runs_twice_in_each():
     turns = []
-    subjects = {name: Subject(lambda i, name=name: turns.append(name), 1) for name in ("ours", "peer")}
-    rows, dropped = gpu_timing.interleave(subjects, "ours", Cpu(), dict.fromkeys(subjects, 0.0), 1.0, 10.0)
+    variants = {name: KernelVariant(lambda i, name=name: turns.append(name), 1) for name in ("ours", "peer")}
+    rows, dropped = gpu_timing.interleave(variants, "ours", Cpu(), dict.fromkeys(variants, 0.0), 1.0, 10.0)
     assert {name: len(own) for name, own in rows.items()} == {"ours": 2, "peer": 2, AGAIN: 2}
     assert dropped == {}
     # after one of each, to see how long they take
@@ -287,8 +287,8 @@ def test_rounds_are_interleaved_and_ours_runs_twice_in_each():
 
 
 def test_what_takes_too_long_is_left_out_with_its_reason():
-    subjects = {"ours": sleeper(0.001), "peer": sleeper(0.002), "slow": sleeper(0.1)}
-    rows, dropped = gpu_timing.interleave(subjects, "ours", Cpu(), dict.fromkeys(subjects, 0.0), 0.1, 0.15)
+    variants = {"ours": sleeper(0.001), "peer": sleeper(0.002), "slow": sleeper(0.1)}
+    rows, dropped = gpu_timing.interleave(variants, "ours", Cpu(), dict.fromkeys(variants, 0.0), 0.1, 0.15)
     assert rows.keys() == {"ours", "peer", AGAIN}
     assert dropped.keys() == {"slow"}
     assert dropped["slow"].startswith("skipped: 2 rounds of it would take 0.2 s")
@@ -301,8 +301,8 @@ def test_a_summary_has_ratios_by_round_and_the_share_of_the_nearer_ceiling():
         return [Row(each, host, True) for each in seconds]
 
     rounds = {"ours": rows(1.0, 2.0, 4.0), "peer": rows(3.0, 2.0, 16.0, host=9.0), AGAIN: rows(1.0, 1.0, 4.0)}
-    subjects = {"ours": Subject(None, bytes=500, flops=20), "peer": Subject(None, bytes=500, flops=100)}
-    ours, peer, again = gpu_timing.summary(rounds, subjects, "ours", CEILING)
+    variants = {"ours": KernelVariant(None, bytes=500, flops=20), "peer": KernelVariant(None, bytes=500, flops=100)}
+    ours, peer, again = gpu_timing.summary(rounds, variants, "ours", CEILING)
     assert (ours["seconds"], ours["ratio"], ours["bound"], ours["share_of_ceiling"]) == (2.0, 1.0, "copy", 0.25)
     assert (peer["seconds"], peer["ratio"], peer["bound"], peer["share_of_ceiling"]) == (
         3.0,
@@ -358,7 +358,7 @@ def test_on_a_gpu_calls_are_timed_behind_a_hold_that_lasts_until_they_are_queued
     clock = Clock(torch.device("cuda"))
     assert clock.cycles_per_s == pytest.approx(1e9)
     copies = []
-    row = clock.row(Subject(lambda i: (copies.append(i), card.work(0.003)), 1, around=Around), first=7, calls=4, host_s=0.01)
+    row = clock.row(KernelVariant(lambda i: (copies.append(i), card.work(0.003)), 1, around=Around), first=7, calls=4, host_s=0.01)
     assert row.seconds == pytest.approx(0.003)
     assert card.held[-1] == pytest.approx(0.06005)
     assert row.queue_full
@@ -366,14 +366,14 @@ def test_on_a_gpu_calls_are_timed_behind_a_hold_that_lasts_until_they_are_queued
     assert copies == [7, 8, 9, 10]
     assert around == ["in", "out"]
     # Python was slower than expected
-    assert not clock.row(Subject(lambda i: time.sleep(0.002), 1), first=0, calls=2, host_s=0.0).queue_full
+    assert not clock.row(KernelVariant(lambda i: time.sleep(0.002), 1), first=0, calls=2, host_s=0.0).queue_full
     assert clock.median(lambda: card.work(0.5), 3) == pytest.approx(0.5)
 
 
 def test_a_row_that_outran_its_hold_makes_the_next_one_longer(monkeypatch):
     card = Card(monkeypatch)
-    subject = Subject(lambda i: (time.sleep(0.003), card.work(0.001)), 1)
-    rows, _ = gpu_timing.interleave({"ours": subject}, "ours", Clock(torch.device("cuda")), {"ours": 1e-5}, 0.01, 10.0)
+    variant = KernelVariant(lambda i: (time.sleep(0.003), card.work(0.001)), 1)
+    rows, _ = gpu_timing.interleave({"ours": variant}, "ours", Clock(torch.device("cuda")), {"ours": 1e-5}, 0.01, 10.0)
     assert not rows["ours"][0].queue_full
     assert rows["ours"][-1].queue_full
     assert all(row.seconds == pytest.approx(0.001) for row in rows["ours"])
@@ -381,21 +381,21 @@ def test_a_row_that_outran_its_hold_makes_the_next_one_longer(monkeypatch):
 
 @dataclasses.dataclass(frozen=True)
 class Toy(gpu_cases.Case):
-    """A case whose subjects are given."""
+    """A case whose variants are given."""
 
-    subjects: tuple = ()
+    variants: tuple = ()
     op = "toy"
     ours = "ours"
 
     def facts(self) -> dict:
         return {"op": self.op, "name": self.name}
 
-    def makers(self, place: Place) -> gpu_cases.Makers:
-        return dict(self.subjects)
+    def makers(self, bench_device: BenchDevice) -> gpu_cases.Makers:
+        return dict(self.variants)
 
 
 def gives(*results: float):
-    return lambda: Subject(lambda i: tuple(torch.tensor(result) for result in results), 1)
+    return lambda: KernelVariant(lambda i: tuple(torch.tensor(result) for result in results), 1)
 
 
 def breaks():
@@ -406,7 +406,7 @@ def test_a_subject_that_fails_or_computes_something_else_is_recorded_and_the_oth
     absent = lambda: __import__("a_peer_that_is_not_there")  # noqa: E731
     others = {"ours": gives(1.0, 2.0), "near": gives(1.01, 2.0), "far": gives(1.0, 2.2), "nan": gives(1.0, float("nan"))}
     case = Toy("t", (*others.items(), ("absent", absent), ("large", breaks)))
-    row = gpu_timing.measure(case, PLACE, Cpu(), CEILING, 1.0, 10.0)
+    row = gpu_timing.measure(case, BENCH_DEVICE, Cpu(), CEILING, 1.0, 10.0)
     failed = {each["subject"]: each["failed"] for each in row["subjects"] if "failed" in each}
     assert failed == {
         "far": "computes something else: a relative difference of 0.1 to ours",
@@ -420,7 +420,7 @@ def test_a_subject_that_fails_or_computes_something_else_is_recorded_and_the_oth
 def test_a_case_that_fails_is_recorded_and_the_next_one_is_measured():
     found, left_out = [], []
     cases = [Toy("broken", (("ours", breaks),)), Toy("nan", (("ours", gives(float("nan"))),)), Toy("fine", (("ours", gives(1.0)),))]
-    gpu.run_cases(cases, PLACE, Cpu(), CEILING, Stopwatch(60), QUIET, found, left_out)
+    gpu.run_cases(cases, BENCH_DEVICE, Cpu(), CEILING, Stopwatch(60), QUIET, found, left_out)
     assert [row["name"] for row in found] == ["fine"]
     assert [one["failed"] for one in left_out] == [
         "RuntimeError: ours: out of memory: CUDA out of memory. Tried to allocate",
@@ -431,7 +431,7 @@ def test_a_case_that_fails_is_recorded_and_the_next_one_is_measured():
 def test_what_the_time_does_not_reach_is_listed(monkeypatch, capsys):
     found, left_out = [], []
     cases = gpu_cases.rehearsed()
-    gpu.run_cases(cases, PLACE, Cpu(), CEILING, Stopwatch(0), QUIET, found, left_out)
+    gpu.run_cases(cases, BENCH_DEVICE, Cpu(), CEILING, Stopwatch(0), QUIET, found, left_out)
     assert (found, left_out) == ([], [{"case": str(case), "skipped": "no time was left"} for case in cases])
 
     def too_long(checks, *_):
@@ -439,7 +439,7 @@ def test_what_the_time_does_not_reach_is_listed(monkeypatch, capsys):
         gpu._out_of_time()
 
     monkeypatch.setattr(gpu_parity, "check", too_long)
-    run = gpu.run(cases, PLACE, SIZES, Stopwatch(60), QUIET, keep_going=False)
+    run = gpu.run(cases, BENCH_DEVICE, SIZES, Stopwatch(60), QUIET, keep_going=False)
     assert run["left_out"] == [{"case": "all that followed", "skipped": "the time was up"}]
     with pytest.raises(SystemExit):
         gpu._leave(run["parity"])
@@ -457,7 +457,7 @@ def test_cases_keep_their_names_apart_and_begin_with_those_of_the_goals():
 
 
 def timed(op: str, rounds: dict[str, list[float]], **facts) -> dict:
-    subjects = [
+    variants = [
         {"subject": name, "seconds": sorted(own)[1], "rounds": own, "ratio_quartiles": [0.98, 1.01]} for name, own in rounds.items()
     ]
     return {
@@ -467,7 +467,7 @@ def timed(op: str, rounds: dict[str, list[float]], **facts) -> dict:
         "nested": False,
         "rank": gpu_cases.RANK,
         "ours": "dispatch",
-        "subjects": subjects,
+        "subjects": variants,
         **facts,
     }
 

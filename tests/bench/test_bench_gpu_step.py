@@ -1,4 +1,4 @@
-"""The GPU's table of whole steps, rehearsed on a CPU: every subject runs, those that compute the same agree, and a liar stops it."""
+"""The GPU's table of whole steps, rehearsed on a CPU: every contender runs, those that compute the same agree, and a liar stops it."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def folder(make_model, tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def rehearse(folder, monkeypatch, tmp_path):
-    """Rehearse with these subjects, and return the record."""
+    """Rehearse with these contenders, and return the record."""
 
     def run(**early) -> dict:
         monkeypatch.setattr(gpu_step, "EARLY", {name: kind for name, kind in gpu_step.EARLY.items() if "compiled" not in name} | early)

@@ -16,7 +16,7 @@ from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder, run
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 
 pytestmark = pytest.mark.slow
@@ -61,8 +61,8 @@ def test_what_is_needed_is_noise_and_the_rest_a_hole(folder):
 def test_the_early_arm_runs_on_it(folder):
     checkpoint = open_checkpoint(str(folder))
     words = tokenise(checkpoint.tokenizer(), ["mtoto", "child", "nyumba", "house"], 64, " ")
-    placement = place("cpu", "float32")
-    decoder = load_truncated_decoder(checkpoint, 1, words.rows, placement)
+    device_config = resolve_device("cpu", "float32")
+    decoder = load_truncated_decoder(checkpoint, 1, words.vocab_ids, device_config)
     states = run(decoder, to_batch(words.pack(np.arange(4)), torch.float32, torch.device("cpu")))
     assert states.shape[1] == 576
     assert states.isfinite().all()

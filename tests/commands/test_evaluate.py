@@ -176,9 +176,9 @@ def test_a_margin_that_is_given_is_the_margin(trained, tmp_path):
 def test_layers_are_chosen_and_blocks_above_them_are_not_read(trained, tmp_path, monkeypatch):
     read, load_block = [], hidden_states.load_block
 
-    def counted(checkpoint, block, index, placement):
+    def counted(checkpoint, block, index, device_config):
         read.append(index)
-        load_block(checkpoint, block, index, placement)
+        load_block(checkpoint, block, index, device_config)
 
     monkeypatch.setattr(hidden_states, "load_block", counted)
     facts = run(trained, layers=" 2, 1,2 ", output=str(tmp_path / "out"))

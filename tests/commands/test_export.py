@@ -27,11 +27,11 @@ from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_full_decoder
 from tli.model.families import FAMILIES
 from tli.runtime.cli import parse
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError, run_command
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-CPU = place("cpu", "float32")
+CPU = resolve_device("cpu", "float32")
 IDS = torch.arange(2, 38).view(3, 12)
 
 

@@ -18,7 +18,7 @@ from tli import train
 from tli.commands import protocol as protocol_module
 from tli.commands import protocol_controls as controls
 from tli.commands.grid import Cell
-from tli.commands.protocol import FILES, RANDOM, SWITCHES, measure_anew, options_of, protocol
+from tli.commands.protocol import ABLATIONS, FILES, RANDOM, measure_anew, options_of, protocol
 from tli.config import ProtocolConfig, TrainConfig
 from tli.data import word_pairs
 from tli.metrics.alignment import measure
@@ -32,7 +32,7 @@ from tli.runtime.errors import TliError
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-BY_NAME = {switch.name: switch for switch in SWITCHES}
+BY_NAME = {switch.name: switch for switch in ABLATIONS}
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +74,10 @@ def rows_of(result: dict) -> dict[str, dict]:
     return {row["name"]: row for row in result["rows"]}
 
 
-@pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: switch.name)
+@pytest.mark.parametrize("switch", ABLATIONS, ids=lambda switch: switch.name)
 def test_each_switch_changes_one_option_of_the_papers_recipe(switch, word_list, tmp_path):
     config = settings("model", word_list, tmp_path, epochs=None)
-    paper, mine = options_of(SWITCHES[0], config, tmp_path), options_of(switch, config, tmp_path)
+    paper, mine = options_of(ABLATIONS[0], config, tmp_path), options_of(switch, config, tmp_path)
     assert paper == {name: value for name, value in dataclasses.asdict(TrainConfig(recipe="paper")).items() if name in paper} | {
         "model": "model",
         "pairs": str(word_list),
@@ -92,9 +92,9 @@ def test_each_switch_changes_one_option_of_the_papers_recipe(switch, word_list, 
 
 
 def test_names_are_folders_of_their_own():
-    assert len(BY_NAME) == len(SWITCHES) == len({switch.title for switch in SWITCHES})
+    assert len(BY_NAME) == len(ABLATIONS) == len({switch.title for switch in ABLATIONS})
     # the run that a row measures anew is there
-    assert all(any(other.way == "report" and other.trained == switch.trained for other in SWITCHES) for switch in SWITCHES)
+    assert all(any(other.way == "report" and other.trained == switch.trained for other in ABLATIONS) for switch in ABLATIONS)
 
 
 def test_numbers_are_those_of_the_cells_own_reports(finished):
@@ -290,7 +290,7 @@ def test_the_report_names_no_folder_of_this_machine(finished, model):
         assert str(model.parent) not in text
         assert str(output.parent) not in text
     text = (output / "protocol.md").read_text()
-    assert all(f"**{switch.title}**" in text for switch in SWITCHES)
+    assert all(f"**{switch.title}**" in text for switch in ABLATIONS)
     assert "0.3211 -> 0.4113" in text
     assert "another model" in text
 
@@ -418,7 +418,7 @@ def test_overwriting_begins_anew(finished, model, word_list, tmp_path, monkeypat
 
 
 def test_a_killed_protocol_goes_on_where_it_was(finished, model, word_list, tmp_path, monkeypatch):
-    kept = tuple(switch for switch in SWITCHES if switch.name in ("paper", "bos-measured", "shuffled"))
+    kept = tuple(switch for switch in ABLATIONS if switch.name in ("paper", "bos-measured", "shuffled"))
     config = settings(model, word_list, tmp_path / "out")
     code = (
         "import tli.commands.protocol as p; from tli.config import ProtocolConfig; "

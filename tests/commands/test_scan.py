@@ -28,16 +28,16 @@ from tli.model import hidden_states, lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder
 from tli.model.families import FAMILIES
-from tli.model.pooling import Pooling, pooling
+from tli.model.pooling import Pooling
 from tli.reports.figures.scan import draw_scan
 from tli.reports.scan import show, verdict
 from tli.runtime.cli import parse
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError, run_command
 from tli.runtime.files import sha256
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-CPU = place("cpu", "float32")
+CPU = resolve_device("cpu", "float32")
 NONE_ALIKE = np.zeros((0, 2), np.int64)
 
 
@@ -56,10 +56,12 @@ def spell(tokenizer, pairs: list[word_pairs.Pair]) -> TokenisedWords:
     return tokenise(tokenizer, [pair.source for pair in pairs] + [pair.target for pair in pairs], 60, " ")
 
 
-def scanned(folder, words: TokenisedWords, same: np.ndarray, token_norm: str = "final", adapter=None, **more):
+def scanned(folder, words: TokenisedWords, false_negatives: np.ndarray, token_norm: str = "final", adapter=None, **more):
     checkpoint = open_checkpoint(str(folder))
     streams = {"base": None} if adapter is None else {"base": None, "adapter": adapter}
-    scans, reason = layer_pass.scan_layers(checkpoint, words, same, pooling(token_norm, checkpoint, CPU.device), CPU, streams, **more)
+    scans, reason = layer_pass.scan_layers(
+        checkpoint, words, false_negatives, Pooling.from_checkpoint(token_norm, checkpoint, CPU.device), CPU, streams, **more
+    )
     assert reason is None
     return scans
 
@@ -82,9 +84,9 @@ def one_by_one(model, words: TokenisedWords) -> dict[int | str, list[torch.Tenso
     return found
 
 
-def expected(model, words: TokenisedWords, same: np.ndarray, final_norm: bool) -> dict[tuple, np.ndarray]:
+def expected(model, words: TokenisedWords, false_negatives: np.ndarray, final_norm: bool) -> dict[tuple, np.ndarray]:
     """(layer, vectors, metric) -> values, by loops over words and pairs."""
-    number, alike = len(words) // 2, {tuple(edge) for edge in same.tolist()}
+    number, alike = len(words) // 2, {tuple(edge) for edge in false_negatives.tolist()}
     found = {}
     for layer, states in one_by_one(model, words).items():
         # transformers' own norm, in fp64
@@ -119,25 +121,25 @@ def assert_scan_is(scans: dict, stream: str, truth: dict[tuple, np.ndarray], tol
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_scan_is_the_whole_models_states_word_by_word(make_model, tokenizer, pairs, family):
-    folder, words, same = make_model(family, blocks=3), spell(tokenizer, pairs), word_pairs.false_negative_pairs(pairs)
-    assert len(same) > 0
+    folder, words, false_negatives = make_model(family, blocks=3), spell(tokenizer, pairs), word_pairs.false_negative_pairs(pairs)
+    assert len(false_negatives) > 0
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    assert_scan_is(scanned(folder, words, same), "base", expected(model, words, same, final_norm=True), 5e-5)
+    assert_scan_is(scanned(folder, words, false_negatives), "base", expected(model, words, false_negatives, final_norm=True), 5e-5)
 
 
 def test_a_scan_with_an_adapter_is_pefts_model_and_leaves_the_base_alone(make_model, tokenizer, pairs, tmp_path):
-    folder, words, same = make_model("llama"), spell(tokenizer, pairs), word_pairs.false_negative_pairs(pairs)
-    decoder = load_truncated_decoder(open_checkpoint(str(folder)), 2, words.rows, CPU)
+    folder, words, false_negatives = make_model("llama"), spell(tokenizer, pairs), word_pairs.false_negative_pairs(pairs)
+    decoder = load_truncated_decoder(open_checkpoint(str(folder)), 2, words.vocab_ids, CPU)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0), seed=1)
     generator = torch.Generator().manual_seed(2)
     for adapter in lora.adapters(decoder).values():
         adapter.lora_B.data.normal_(std=0.2, generator=generator)
     lora.save(decoder, lora.LoRAConfig(rank=4, alpha=8.0), tmp_path, str(folder))
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    scans = scanned(folder, words, same, "none", lora.load(tmp_path))
-    assert_scan_is(scans, "base", expected(base, words, same, final_norm=False), 5e-5)
+    scans = scanned(folder, words, false_negatives, "none", lora.load(tmp_path))
+    assert_scan_is(scans, "base", expected(base, words, false_negatives, final_norm=False), 5e-5)
     adapted = PeftModel.from_pretrained(base, tmp_path).base_model.model.eval()
-    truth = expected(adapted, words, same, final_norm=False)
+    truth = expected(adapted, words, false_negatives, final_norm=False)
     assert_scan_is(scans, "adapter", truth, 5e-5)
     assert np.abs(truth[1, "word", "cosine"] - scans["base", 1].per_pair["word", "cosine"]).max() > 0.05
 
@@ -288,8 +290,8 @@ def test_strata_are_what_their_names_say(tokenizer, pairs):
 
 
 def test_a_stratums_values_are_the_means_of_its_pairs(make_model, tokenizer, pairs):
-    words, same = spell(tokenizer, pairs), word_pairs.false_negative_pairs(pairs)
-    scans = scanned(make_model("llama"), words, same)
+    words, false_negatives = spell(tokenizer, pairs), word_pairs.false_negative_pairs(pairs)
+    scans = scanned(make_model("llama"), words, false_negatives)
     group = np.arange(len(pairs)) % 3 == 0
     found = layers.stratum_records(scans, {"every third": group, "one": np.arange(len(pairs)) == 4}, seed=0)
     assert {record["stratum"] for record in found} == {"every third"}

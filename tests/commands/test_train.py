@@ -180,23 +180,23 @@ def test_shuffling_teaches_no_true_pair_and_measures_true_ones(settings, tmp_pat
 def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_list):
     pairs = word_pairs.read_pairs(str(word_list), "swahili", "english")
     from tli.model.checkpoint import open_checkpoint
-    from tli.runtime.device import place
+    from tli.runtime.device import resolve_device
 
     config = TrainConfig(**settings)
     words = train_module._tokenise(config, open_checkpoint(settings["model"]), [pairs])
-    placement = place("cpu", "auto")
+    device_config = resolve_device("cpu", "auto")
     # pairs 7, 20 and 4 come to share a gloss with 0, 0 and 3
     shared = [dataclasses.replace(pair, synonyms=(pairs[{7: 0, 20: 0, 4: 3}.get(i, i)].target,)) for i, pair in enumerate(pairs)]
     edges = {tuple(edge) for edge in word_pairs.false_negative_pairs(shared).tolist()}
     assert edges == {(0, 7), (7, 0), (0, 20), (20, 0), (7, 20), (20, 7), (3, 4), (4, 3)}
-    batches, sizes, found = BatchLoader(words, shared, placement, batch=config.batch), [], 0
+    batches, sizes, found = BatchLoader(words, shared, device_config, batch=config.batch), [], 0
     orders = np.array_split(np.random.default_rng([config.seed, 0, 0]).permutation(len(pairs)), 5)
-    for ((batch,), same), numbers in zip(batches.epoch(0), orders, strict=True):
+    for ((batch,), false_negatives), numbers in zip(batches.epoch(0), orders, strict=True):
         sizes.append((len(batch.indptr) - 1) // 2)
         # the list's edges, as far as they lie within the batch
-        assert {(numbers[i], numbers[j]) for i, j in same.tolist()} == {(i, j) for i, j in edges if {i, j} <= {*numbers}}
-        assert same.tolist() == sorted(same.tolist())
-        found += len(same)
+        assert {(numbers[i], numbers[j]) for i, j in false_negatives.tolist()} == {(i, j) for i, j in edges if {i, j} <= {*numbers}}
+        assert false_negatives.tolist() == sorted(false_negatives.tolist())
+        found += len(false_negatives)
     assert sum(sizes) == len(pairs)
     assert max(sizes) - min(sizes) <= 1
     passes = [[batch.input_ids.tolist() for (batch,), _ in batches.epoch(epoch)] for epoch in (0, 0, 1)]
@@ -205,14 +205,14 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
     # mismatched pairs: a source's glosses are those that it is taught with
     partners = train_module._mismatched(len(pairs), seed=0)
     taught = [dataclasses.replace(shared[own], source=pair.source) for pair, own in zip(pairs, partners, strict=True)]
-    wide = BatchLoader(words, shared, placement, batch=30, partners=partners)
+    wide = BatchLoader(words, shared, device_config, batch=30, partners=partners)
     edges, found_wrong = {tuple(edge) for edge in word_pairs.false_negative_pairs(taught).tolist()}, 0
-    for (_, same), numbers in zip(wide.epoch(0), np.array_split(np.concatenate(orders), 2), strict=True):
-        assert {(numbers[i], numbers[j]) for i, j in same.tolist()} == {(i, j) for i, j in edges if {i, j} <= {*numbers}}
-        found_wrong += len(same)
+    for (_, false_negatives), numbers in zip(wide.epoch(0), np.array_split(np.concatenate(orders), 2), strict=True):
+        assert {(numbers[i], numbers[j]) for i, j in false_negatives.tolist()} == {(i, j) for i, j in edges if {i, j} <= {*numbers}}
+        found_wrong += len(false_negatives)
     assert found_wrong
-    (_, same), *_ = BatchLoader(words, shared, placement, batch=60).epoch(0)
-    assert len(same) == 8 > found
+    (_, false_negatives), *_ = BatchLoader(words, shared, device_config, batch=60).epoch(0)
+    assert len(false_negatives) == 8 > found
 
 
 def test_the_rate_warms_up_and_decays():

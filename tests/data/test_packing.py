@@ -38,7 +38,7 @@ def test_each_word_is_its_own_path_and_sees_exactly_itself(words, width, pool_bo
         assert path[0] == packed.sinks[number]
         assert len(set(path // used_width)) == 1
         for depth, node in enumerate(path):
-            seen = np.flatnonzero(packed.visible[node // used_width, node % used_width])
+            seen = np.flatnonzero(packed.attention_mask[node // used_width, node % used_width])
             assert sorted(seen) == sorted(path[: depth + 1] % used_width)
 
 
@@ -58,9 +58,9 @@ def test_padding_sees_itself_alone_and_belongs_to_no_word(words, width):
     packed = pack(tokens, lengths, np.zeros(len(words), int), width)
     padding = np.setdiff1d(np.arange(packed.input_ids.size), packed.indices)
     assert len(padding) == packed.input_ids.size - packed.nodes
-    visible = packed.visible.reshape(-1, packed.input_ids.shape[1])[padding]
-    assert (visible.sum(axis=1) == 1).all()
-    assert visible[np.arange(len(padding)), padding % packed.input_ids.shape[1]].all()
+    attention_mask = packed.attention_mask.reshape(-1, packed.input_ids.shape[1])[padding]
+    assert (attention_mask.sum(axis=1) == 1).all()
+    assert attention_mask[np.arange(len(padding)), padding % packed.input_ids.shape[1]].all()
 
 
 def test_bins_of_real_words_are_well_filled(tokenizer):
@@ -88,7 +88,7 @@ def test_the_words_own_tokens_begin_where_they_reach_into_it(tokenizer, prefix):
     packed = words.pack(np.arange(2))
     for number, text in enumerate(["kitabu", "mtu"]):
         own = packed.input_ids.ravel()[packed.indices[packed.indptr[number] : packed.indptr[number + 1]]]
-        assert tokenizer.decode(words.rows[own]).strip() == text
+        assert tokenizer.decode(words.vocab_ids[own]).strip() == text
         assert tokenizer.decode(words.ids[words.indptr[number] + 1 : words.indptr[number + 1]]) == prefix + text
 
 

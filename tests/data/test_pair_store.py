@@ -17,7 +17,7 @@ from tli.commands.evaluate import evaluate
 from tli.config import EvaluateConfig, ScanConfig, TrainConfig
 from tli.data import packing, word_pairs
 from tli.data.packing import tokenise
-from tli.data.pair_store import Pair, stored
+from tli.data.pair_store import Pair, as_disk_backed
 from tli.data.word_pairs import read_pairs
 from tli.model import lora
 from tli.runtime.errors import TliError
@@ -32,7 +32,7 @@ WORD = st.sampled_from(["a", "A", "b", "é", "e\u0301", "É", "ß", "SS", "ss", 
 @hypothesis.given(PAIRS, st.data())
 @hypothesis.settings(deadline=None)
 def test_pairs_come_back_as_they_were_one_by_one_in_slices_and_by_number(pairs, data):
-    kept = stored(pairs)
+    kept = as_disk_backed(pairs)
     assert list(kept) == pairs
     assert [kept[i] for i in range(len(pairs))] == pairs
     begin, end, step = data.draw(st.tuples(st.integers(-12, 12), st.integers(-12, 12), st.sampled_from([-2, -1, 1, 3])))
@@ -54,7 +54,7 @@ def test_pairs_come_back_as_they_were_one_by_one_in_slices_and_by_number(pairs, 
 @hypothesis.settings(deadline=None)
 def test_keys_are_equal_where_the_words_are(pairs, data):
     numbers = data.draw(st.lists(st.integers(0, max(0, len(pairs) - 1)), max_size=15 if pairs else 0))
-    keys = stored(pairs)[::-1].keys(np.array(numbers, np.int64))
+    keys = as_disk_backed(pairs)[::-1].keys(np.array(numbers, np.int64))
     chosen = [pairs[::-1][i] for i in numbers]
     words = [pair.source for pair in chosen] + [gloss for pair in chosen for gloss in pair.accepted]
     found = [*keys.sources.tolist(), *keys.glosses.tolist()]
@@ -117,8 +117,8 @@ def test_words_tokenised_some_at_a_time_are_the_same_words(tokenizer, word_list,
     for number, text in enumerate(texts):
         ids = [tokenizer.bos_token_id, *tokenizer(" " + text, add_special_tokens=False)["input_ids"]]
         tokens, (length,) = parts.padded(np.array([number]))
-        assert parts.rows[tokens[0, :length]].tolist() == ids
-    assert set(parts.rows.tolist()) == set(parts.ids.tolist())
+        assert parts.vocab_ids[tokens[0, :length]].tolist() == ids
+    assert set(parts.vocab_ids.tolist()) == set(parts.ids.tolist())
     everything = parts.with_all_rows(len(tokenizer))
     assert everything.padded(np.arange(5))[0].max() == parts.ids[: parts.indptr[5]].max()
 

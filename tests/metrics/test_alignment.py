@@ -35,8 +35,8 @@ def cosine(x: list[float], y: list[float]) -> float:
     return math.fsum(a * b for a, b in zip(x, y)) / math.sqrt(math.fsum(a * a for a in x) * math.fsum(b * b for b in y))
 
 
-def by_loops(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> dict[str, list[float]]:
-    source, target, alike = source.tolist(), target.tolist(), {tuple(e) for e in same.tolist()}
+def by_loops(source: torch.Tensor, target: torch.Tensor, false_negatives: np.ndarray) -> dict[str, list[float]]:
+    source, target, alike = source.tolist(), target.tolist(), {tuple(e) for e in false_negatives.tolist()}
     names = ("cosine", "mismatched", "clipscore_mismatched", "rank_forward", "rank_backward", "chance", "mexa", "strangers", "hit_5_chance")
     result = {name: [] for name in names}
     for i in range(len(source)):
@@ -98,9 +98,9 @@ def test_the_histogram_counts_every_mismatched_cosine_in_its_bin():
     assert np.abs(np.cumsum(expected) - np.cumsum(measure(source, target, NONE_ALIKE).mismatched_histogram)).max() <= 1
 
 
-def csls_by_loops(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tuple[list[int], list[int]]:
+def csls_by_loops(source: torch.Tensor, target: torch.Tensor, false_negatives: np.ndarray) -> tuple[list[int], list[int]]:
     """Ranks forward and backward, from the definition of Conneau et al. 2018."""
-    source, target, alike = source.tolist(), target.tolist(), {tuple(e) for e in same.tolist()}
+    source, target, alike = source.tolist(), target.tolist(), {tuple(e) for e in false_negatives.tolist()}
     pairs, k = len(source), min(10, len(source))
     near_source = [math.fsum(sorted((cosine(s, t) for t in target), reverse=True)[:k]) / k for s in source]
     near_target = [math.fsum(sorted((cosine(s, t) for s in source), reverse=True)[:k]) / k for t in target]
@@ -114,12 +114,12 @@ def csls_by_loops(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) 
 @given(st.integers(4, 26), st.integers(2, 9), st.integers(0, 10_000), st.integers(1, 60), st.data())
 def test_csls_agrees_with_loops_over_pairs(pairs, width, seed, chunk, data):
     index = st.integers(0, pairs - 3)
-    same = both_ways(data.draw(st.lists(st.tuples(index, index).filter(lambda e: e[0] != e[1]), max_size=8)))
+    false_negatives = both_ways(data.draw(st.lists(st.tuples(index, index).filter(lambda e: e[0] != e[1]), max_size=8)))
     source, target = word_vectors(pairs, width, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(alignment, "_CHUNK_NUMBERS", chunk)
-        ways = csls(source, target, same)
-    for way, ranks in zip(ways, csls_by_loops(source, target, same), strict=True):
+        ways = csls(source, target, false_negatives)
+    for way, ranks in zip(ways, csls_by_loops(source, target, false_negatives), strict=True):
         np.testing.assert_array_equal(way.rank, ranks)
 
 
@@ -243,7 +243,7 @@ def test_a_number_that_is_not_finite_is_an_error_that_names_the_pair(poison, sid
     vectors = dict(zip(("source", "target"), word_vectors(5, 4, 15)))
     vectors[side][3, 1] = poison
     with pytest.raises(TliError, match=f"{side} word of pair 4"):
-        measure(**vectors, same=NONE_ALIKE)
+        measure(**vectors, false_negatives=NONE_ALIKE)
 
 
 @pytest.mark.parametrize(("pairs", "edges"), [(1, []), (3, [(0, 1), (0, 2)])])

@@ -16,8 +16,8 @@ def drawn(seed: int, pairs: int, width: int = 6, references: int = 0):
     source, target, further = (torch.from_numpy(generator.normal(size=(n, width)).astype(np.float32)) for n in (pairs, pairs, references))
     owners = np.sort(generator.integers(0, pairs, references))
     i, j = generator.integers(0, pairs, (2, pairs // 3))
-    same = np.array(sorted({(a, b) for x, y in zip(i, j) for a, b in ((x, y), (y, x)) if a != b}), np.int64).reshape(-1, 2)
-    return source, target, further, owners, same
+    false_negatives = np.array(sorted({(a, b) for x, y in zip(i, j) for a, b in ((x, y), (y, x)) if a != b}), np.int64).reshape(-1, 2)
+    return source, target, further, owners, false_negatives
 
 
 def cosine(a, b) -> float:
@@ -37,19 +37,19 @@ def ref_clip(source, target, references) -> float:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.integers(4, 14), st.integers(1, 20))
 def test_scores_are_their_definition_for_true_and_for_mismatched_pairs(seed, pairs, references):
-    source, target, further, owners, same = drawn(seed, pairs, references=references)
-    alike = {tuple(edge) for edge in same.tolist()}
+    source, target, further, owners, false_negatives = drawn(seed, pairs, references=references)
+    alike = {tuple(edge) for edge in false_negatives.tolist()}
     apart = [[j for j in range(pairs) if j != i and (i, j) not in alike] for i in range(pairs)]
     if not all(apart):
         return
-    found = measure(source, target, same)
+    found = measure(source, target, false_negatives)
     for i in range(pairs):
         assert found.per_pair("clipscore")[i] == pytest.approx(clip(source[i], target[i]))
         forward = np.mean([clip(source[i], target[j]) for j in apart[i]])
         backward = np.mean([clip(source[j], target[i]) for j in apart[i]])
         assert found.per_pair("clipscore_mismatched")[i] == pytest.approx((forward + backward) / 2)
     np.testing.assert_allclose(found.per_pair("clipscore_gap"), found.per_pair("clipscore") - found.per_pair("clipscore_mismatched"))
-    referenced = ref_clip_scores(source, target, further, owners, same)
+    referenced = ref_clip_scores(source, target, further, owners, false_negatives)
     assert referenced.pairs.tolist() == sorted(set(owners.tolist()))
     for i, score, mismatched in zip(referenced.pairs, referenced.score, referenced.mismatched):
         own = [further[r] for r in np.flatnonzero(owners == i)]
@@ -67,25 +67,25 @@ def test_no_number_depends_on_how_many_rows_are_held_at_once(monkeypatch):
 
 
 def test_where_no_cosine_is_below_zero_clipscore_is_the_cosine_rescaled():
-    source, target, *_, same = drawn(2, 30)
+    source, target, *_, false_negatives = drawn(2, 30)
     source, target = source.abs(), target.abs()
-    found = measure(source, target, same)
+    found = measure(source, target, false_negatives)
     for clipped, plain in (("clipscore", "cosine"), ("clipscore_mismatched", "mismatched"), ("clipscore_gap", "gap")):
         np.testing.assert_allclose(found.per_pair(clipped), 2.5 * found.per_pair(plain))
 
 
 def test_words_that_share_a_vector_score_high_and_have_no_gap():
-    source, target, *_, same = drawn(3, 60)
+    source, target, *_, false_negatives = drawn(3, 60)
     shared = 300 * torch.ones(6)
-    found = measure(source + shared, target + shared, same)
+    found = measure(source + shared, target + shared, false_negatives)
     assert found.value("clipscore") > 2.49
     assert abs(found.value("clipscore_gap")) < 1e-3
 
 
 def test_vectors_of_zeros_and_opposite_vectors_score_nothing():
-    source, target, further, owners, same = drawn(4, 12, references=12)
+    source, target, further, owners, false_negatives = drawn(4, 12, references=12)
     source[0], source[1] = 0, -target[1]
-    assert measure(source, target, same).per_pair("clipscore")[:2].tolist() == [0, 0]
-    found = ref_clip_scores(source, target, further, np.arange(12), same)
+    assert measure(source, target, false_negatives).per_pair("clipscore")[:2].tolist() == [0, 0]
+    found = ref_clip_scores(source, target, further, np.arange(12), false_negatives)
     assert found.score[:2].tolist() == [0, 0]
     assert np.isfinite(found.mismatched).all()

@@ -14,10 +14,10 @@ from tli.metrics.perplexity import NextTokens, TextWindows, harm, predict, read_
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.families import FAMILIES
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 
-CPU = place("cpu", "float32")
+CPU = resolve_device("cpu", "float32")
 TEXT = "Habari za asubuhi. Watoto wanasoma vitabu shuleni; mwalimu anafundisha. The children read books, and the teacher listens.\n" * 3
 
 
@@ -36,7 +36,7 @@ def whole_model(folder, adapter, windows) -> list[torch.Tensor]:
         if path is not None:
             model = PeftModel.from_pretrained(model, path)
         with torch.no_grad():
-            found.append(model(input_ids=torch.from_numpy(windows.rows[windows.tokens])).logits.double().log_softmax(-1))
+            found.append(model(input_ids=torch.from_numpy(windows.vocab_ids[windows.tokens])).logits.double().log_softmax(-1))
     return found
 
 
@@ -54,7 +54,7 @@ def test_predictions_are_those_of_the_whole_model_with_pefts_adapter(make_model,
     for window, length in enumerate(windows.lengths):
         for position in range(length - 1):
             p, q = (stream[window, position] for stream in logs)
-            following = windows.rows[windows.tokens[window, position + 1]]
+            following = windows.vocab_ids[windows.tokens[window, position + 1]]
             expected["base"].append(-p[following])
             expected["adapted"].append(-q[following])
             expected["kl"].append((p.exp() * (p - q)).sum())
@@ -74,7 +74,7 @@ def test_every_token_of_the_text_is_predicted_once(make_model, text):
     ids = checkpoint.tokenizer()(TEXT, add_special_tokens=False)["input_ids"]
     for width in (2, 9, 64):
         windows = read_windows(text, checkpoint, width)
-        found = [windows.rows[row[:length]] for row, length in zip(windows.tokens, windows.lengths)]
+        found = [windows.vocab_ids[row[:length]] for row, length in zip(windows.tokens, windows.lengths)]
         assert {row[0] for row in found} == {0}
         assert [int(token) for row in found for token in row[1:]] == ids
         assert all(length == width for length in windows.lengths[:-1])

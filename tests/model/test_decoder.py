@@ -17,11 +17,11 @@ from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder, run
 from tli.model.families import FAMILIES
 from tli.model.hidden_states import stream_layers
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 
 WORDS = ["kitabu", "kitanda", "kiti", "mtoto", "mtu", "watu", "book", "books", "bookshop", "child", "children", "kitabu", "w"]
-CPU = place("cpu", "float32")
+CPU = resolve_device("cpu", "float32")
 
 
 def whole_states(folder, tokens: np.ndarray, lengths: np.ndarray) -> list[torch.Tensor]:
@@ -46,12 +46,12 @@ def relative_error(packed: torch.Tensor, whole: torch.Tensor, batch, lengths) ->
 def test_every_family_gives_the_whole_models_states(make_model, tokenizer, family, tied):
     folder = make_model(family, tied=tied, shards=not tied)
     words = tokenise(tokenizer, WORDS, window=24)
-    ids = words.rows[tokens_of(words)]
+    ids = words.vocab_ids[tokens_of(words)]
     whole = whole_states(folder, ids, words.lengths)
     attended = torch.from_numpy(np.arange(ids.shape[1]) < words.lengths[:, None])
     checkpoint = open_checkpoint(str(folder))
     for layer in (1, 2, 3):
-        decoder = load_truncated_decoder(checkpoint, layer, words.rows, CPU)
+        decoder = load_truncated_decoder(checkpoint, layer, words.vocab_ids, CPU)
         padded = decoder(input_ids=torch.from_numpy(tokens_of(words)), attention_mask=attended.long(), use_cache=False).last_hidden_state
         assert torch.equal(padded[attended], whole[layer][attended])
         batch = to_batch(words.pack(np.arange(len(WORDS)), width=24), torch.float32, CPU.device)
@@ -63,11 +63,11 @@ def test_every_family_gives_the_whole_models_states(make_model, tokenizer, famil
 def test_streaming_gives_every_layer_and_the_output(make_model, tokenizer, family):
     folder = make_model(family)
     words = tokenise(tokenizer, WORDS, window=24)
-    whole = whole_states(folder, words.rows[tokens_of(words)], words.lengths)
+    whole = whole_states(folder, words.vocab_ids[tokens_of(words)], words.lengths)
     batch = to_batch(words.pack(np.arange(len(WORDS)), width=24), torch.float32, CPU.device)
     layers = {}
     reason = stream_layers(
-        open_checkpoint(str(folder)), batch, words.rows, CPU, [None, None], lambda layer, states: layers.__setitem__(layer, states)
+        open_checkpoint(str(folder)), batch, words.vocab_ids, CPU, [None, None], lambda layer, states: layers.__setitem__(layer, states)
     )
     assert reason is None
     assert list(layers) == [0, 1, 2, 3, 4, "output"]
@@ -82,11 +82,11 @@ def test_streaming_gives_every_layer_and_the_output(make_model, tokenizer, famil
 def test_the_starter_gives_the_whole_models_states(starter):
     checkpoint = open_checkpoint(str(starter))
     words = tokenise(checkpoint.tokenizer(), WORDS, window=100)
-    whole = whole_states(starter, words.rows[tokens_of(words)], words.lengths)
+    whole = whole_states(starter, words.vocab_ids[tokens_of(words)], words.lengths)
     batch = to_batch(words.pack(np.arange(len(WORDS))), torch.float32, CPU.device)
     layers = {}
-    stream_layers(checkpoint, batch, words.rows, CPU, [None], lambda layer, states: layers.__setitem__(layer, states[0]))
-    decoder = load_truncated_decoder(checkpoint, 2, words.rows, CPU)
+    stream_layers(checkpoint, batch, words.vocab_ids, CPU, [None], lambda layer, states: layers.__setitem__(layer, states[0]))
+    decoder = load_truncated_decoder(checkpoint, 2, words.vocab_ids, CPU)
     attended = torch.from_numpy(np.arange(tokens_of(words).shape[1]) < words.lengths[:, None])
     padded = decoder(input_ids=torch.from_numpy(tokens_of(words)), attention_mask=attended.long(), use_cache=False).last_hidden_state
     assert torch.equal(padded[attended], whole[2][attended])
@@ -102,7 +102,7 @@ def test_a_chunk_of_bins_changes_nothing(make_model, tokenizer, monkeypatch):
     results = []
     for nodes in (12, 24, 10_000):
         monkeypatch.setattr("tli.model.hidden_states._CHUNK_NODES", nodes)
-        stream_layers(checkpoint, batch, words.rows, CPU, [None, None], lambda layer, states: results.append(states))
+        stream_layers(checkpoint, batch, words.vocab_ids, CPU, [None, None], lambda layer, states: results.append(states))
     third = len(results) // 3
     for one, two, whole in zip(results[:third], results[third : 2 * third], results[2 * third :], strict=True):
         for stream in (0, 1):
@@ -123,9 +123,9 @@ def test_only_the_shards_of_the_first_blocks_are_opened(make_model, tokenizer, t
         (folder / file).unlink()
     words = tokenise(tokenizer, WORDS, window=24)
     batch = to_batch(words.pack(np.arange(len(WORDS))), torch.float32, CPU.device)
-    decoder = load_truncated_decoder(checkpoint, 2, words.rows, CPU)
+    decoder = load_truncated_decoder(checkpoint, 2, words.vocab_ids, CPU)
     layers = {}
-    reason = stream_layers(checkpoint, batch, words.rows, CPU, [None], lambda layer, states: layers.__setitem__(layer, states[0]))
+    reason = stream_layers(checkpoint, batch, words.vocab_ids, CPU, [None], lambda layer, states: layers.__setitem__(layer, states[0]))
     assert torch.equal(run(decoder, batch), layers[2])
     assert "output" not in layers
     assert any(file in reason for file in later)
@@ -135,8 +135,8 @@ def test_only_the_rows_that_occur_are_kept_and_all_rows_agree(make_model, tokeni
     checkpoint = open_checkpoint(str(make_model("llama")))
     words = tokenise(tokenizer, WORDS, window=24)
     everything = words.with_all_rows(checkpoint.config.vocab_size)
-    few, all_of_them = load_truncated_decoder(checkpoint, 2, words.rows, CPU), load_truncated_decoder(checkpoint, 2, everything.rows, CPU)
-    assert len(few.embed_tokens.weight) == len(words.rows) < len(all_of_them.embed_tokens.weight) == len(tokenizer)
+    few, all_of_them = (load_truncated_decoder(checkpoint, 2, each.vocab_ids, CPU) for each in (words, everything))
+    assert len(few.embed_tokens.weight) == len(words.vocab_ids) < len(all_of_them.embed_tokens.weight) == len(tokenizer)
     numbers = np.arange(len(WORDS))
     batches = [to_batch(each.pack(numbers), torch.float32, CPU.device) for each in (words, everything)]
     used = batches[0].indices
@@ -147,7 +147,7 @@ def test_only_the_rows_that_occur_are_kept_and_all_rows_agree(make_model, tokeni
 def test_nf4_weights_are_bitsandbytes_own_rounding(make_model, tokenizer):
     folder = make_model("llama", hidden_size=64, intermediate_size=128)
     words = tokenise(tokenizer, WORDS, window=24)
-    decoder = load_truncated_decoder(open_checkpoint(str(folder)), 1, words.rows, place("cpu", "float32", "nf4"))
+    decoder = load_truncated_decoder(open_checkpoint(str(folder)), 1, words.vocab_ids, resolve_device("cpu", "float32", "nf4"))
     stored = load_file(folder / "model.safetensors")
     weight = stored["model.layers.0.mlp.up_proj.weight"]
     rounded = decoder.layers[0].mlp.up_proj.weight
@@ -173,7 +173,7 @@ def test_checkpoints_that_transformers_quantised_load_as_they_are(make_model, to
     whole.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     words = tokenise(tokenizer, WORDS, window=24)
-    decoder = load_truncated_decoder(open_checkpoint(str(tmp_path)), 2, words.rows, place("cpu", "float32"))
+    decoder = load_truncated_decoder(open_checkpoint(str(tmp_path)), 2, words.vocab_ids, resolve_device("cpu", "float32"))
     for index, path in itertools.product((0, 1), ("self_attn.k_proj", "mlp.down_proj")):
         stored = whole.model.layers[index].get_submodule(path).weight
         expected = dequantize_4bit(stored.data, stored.quant_state)

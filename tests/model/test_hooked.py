@@ -18,16 +18,16 @@ from tli.model import lora
 from tli.model.checkpoint import Checkpoint, open_checkpoint
 from tli.model.decoder import capture_output, enable_gradient_checkpointing, load_full_decoder, load_truncated_decoder, run, run_hooked
 from tli.model.families import FAMILIES
-from tli.model.pooling import pooling
+from tli.model.pooling import Pooling
 from tli.runtime import ops
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 from tli.training.loss import Objective
 
 # six pairs: sources, then targets
 WORDS = ["kitabu", "kitanda", "mtoto", "kiti", "mtu", "maji", "book", "bed", "child", "chair", "person", "water"]
 NO_SYNONYMS = torch.zeros(0, 2, dtype=torch.int64)
-CPU = place("cpu", "float32")
+CPU = resolve_device("cpu", "float32")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TEMPERATURE = 0.1
 INFONCE = Objective("infonce", TEMPERATURE, 0.0)
@@ -41,13 +41,13 @@ class Setting:
         self.words = tokenise(self.checkpoint.tokenizer(), WORDS, window=24)
         self.batch = to_batch(self.words.pack(np.arange(len(WORDS)), width=24), torch.float32, device)
 
-    def decoder(self, arm: str, layer: int, dropout: float = 0.0, placement=CPU):
+    def decoder(self, arm: str, layer: int, dropout: float = 0.0, device_config=CPU):
         """The arm's model in training, with adapters as if some steps had been taken."""
         early = arm == "early"
         decoder = (
-            load_truncated_decoder(self.checkpoint, layer, self.words.rows, placement)
+            load_truncated_decoder(self.checkpoint, layer, self.words.vocab_ids, device_config)
             if early
-            else load_full_decoder(self.checkpoint, self.words.rows, placement)
+            else load_full_decoder(self.checkpoint, self.words.vocab_ids, device_config)
         )
         lora.inject(decoder, lora.LoRAConfig(rank=3, alpha=6.0, dropout=dropout), None if arm == "full" else range(layer))
         for number, adapter in enumerate(lora.adapters(decoder).values()):
@@ -58,7 +58,9 @@ class Setting:
     def step(self, decoder, states=run, token_norm: str = "final") -> tuple[float, dict[str, torch.Tensor]]:
         """The loss, and the gradient of every factor by its name."""
         device = self.batch.indptr.device
-        loss = INFONCE(pooling(token_norm, self.checkpoint, device)(states(decoder, self.batch), self.batch), NO_SYNONYMS.to(device))
+        loss = INFONCE(
+            Pooling.from_checkpoint(token_norm, self.checkpoint, device)(states(decoder, self.batch), self.batch), NO_SYNONYMS.to(device)
+        )
         loss.backward()
         adapters = lora.adapters(decoder)
         return loss.item(), {f"{path}.{name}": getattr(a, name).grad for path, a in adapters.items() for name in ("lora_A", "lora_B")}
@@ -95,9 +97,9 @@ def test_full_hook_has_the_early_arms_loss_and_gradients_on_the_starter(starter)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_whole_model_gives_transformers_output(make_model, family):
     setting = Setting(make_model(family, tied=False, shards=True))
-    expected = whole_states(setting.folder, setting.words.rows[tokens_of(setting.words)], setting.words.lengths)[-1]
+    expected = whole_states(setting.folder, setting.words.vocab_ids[tokens_of(setting.words)], setting.words.lengths)[-1]
     with torch.no_grad():
-        states = run(load_full_decoder(setting.checkpoint, setting.words.rows, CPU), setting.batch)
+        states = run(load_full_decoder(setting.checkpoint, setting.words.vocab_ids, CPU), setting.batch)
     assert relative_error(states, expected, setting.batch, setting.words.lengths) < 2e-5
 
 
@@ -106,7 +108,7 @@ def peft_step(setting: Setting, adapter, states_of) -> tuple[float, dict[str, to
     base = AutoModelForCausalLM.from_pretrained(setting.folder, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     lengths = torch.from_numpy(setting.words.lengths)
-    ids = torch.from_numpy(setting.words.rows[tokens_of(setting.words)])
+    ids = torch.from_numpy(setting.words.vocab_ids[tokens_of(setting.words)])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     states = states_of(model.base_model.model.model, model(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states)
     # the first position, the sink, is left out
@@ -209,16 +211,18 @@ def test_the_checkpoint_is_read_once(make_model, monkeypatch, arm):
 
 def test_nf4_weights_are_rounded_in_every_block(make_model):
     setting = Setting(make_model("llama", hidden_size=64, intermediate_size=128))
-    rounded = load_full_decoder(setting.checkpoint, setting.words.rows, place("cpu", "float32", "nf4"))
-    plain = load_full_decoder(setting.checkpoint, setting.words.rows, CPU)
+    rounded = load_full_decoder(setting.checkpoint, setting.words.vocab_ids, resolve_device("cpu", "float32", "nf4"))
+    plain = load_full_decoder(setting.checkpoint, setting.words.vocab_ids, CPU)
     for path, module in plain.layers.named_modules():
         if isinstance(module, torch.nn.Linear):
             weight = rounded.layers.get_submodule(path).weight
             assert 0 < (weight - module.weight).norm() < 0.2 * module.weight.norm()
             assert all(len(block.unique()) <= 16 for block in weight.reshape(-1, 64))
     assert torch.equal(rounded.norm.weight, plain.norm.weight)
-    early = setting.step(setting.decoder("early", 2, placement=place("cpu", "float32", "nf4")))
-    hooked = setting.step(setting.decoder("full-hook", 2, placement=place("cpu", "float32", "nf4")), functools.partial(run_hooked, layer=2))
+    early = setting.step(setting.decoder("early", 2, device_config=resolve_device("cpu", "float32", "nf4")))
+    hooked = setting.step(
+        setting.decoder("full-hook", 2, device_config=resolve_device("cpu", "float32", "nf4")), functools.partial(run_hooked, layer=2)
+    )
     assert_equal_steps(hooked, early, tolerance=1e-5)
 
 
@@ -227,7 +231,7 @@ def test_the_whole_model_computes_from_packed_weights_where_the_fused_ops_do(mak
     setting = Setting(make_model("llama", hidden_size=64, intermediate_size=128, blocks=2), DEVICE)
     steps = []
     for impl in ("reference", "fused", "fused"):
-        decoder = setting.decoder("full", 1, dropout=0.2, placement=place(DEVICE.type, "float32", "nf4", impl))
+        decoder = setting.decoder("full", 1, dropout=0.2, device_config=resolve_device(DEVICE.type, "float32", "nf4", impl))
         packed = [isinstance(adapter.weight, ops.NF4Weight) for adapter in lora.adapters(decoder).values()]
         assert packed == [impl == "fused"] * 14
         if len(steps) == 2:
@@ -244,4 +248,4 @@ def test_an_absent_shard_is_one_clear_line(make_model, tmp_path):
     absent = setting.checkpoint.shard_of["model.layers.3.mlp.up_proj.weight"]
     (folder / absent).unlink()
     with pytest.raises(TliError, match=f"the folder must hold {absent}, got none; "):
-        load_full_decoder(setting.checkpoint, setting.words.rows, CPU)
+        load_full_decoder(setting.checkpoint, setting.words.vocab_ids, CPU)

@@ -18,16 +18,16 @@ from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder, run
 from tli.model.families import FAMILIES
 from tli.model.hidden_states import stream_layers
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 
-CPU = place("cpu", "float32")
+CPU = resolve_device("cpu", "float32")
 WORDS = ["kitabu", "kitanda", "mtoto", "book", "bookshop", "child"]
 
 
 def truncated(folder, tokenizer, layer: int = 2):
     words = tokenise(tokenizer, WORDS, window=24)
-    decoder = load_truncated_decoder(open_checkpoint(str(folder)), layer, words.rows, CPU)
+    decoder = load_truncated_decoder(open_checkpoint(str(folder)), layer, words.vocab_ids, CPU)
     return decoder, words, to_batch(words.pack(np.arange(len(WORDS))), torch.float32, CPU.device)
 
 
@@ -147,7 +147,7 @@ def test_gradients_reach_b_at_the_first_step_and_a_at_the_second(make_model, tok
 
 
 def peft_states(model, words, layer: int | str) -> torch.Tensor:
-    tokens = torch.from_numpy(words.rows[tokens_of(words)])
+    tokens = torch.from_numpy(words.vocab_ids[tokens_of(words)])
     mask = torch.from_numpy(np.arange(tokens.shape[1]) < words.lengths[:, None])
     with torch.no_grad():
         states = model(tokens, attention_mask=mask.long(), output_hidden_states=True).hidden_states
@@ -187,7 +187,7 @@ def test_peft_reads_what_we_write_on_the_whole_model(make_model, tokenizer, tmp_
     # and so on to the end of the model, with the base before and behind it
     layers = {}
     checkpoint, streams = open_checkpoint(str(folder)), [None, lora.load(tmp_path), None]
-    stream_layers(checkpoint, batch, words.rows, CPU, streams, lambda layer, states: layers.__setitem__(layer, states))
+    stream_layers(checkpoint, batch, words.vocab_ids, CPU, streams, lambda layer, states: layers.__setitem__(layer, states))
     base, adapted, base_again = layers["output"]
     assert torch.equal(base, base_again)
     assert not torch.equal(base, adapted)
@@ -212,7 +212,7 @@ def test_we_read_what_peft_writes(make_model, tokenizer, tmp_path, transformed):
     assert_words_equal(run(decoder, batch), peft_states(model.eval(), words, 2), batch, words)
     layers = {}
     stream_layers(
-        open_checkpoint(str(folder)), batch, words.rows, CPU, [adapter], lambda layer, states: layers.__setitem__(layer, states[0])
+        open_checkpoint(str(folder)), batch, words.vocab_ids, CPU, [adapter], lambda layer, states: layers.__setitem__(layer, states[0])
     )
     assert_words_equal(layers["output"], peft_states(model, words, "output"), batch, words)
 

@@ -12,9 +12,9 @@ from tli.model import lora, shape, token_table
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import enable_gradient_checkpointing, load_truncated_decoder, run
 from tli.model.families import FAMILIES
-from tli.model.pooling import pooling
+from tli.model.pooling import Pooling
 from tli.runtime import ops
-from tli.runtime.device import Placement, place
+from tli.runtime.device import DeviceConfig, resolve_device
 from tli.runtime.ops import Ops
 from tli.training.loss import Objective
 
@@ -26,11 +26,11 @@ def gradients(
 ):
     """The first batch's loss and the adapters' gradients, by the ops ``chosen``."""
     checkpoint, pairs = open_checkpoint(model), read_pairs(word_list, "swahili", "english")
-    placement = Placement(torch.float32, torch.device("cpu"), weights, chosen)
+    device_config = DeviceConfig(torch.float32, torch.device("cpu"), weights, chosen)
     words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
-    decoder = load_truncated_decoder(checkpoint, 2, words.rows, placement)
+    decoder = load_truncated_decoder(checkpoint, 2, words.vocab_ids, device_config)
     if tabled:
-        assert token_table.tabulate(decoder) == len(words.rows) * sum(tables(decoder)[name].shape[0] for name in "qkv") * 4
+        assert token_table.precompute_qkv(decoder) == len(words.vocab_ids) * sum(tables(decoder)[name].shape[0] for name in "qkv") * 4
     if more.get("checkpointing"):
         enable_gradient_checkpointing(decoder)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0, targets=targets, dropout=0.3), seed=1)
@@ -38,9 +38,9 @@ def gradients(
     for seed, adapter in enumerate(lora.adapters(decoder).values()):
         adapter.lora_B.data.normal_(std=0.1, generator=generator)
         adapter.seed = seed
-    pool, objective = pooling("final", checkpoint, placement.device, chosen), Objective(loss, 0.1, 0.4, chosen)
-    (part,), same = next(iter(BatchLoader(words, pairs, placement, batch=16).epoch(0)))
-    value = objective(pool(run(decoder.train(), part), part), same)
+    pool, objective = Pooling.from_checkpoint("final", checkpoint, device_config.device, chosen), Objective(loss, 0.1, 0.4, chosen)
+    (part,), false_negatives = next(iter(BatchLoader(words, pairs, device_config, batch=16).epoch(0)))
+    value = objective(pool(run(decoder.train(), part), part), false_negatives)
     value.backward()
     return value, {path: (adapter.lora_A.grad, adapter.lora_B.grad) for path, adapter in lora.adapters(decoder).items()}
 
@@ -78,18 +78,18 @@ def test_the_weights_stay_where_they_are_smaller_and_where_every_bit_counts(make
     checkpoint = open_checkpoint(str(make_model("llama")))
 
     def loaded(impl: str = "auto"):
-        return load_truncated_decoder(checkpoint, 1, np.arange(200), place("cpu", "float32", impl=impl))
+        return load_truncated_decoder(checkpoint, 1, np.arange(200), resolve_device("cpu", "float32", impl=impl))
 
     # 200 rows of 128 products against 48 x 128 weights
     monkeypatch.setattr(shape, "MOST_TABLE_BYTES", 200 * 128 * 4)
-    assert token_table.tabulate(loaded()) == 200 * 128 * 4
+    assert token_table.precompute_qkv(loaded()) == 200 * 128 * 4
     monkeypatch.setattr(shape, "MOST_TABLE_BYTES", 200 * 128 * 4 - 1)
     decoder = loaded()
-    assert token_table.tabulate(decoder) is None
+    assert token_table.precompute_qkv(decoder) is None
     assert not tables(decoder)
     assert shape.table_bytes(200, 128, 4, weight_bytes=200 * 128 * 4) == 200 * 128 * 4
     monkeypatch.setattr(shape, "MOST_TABLE_BYTES", 1 << 30)
-    assert token_table.tabulate(loaded("reference")) is None
+    assert token_table.precompute_qkv(loaded("reference")) is None
 
 
 def test_a_table_is_of_the_tokens_that_were_set_and_has_no_way_back():
@@ -102,4 +102,4 @@ def test_a_table_is_of_the_tokens_that_were_set_and_has_no_way_back():
     with pytest.raises(ValueError, match="the tokens of 3 rows must have been set, got 2"):
         linear(torch.zeros(3, 5), table)
     with pytest.raises(ValueError, match="the input must want no gradient"):
-        table.looked_up(torch.zeros(2, 5, requires_grad=True))
+        table.lookup(torch.zeros(2, 5, requires_grad=True))

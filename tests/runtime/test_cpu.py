@@ -20,11 +20,11 @@ from tli.data.word_pairs import read_pairs
 from tli.model import lora, token_table
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder, run, use_eager_attention
-from tli.model.pooling import pooling
+from tli.model.pooling import Pooling
 from tli.runtime import cpu as processor
 from tli.runtime import ops
 from tli.runtime.cpu import Ways
-from tli.runtime.device import Placement, place
+from tli.runtime.device import DeviceConfig, resolve_device
 from tli.training.loss import Objective
 from tli.training.state import STATE_FILE
 
@@ -278,18 +278,19 @@ def test_loss_and_gradients_in_bfloat16_are_as_true_as_transformers_own(make_mod
 
     def found(dtype: torch.dtype, fast: bool) -> list[torch.Tensor]:
         chosen = ops.on_cpu(ops.Matmul.named(matmul)) if fast else ops.REFERENCE
-        decoder = load_truncated_decoder(checkpoint, 2, words.rows, Placement(torch.bfloat16, torch.device("cpu"), ops=chosen)).to(dtype)
+        device_config = DeviceConfig(torch.bfloat16, torch.device("cpu"), ops=chosen)
+        decoder = load_truncated_decoder(checkpoint, 2, words.vocab_ids, device_config).to(dtype)
         if fast:
-            token_table.tabulate(decoder)
+            token_table.precompute_qkv(decoder)
             use_eager_attention(decoder)
         lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0))
         generator = torch.Generator().manual_seed(0)
         for adapter in lora.adapters(decoder).values():
             adapter.lora_B.data.normal_(std=0.05, generator=generator)
-        batches = BatchLoader(words, pairs, Placement(dtype, torch.device("cpu")), batch=30)
-        (part,), same = next(iter(batches.epoch(0)))
-        pool = pooling("final", checkpoint, torch.device("cpu"))
-        loss = Objective("infonce", 0.1, 0.4)(pool(run(decoder.train(), part), part), same)
+        batches = BatchLoader(words, pairs, DeviceConfig(dtype, torch.device("cpu")), batch=30)
+        (part,), false_negatives = next(iter(batches.epoch(0)))
+        pool = Pooling.from_checkpoint("final", checkpoint, torch.device("cpu"))
+        loss = Objective("infonce", 0.1, 0.4)(pool(run(decoder.train(), part), part), false_negatives)
         loss.backward()
         return [loss.detach(), *(parameter.grad for parameter in lora.trainable(decoder))]
 
@@ -380,9 +381,10 @@ def test_on_the_same_machine_a_run_goes_on_to_the_same_bytes_whatever_is_measure
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_dtype_that_was_asked_for_is_computed_in_and_said_to_be_slow(monkeypatch, dtype):
     monkeypatch.setattr(processor, "ways", lambda: dataclasses.replace(PLAIN, matmul={**PLAIN.matmul, dtype: "torch in float32"}))
-    placement = place("cpu", dtype, impl="auto")
-    assert placement.dtype == getattr(torch, dtype)
+    device_config = resolve_device("cpu", dtype, impl="auto")
+    assert device_config.dtype == getattr(torch, dtype)
     assert (
-        f"in float32, rounded to {dtype}: this processor has no fast products of it, --dtype float32 is faster" in placement.ops.description
+        f"in float32, rounded to {dtype}: this processor has no fast products of it, --dtype float32 is faster"
+        in device_config.ops.description
     )
-    assert f"{dtype} products are slow on this processor" in place("cpu", dtype, impl="reference").ops.description
+    assert f"{dtype} products are slow on this processor" in resolve_device("cpu", dtype, impl="reference").ops.description

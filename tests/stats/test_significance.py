@@ -111,16 +111,16 @@ def test_one_seed_gives_one_interval_and_rows_are_as_alone():
 @pytest.mark.parametrize("value", [0.0, 0.1, 1.0, 1e-9])
 @pytest.mark.parametrize("n", [2, 7, 623])
 def test_no_change_is_no_change_without_a_warning(value, n):
-    same = np.full(n, value)
+    false_negatives = np.full(n, value)
     scattered = np.random.default_rng(0).normal(size=n)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for values in (same, scattered):
+        for values in (false_negatives, scattered):
             assert compare_paired(values[None], values[None].copy(), 0) == [
                 {"n": n, "clusters": n, "mean_gain": 0, "low": 0, "high": 0, "t": 0, "p_t": 1, "p_wilcoxon": 1, "p_sign_flip": 1, "d_z": 0}
             ]
-        assert bootstrap_interval(same, 0) == (pytest.approx(value), pytest.approx(value))
-        alike = welch(same, np.full(n + 1, value))
+        assert bootstrap_interval(false_negatives, 0) == (pytest.approx(value), pytest.approx(value))
+        alike = welch(false_negatives, np.full(n + 1, value))
     assert (alike["difference"], alike["t"], alike["p"], alike["low"], alike["high"]) == (0, 0, 1, 0, 0)
 
 
@@ -307,8 +307,8 @@ def test_a_margin_that_is_none_is_refused(margin):
 
 
 def test_pairs_that_share_a_word_are_one_cluster_also_by_way_of_others():
-    same = np.array([[0, 3], [3, 0], [3, 5], [5, 3], [1, 2], [2, 1]])
-    number = word_clusters(7, same)
+    false_negatives = np.array([[0, 3], [3, 0], [3, 5], [5, 3], [1, 2], [2, 1]])
+    number = word_clusters(7, false_negatives)
     groups = {frozenset(np.flatnonzero(number == c)) for c in number}
     assert groups == {frozenset({0, 3, 5}), frozenset({1, 2}), frozenset({4}), frozenset({6})}
     assert len(set(word_clusters(3, np.zeros((0, 2), np.int64)))) == 3

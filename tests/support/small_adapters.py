@@ -10,14 +10,14 @@ import torch
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 
 
 def save_adapter(
     model: pathlib.Path, folder: pathlib.Path, *, layer: int = 2, seed: int = 0, size: float = 0.1, **settings
 ) -> pathlib.Path:
     """Write to ``folder`` an adapter of rank 3 on the first ``layer`` blocks of a model."""
-    decoder = load_truncated_decoder(open_checkpoint(str(model)), layer, np.arange(4), place("cpu", "float32"))
+    decoder = load_truncated_decoder(open_checkpoint(str(model)), layer, np.arange(4), resolve_device("cpu", "float32"))
     config = lora.LoRAConfig(rank=3, alpha=6.0, **settings)
     lora.inject(decoder, config, seed=seed)
     generator = torch.Generator().manual_seed(seed)

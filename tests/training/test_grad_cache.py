@@ -11,8 +11,8 @@ from tli.data.word_pairs import read_pairs
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder, run
-from tli.model.pooling import pooling
-from tli.runtime.device import place
+from tli.model.pooling import Pooling
+from tli.runtime.device import resolve_device
 from tli.training import grad_cache
 from tli.training.loss import Objective
 
@@ -23,10 +23,10 @@ class Step:
     """The first batch of an epoch of the 60 words, in parts of ``micro_batch`` pairs, for a model of two blocks with adapters."""
 
     def __init__(self, model: str, word_list: str, micro_batch: int | None, dropout: float = 0.0):
-        checkpoint, placement = open_checkpoint(model), place("cpu", "float32")
+        checkpoint, device_config = open_checkpoint(model), resolve_device("cpu", "float32")
         pairs = read_pairs(word_list, "swahili", "english")
         words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
-        self.decoder = load_truncated_decoder(checkpoint, 2, words.rows, placement)
+        self.decoder = load_truncated_decoder(checkpoint, 2, words.vocab_ids, device_config)
         lora.inject(self.decoder, lora.LoRAConfig(rank=4, alpha=8.0, dropout=dropout))
         generator = torch.Generator().manual_seed(0)
         for adapter in lora.adapters(self.decoder).values():
@@ -34,16 +34,16 @@ class Step:
             adapter.lora_B.data.normal_(std=0.1, generator=generator)
             adapter.seed = 7
         self.decoder.train()
-        batches = BatchLoader(words, pairs, placement, batch=32, micro_batch=micro_batch)
-        self.parts, self.same = next(batches.epoch(0))
-        self.pool = pooling("final", checkpoint, placement.device)
+        batches = BatchLoader(words, pairs, device_config, batch=32, micro_batch=micro_batch)
+        self.parts, self.false_negatives = next(batches.epoch(0))
+        self.pool = Pooling.from_checkpoint("final", checkpoint, device_config.device)
 
     def vectors(self, part):
         return self.pool(run(self.decoder, part), part)
 
     def backward(self, loss: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
         objective = Objective(*LOSSES[loss])
-        value = grad_cache.backward(self.parts, self.vectors, lambda vectors: objective(vectors, self.same))
+        value = grad_cache.backward(self.parts, self.vectors, lambda vectors: objective(vectors, self.false_negatives))
         return value, [parameter.grad for parameter in lora.trainable(self.decoder)]
 
 

@@ -11,11 +11,11 @@ from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder, run
 from tli.model.families import FAMILIES
-from tli.model.pooling import pooling
-from tli.runtime.device import place
+from tli.model.pooling import Pooling
+from tli.runtime.device import resolve_device
 from tli.training.loss import Objective
 
-CPU = place("cpu", "float32")
+CPU = resolve_device("cpu", "float32")
 SOURCES = ["kitabu", "kitanda", "mtoto", "mtu", "maji", "nyumba"]
 TARGETS = ["book", "bed", "child", "person", "water", "house"]
 
@@ -45,20 +45,20 @@ def test_loss_and_gradients_equal_the_padded_ones(make_model, tokenizer, family,
     checkpoint = open_checkpoint(str(make_model(family)))
     words = tokenise(tokenizer, SOURCES + TARGETS, window=24)
     objective = Objective(loss, temperature=0.1, margin=0.4)
-    same = torch.tensor([[0, 1], [1, 0]])
+    false_negatives = torch.tensor([[0, 1], [1, 0]])
     results = []
     for packed in (True, False):
-        decoder = load_truncated_decoder(checkpoint, 2, words.rows, CPU)
+        decoder = load_truncated_decoder(checkpoint, 2, words.vocab_ids, CPU)
         lora.inject(decoder, lora.LoRAConfig(rank=3, alpha=6))
         generator = torch.Generator().manual_seed(1)
         for adapter in lora.adapters(decoder).values():
             adapter.lora_B.data.normal_(std=0.05, generator=generator)
         if packed:
             batch = to_batch(words.pack(np.arange(12), pool_bos, width=12), torch.float32, CPU.device)
-            states = pooling(token_norm, checkpoint, CPU.device)(run(decoder, batch), batch)
+            states = Pooling.from_checkpoint(token_norm, checkpoint, CPU.device)(run(decoder, batch), batch)
         else:
             states = padded_words(decoder, words, token_norm, checkpoint, pool_bos)
-        value = objective(states, same)
+        value = objective(states, false_negatives)
         value.backward()
         results.append((value.detach(), states.detach(), [parameter.grad for parameter in lora.trainable(decoder)]))
     (value, states, gradients), (padded_value, padded_states, padded_gradients) = results

@@ -29,7 +29,7 @@ from tli.model.decoder import run as run_model
 from tli.model.families import FAMILIES
 from tli.model.pooling import Pooling
 from tli.model.shape import Shape
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 from tli.training import grad_cache
 from tli.training.loss import Objective
@@ -49,23 +49,23 @@ class Step:
         self.config = config = TrainConfig(model=str(model), pairs=str(pairs), impl=impl, dtype=dtype, output="unused", **options)
         checkpoint, self.pairs = open_checkpoint(str(model)), word_pairs.read_pairs(str(pairs), "swahili", "english")
         texts = [pair.source for pair in self.pairs] + [pair.target for pair in self.pairs]
-        words, placement = tokenise(checkpoint.tokenizer(), texts, 64, " "), place("cpu", dtype, config.weights, impl)
+        words, device_config = tokenise(checkpoint.tokenizer(), texts, 64, " "), resolve_device("cpu", dtype, config.weights, impl)
         sizes = {"batch": config.batch, "micro_batch": config.micro_batch, "pool_bos": config.pool_bos}
         own = {name: getattr(config, name) for name in ("arm", "layer", "rank", "targets", "dropout", "checkpointing")}
-        needed = memory_needed(checkpoint, words, len(self.pairs), placement, **sizes, **own)
+        needed = memory_needed(checkpoint, words, len(self.pairs), device_config, **sizes, **own)
         arm = {name: own[name] for name in ("arm", "layer", "checkpointing")}
-        self.decoder = build_decoder(checkpoint, words.rows, placement, **arm).train()
+        self.decoder = build_decoder(checkpoint, words.vocab_ids, device_config, **arm).train()
         adapter = lora.LoRAConfig(rank=config.rank, alpha=config.alpha, targets=config.targets, dropout=config.dropout)
         lora.inject(self.decoder, adapter, None if config.arm == "full" else range(config.layer))
-        self.batches = BatchLoader(words, self.pairs, placement, epochs=config.epochs, seed=config.seed, **sizes)
-        (self.parts, self.same), *_ = self.batches.epoch(0)
+        self.batches = BatchLoader(words, self.pairs, device_config, epochs=config.epochs, seed=config.seed, **sizes)
+        (self.parts, self.false_negatives), *_ = self.batches.epoch(0)
         # of these words, not of others as many
         largest = max(self.parts, key=lambda part: part.input_ids.numel())
         part = estimate.Part(len(largest.sinks) // 2, *largest.input_ids.shape)
         self.needed = dataclasses.replace(needed, part=part, batch=sum(len(one.sinks) // 2 for one in self.parts))
-        norm = Pooling(torch.ones(checkpoint.config.hidden_size), 1e-6, placement.ops)
-        self.pool = norm.at("output") if config.arm == "full" else norm
-        self.ops, self.parameters = placement.ops, lora.trainable(self.decoder)
+        norm = Pooling(torch.ones(checkpoint.config.hidden_size), 1e-6, device_config.ops)
+        self.pool = norm.for_layer("output") if config.arm == "full" else norm
+        self.ops, self.parameters = device_config.ops, lora.trainable(self.decoder)
         self.optimiser = torch.optim.AdamW(self.parameters)
 
     def __call__(self) -> None:
@@ -73,7 +73,7 @@ class Step:
         aligned = (lambda part: run_hooked(self.decoder, part, config.layer)) if config.arm == "full-hook" else None
         states = aligned or (lambda part: run_model(self.decoder, part))
         self.optimiser.zero_grad()
-        grad_cache.backward(self.parts, lambda part: self.pool(states(part), part), lambda words: objective(words, self.same))
+        grad_cache.backward(self.parts, lambda part: self.pool(states(part), part), lambda words: objective(words, self.false_negatives))
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimiser.step()
 

@@ -15,9 +15,9 @@ from tli.data.word_pairs import read_pairs
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder, run
-from tli.model.pooling import pooling
+from tli.model.pooling import Pooling
 from tli.runtime import ops
-from tli.runtime.device import Placement, place
+from tli.runtime.device import DeviceConfig, resolve_device
 from tli.runtime.errors import TliError
 from tli.training.loss import Objective
 from tli.training.step import CapturedStep, OptimiserSettings, TrainStep, _padded
@@ -32,25 +32,25 @@ class Replayed(TrainStep):
         super().__init__(*arguments, **options)
         self.use_cuda_graphs = True
 
-    def _capture(self, micro_batches, same):
-        recording = CapturedStep(self, [micro_batch.clone() for micro_batch in micro_batches], same.clone(), torch.zeros(2))
+    def _capture(self, micro_batches, false_negatives):
+        recording = CapturedStep(self, [micro_batch.clone() for micro_batch in micro_batches], false_negatives.clone(), torch.zeros(2))
         recording.graph = type("Graph", (), {"replay": lambda _: self._again(recording)})()
         return recording
 
     def _again(self, recording):
-        recording.measured.copy_(self._update(self._gradients(recording.micro_batches, recording.same)))
+        recording.measured.copy_(self._update(self._gradients(recording.micro_batches, recording.false_negatives)))
 
 
-def make(stepper, model: str, word_list: str, placement: Placement, **options):
+def make(stepper, model: str, word_list: str, device_config: DeviceConfig, **options):
     """A stepper over a model of two blocks, and the batches of an epoch of 20 pairs; ``options`` in place of those of a training."""
     config = TrainConfig(**{"batch": 7, "dropout": 0.0, "warmup": 2, "epochs": 3, **options})
     checkpoint, pairs = open_checkpoint(model), list(read_pairs(word_list, "swahili", "english"))[:20]
     words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
-    decoder = load_truncated_decoder(checkpoint, 2, words.rows, placement)
+    decoder = load_truncated_decoder(checkpoint, 2, words.vocab_ids, device_config)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0, targets=config.targets, dropout=config.dropout))
-    pool = pooling("final", checkpoint, placement.device, placement.ops)
-    batches = BatchLoader(words, pairs, placement, batch=config.batch, epochs=config.epochs, micro_batch=config.micro_batch)
-    objective = Objective(config.loss, config.temperature, config.margin, placement.ops)
+    pool = Pooling.from_checkpoint("final", checkpoint, device_config.device, device_config.ops)
+    batches = BatchLoader(words, pairs, device_config, batch=config.batch, epochs=config.epochs, micro_batch=config.micro_batch)
+    objective = Objective(config.loss, config.temperature, config.margin, device_config.ops)
     optimiser = OptimiserSettings(config.lr, config.weight_decay, config.clip, config.warmup, config.schedule, batches.total)
     return stepper(decoder.train(), lambda micro_batch: pool(run(decoder, micro_batch), micro_batch), objective, optimiser), batches
 
@@ -58,7 +58,7 @@ def make(stepper, model: str, word_list: str, placement: Placement, **options):
 def taken(steps: TrainStep, batches: BatchLoader) -> list[tuple[float, float, float]]:
     """Loss, learning rate and gradient norm of two epochs' steps."""
     results = []
-    for position, batch in enumerate(prefetch(itertools.islice(batches.steps(), 2 * batches.per_epoch), batches.placement.device)):
+    for position, batch in enumerate(prefetch(itertools.islice(batches.steps(), 2 * batches.per_epoch), batches.device_config.device)):
         steps(position, *batch)
         results += map(dataclasses.astuple, steps.pop_results(wait=True))
     return results
@@ -67,7 +67,7 @@ def taken(steps: TrainStep, batches: BatchLoader) -> list[tuple[float, float, fl
 @pytest.fixture
 def interpreted():
     """Few steps by the fused ops, in the interpreter."""
-    return place("cpu", "float32", impl="fused")
+    return resolve_device("cpu", "float32", impl="fused")
 
 
 @pytest.mark.skipif(not checks.interpreted(), reason="on a GPU the real thing is tested")
@@ -87,17 +87,19 @@ def test_a_replay_drops_other_entries_each_time_and_every_shape_has_its_recordin
     # B is zero at the start: nothing would come of what is dropped
     for adapter in steps.adapters.values():
         adapter.lora_B.data.normal_(std=0.3)
-    (micro_batches, same), (others, other_same) = list(batches.epoch(0))[:2]
+    (micro_batches, false_negatives), (others, other_same) = list(batches.epoch(0))[:2]
     for position in range(3):
-        steps(position, micro_batches, same)
+        steps(position, micro_batches, false_negatives)
     assert not steps.graphs
     losses = []
     for position in (3, 4, 4):
-        steps(position, micro_batches, same)
+        steps(position, micro_batches, false_negatives)
         losses.append(list(steps.pop_results())[-1].loss)
     assert losses[0] != losses[1] == losses[2]
     steps(5, others, other_same)
-    shapes = {tuple(tensor.shape for tensor in tensors_of(*_padded(*batch))) for batch in ((micro_batches, same), (others, other_same))}
+    shapes = {
+        tuple(tensor.shape for tensor in tensors_of(*_padded(*batch))) for batch in ((micro_batches, false_negatives), (others, other_same))
+    }
     assert set(steps.graphs) == shapes
 
 
@@ -106,14 +108,16 @@ def test_a_padded_batch_has_the_loss_and_gradients_of_the_batch(make_model, word
     found = {}
     for name, step in (("plain", 1), ("padded", 16)):
         steps, batches = make(TrainStep, str(make_model("qwen3")), str(word_list), interpreted)
-        batches.placement = dataclasses.make_dataclass("Wide", ["dtype", "device", "width_step"])(torch.float32, torch.device("cpu"), step)
-        micro_batches, same = next(iter(batches.epoch(0)))
+        batches.device_config = dataclasses.make_dataclass("Wide", ["dtype", "device", "width_step"])(
+            torch.float32, torch.device("cpu"), step
+        )
+        micro_batches, false_negatives = next(iter(batches.epoch(0)))
         # a pair that is no negative, twice over, is what filling up makes of one
-        same = torch.cat([same, torch.tensor([[6, 3]])])
+        false_negatives = torch.cat([false_negatives, torch.tensor([[6, 3]])])
         if name == "padded":
-            micro_batches, same = _padded(micro_batches, same)
-            assert micro_batches[0].input_ids.shape[1] % 16 == 0 == len(micro_batches[0].indices) % 256 == len(same) % 16
-        loss = steps._gradients(micro_batches, same)
+            micro_batches, false_negatives = _padded(micro_batches, false_negatives)
+            assert micro_batches[0].input_ids.shape[1] % 16 == 0 == len(micro_batches[0].indices) % 256 == len(false_negatives) % 16
+        loss = steps._gradients(micro_batches, false_negatives)
         found[name] = loss, [parameter.grad for parameter in steps.parameters]
     torch.testing.assert_close(found["padded"][0], found["plain"][0], rtol=1e-5, atol=0)
     for got, right in zip(found["padded"][1], found["plain"][1], strict=True):
@@ -127,10 +131,10 @@ def test_a_padded_batch_has_the_loss_and_gradients_of_the_batch(make_model, word
 def test_nothing_in_a_gpus_step_waits_for_the_gpu(make_model, word_list, family, options):
     """A tensor without memory has no value to wait for: asking for one raises."""
     model = str(make_model(family, hidden_size=64, intermediate_size=128))
-    placement = Placement(torch.bfloat16, torch.device("meta"), options.get("weights", "full"))
-    cpu = Placement(torch.bfloat16, torch.device("cpu"), placement.weights, ops.fused())
+    device_config = DeviceConfig(torch.bfloat16, torch.device("meta"), options.get("weights", "full"))
+    cpu = DeviceConfig(torch.bfloat16, torch.device("cpu"), device_config.weights, ops.fused())
     steps, batches = make(TrainStep, model, str(word_list), cpu, **options)
-    micro_batches, same = next(iter(batches.epoch(0)))
+    micro_batches, false_negatives = next(iter(batches.epoch(0)))
     micro_batches = [dataclasses.replace(micro_batch.clone(), **moved(micro_batch)) for micro_batch in micro_batches]
     steps.decoder.to("meta")
     for module in steps.decoder.modules():
@@ -138,11 +142,11 @@ def test_nothing_in_a_gpus_step_waits_for_the_gpu(make_model, word_list, family,
             module.weight = module.weight.to(torch.device("meta"))
     for adapter in steps.adapters.values():
         adapter.seed = torch.zeros(1, dtype=torch.int64, device="meta")
-    pool = pooling("rms", open_checkpoint(model), torch.device("meta"), ops.fused())
+    pool = Pooling.from_checkpoint("rms", open_checkpoint(model), torch.device("meta"), ops.fused())
     steps.embed = lambda micro_batch: pool(run(steps.decoder, micro_batch), micro_batch)
     parameters = lora.trainable(steps.decoder)
     with launch.recording(90) as launches:
-        loss = steps._gradients(micro_batches, same.to("meta"))
+        loss = steps._gradients(micro_batches, false_negatives.to("meta"))
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     assert loss.is_meta
     assert all(parameter.grad is not None for parameter in parameters)
@@ -156,25 +160,25 @@ def moved(micro_batch) -> dict:
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(make_model, word_list):
-    steps, batches = make(TrainStep, str(make_model("llama")), str(word_list), place("cpu", "float32"))
-    micro_batches, same = next(iter(batches.epoch(0)))
-    steps(0, micro_batches, same)
+    steps, batches = make(TrainStep, str(make_model("llama")), str(word_list), resolve_device("cpu", "float32"))
+    micro_batches, false_negatives = next(iter(batches.epoch(0)))
+    steps(0, micro_batches, false_negatives)
     before = [parameter.detach().clone() for parameter in steps.parameters]
     steps.decoder.embed_tokens.weight[0] = float("nan")
     with pytest.raises(TliError, match="^step 2: the loss must be finite, got nan; lower --lr"):
-        steps(1, micro_batches, same)
+        steps(1, micro_batches, false_negatives)
     assert all(torch.equal(one, other) for one, other in zip(before, steps.parameters, strict=True))
 
 
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
 def test_a_result_tells_the_learning_rate_and_the_norm_of_the_gradients_before_they_are_clipped(make_model, word_list, clip):
-    steps, batches = make(TrainStep, str(make_model("llama")), str(word_list), place("cpu", "float32"), clip=clip, lr=3e-3)
-    micro_batches, same = next(batches.epoch(0))
+    steps, batches = make(TrainStep, str(make_model("llama")), str(word_list), resolve_device("cpu", "float32"), clip=clip, lr=3e-3)
+    micro_batches, false_negatives = next(batches.epoch(0))
     truth = []
     for position in range(2):
-        steps._gradients(micro_batches, same)
+        steps._gradients(micro_batches, false_negatives)
         truth.append(sum(parameter.grad.double().square().sum() for parameter in steps.parameters).sqrt().item())
-        steps(position, micro_batches, same)
+        steps(position, micro_batches, false_negatives)
         clipped = sum(parameter.grad.double().square().sum() for parameter in steps.parameters).sqrt().item()
         assert clipped == pytest.approx(clip or truth[-1], rel=1e-3)
     results = list(steps.pop_results())
@@ -186,8 +190,9 @@ def test_a_result_tells_the_learning_rate_and_the_norm_of_the_gradients_before_t
 @pytest.mark.gpu
 @pytest.mark.parametrize("weights", ["full", "nf4"])
 def test_graphs_on_a_gpu_take_the_steps_as_written(make_model, word_list, weights):
-    model, placement = str(make_model("llama", hidden_size=64, intermediate_size=128)), place("cuda", "float32", weights, "fused")
-    (as_written, same_batches), (steps, batches) = (make(TrainStep, model, str(word_list), placement, dropout=0.2) for _ in range(2))
+    device_config = resolve_device("cuda", "float32", weights, "fused")
+    model = str(make_model("llama", hidden_size=64, intermediate_size=128))
+    (as_written, same_batches), (steps, batches) = (make(TrainStep, model, str(word_list), device_config, dropout=0.2) for _ in range(2))
     as_written.use_cuda_graphs = False
     np.testing.assert_allclose(taken(steps, batches), taken(as_written, same_batches), rtol=1e-4)
     assert steps.graphs
@@ -195,12 +200,12 @@ def test_graphs_on_a_gpu_take_the_steps_as_written(make_model, word_list, weight
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_loss_that_is_not_finite_changes_nothing_from_then_on(make_model, word_list):
-    steps, batches = make(TrainStep, str(make_model("llama")), str(word_list), place("cuda", "float32", impl="fused"))
-    micro_batches, same = next(iter(batches.epoch(0)))
+    steps, batches = make(TrainStep, str(make_model("llama")), str(word_list), resolve_device("cuda", "float32", impl="fused"))
+    micro_batches, false_negatives = next(iter(batches.epoch(0)))
     for position in range(5):
-        steps(position, micro_batches, same)
+        steps(position, micro_batches, false_negatives)
     before = [parameter.detach().clone() for parameter in steps.parameters]
     steps.decoder.embed_tokens.weight[0] = float("nan")
-    steps(5, micro_batches, same)
+    steps(5, micro_batches, false_negatives)
     assert not np.isfinite(list(steps.pop_results(wait=True))[-1].loss)
     assert all(torch.equal(one, other) for one, other in zip(before, steps.parameters, strict=True))

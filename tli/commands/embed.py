@@ -11,12 +11,12 @@ from tli.config import TrainConfig
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model import starter
-from tli.model.checkpoint import open_checkpoint, sight
+from tli.model.checkpoint import context_length, open_checkpoint
 from tli.model.decoder import load_full_decoder, load_truncated_decoder, run
-from tli.model.pooling import pooling, resolve_token_norm
+from tli.model.pooling import Pooling, resolve_token_norm
 from tli.model.shape import Layer
 from tli.model.trained_adapter import check_compatible, load_adapter
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 
 _WORDS_AT_ONCE = 1024
@@ -65,23 +65,23 @@ def embed(
     if layer is None:
         layer = defaults.layer if trained is None else "output" if option("arm") == "full" else trained.layer
     checkpoint = open_checkpoint(starter.locate(model or (starter.NAME if trained is None else trained.model_name())))
-    placement = place(device, "auto", option("weights"), "auto")
+    device_config = resolve_device(device, "auto", option("weights"), "auto")
     if trained is not None:
-        check_compatible(trained, checkpoint, placement, checkpoint.sha256)
-    tokens = tokenise(checkpoint.tokenizer(), words, sight(checkpoint), option("prefix"))
+        check_compatible(trained, checkpoint, device_config, checkpoint.sha256)
+    tokens = tokenise(checkpoint.tokenizer(), words, context_length(checkpoint), option("prefix"))
     at_output = layer == "output"
     decoder = (
-        load_full_decoder(checkpoint, tokens.rows, placement)
+        load_full_decoder(checkpoint, tokens.vocab_ids, device_config)
         if at_output
-        else load_truncated_decoder(checkpoint, int(layer), tokens.rows, placement)
+        else load_truncated_decoder(checkpoint, int(layer), tokens.vocab_ids, device_config)
     )
     if trained is not None:
         trained.adapter.attach(decoder)
     token_norm = resolve_token_norm(option("token_norm"), checkpoint)
-    pool = pooling(token_norm, checkpoint, placement.device, placement.ops).at(layer)
+    pool = Pooling.from_checkpoint(token_norm, checkpoint, device_config.device, device_config.ops).for_layer(layer)
     vectors = []
     for chunk in np.array_split(np.arange(len(words)), -(-len(words) // _WORDS_AT_ONCE)):
-        batch = to_batch(tokens.pack(chunk, option("eval_pool_bos")), placement.dtype, placement.device)
+        batch = to_batch(tokens.pack(chunk, option("eval_pool_bos")), device_config.dtype, device_config.device)
         # not around the whole function: what the processor can do is tried with a backward pass, too
         with torch.no_grad():
             vectors.append(pool(run(decoder, batch), batch).cpu())

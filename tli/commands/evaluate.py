@@ -15,7 +15,7 @@ import numpy as np
 import tli
 from tli.config import EvaluateConfig
 from tli.data import word_pairs
-from tli.data.pair_store import Pairs
+from tli.data.pair_store import DiskBackedPairs
 from tli.model.shape import Layer
 from tli.reports import evaluation
 from tli.reports.tables import Table, show
@@ -88,11 +88,11 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     from tli.metrics.perplexity import harm, predict, read_windows
     from tli.model import starter
     from tli.model.checkpoint import model_facts, open_checkpoint
-    from tli.model.pooling import pooling, resolve_token_norm
-    from tli.model.trained_adapter import agreed, check_compatible, load_adapter
+    from tli.model.pooling import Pooling, resolve_token_norm
+    from tli.model.trained_adapter import check_compatible, common_option, load_adapter
     from tli.runtime import environment
     from tli.runtime.console import layer_bar
-    from tli.runtime.device import place
+    from tli.runtime.device import resolve_device
 
     adapters = {recorded.name: recorded for recorded in map(load_adapter, config.adapters)}
     if len(adapters) < len(config.adapters):
@@ -100,10 +100,10 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     known = list(adapters.values())
     # what is not given is as it was in training
     weights, token_norm, prefix = (
-        agreed(known, name, default) if getattr(config, name) is None else getattr(config, name)
+        common_option(known, name, default) if getattr(config, name) is None else getattr(config, name)
         for name, default in (("weights", "full"), ("token_norm", "auto"), ("prefix", " "))
     )
-    pool_bos = agreed(known, "eval_pool_bos", False) if config.sink is None else config.sink == "in"
+    pool_bos = common_option(known, "eval_pool_bos", False) if config.sink is None else config.sink == "in"
     seed = known[0].option("seed", 0) if config.seed is None else config.seed
     splits, lists = _read_lists(config, known)
     splits = {split: pairs.subset(word_pairs.sample(pairs, seed)) for split, pairs in splits.items()}
@@ -118,16 +118,16 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
 
     name = next(iter(models))
     checkpoint = open_checkpoint(starter.locate(name))
-    placement = place(config.device, config.dtype, weights, config.impl)
-    console.print(placement.ops.description)
+    device_config = resolve_device(config.device, config.dtype, weights, config.impl)
+    console.print(device_config.ops.description)
     layers = _layers(config, known, checkpoint.blocks)
     hashed = functools.cache(checkpoint.sha256)
     for recorded in known:
-        check_compatible(recorded, checkpoint, placement, hashed)
+        check_compatible(recorded, checkpoint, device_config, hashed)
     token_norm = resolve_token_norm(token_norm, checkpoint)
     windows = None if config.text is None else read_windows(config.text, checkpoint, config.window, config.text_tokens)
     prepare_output_dir(output, config.overwrite)
-    used = {"weights": weights, "dtype": placement.facts["dtype"], "token_norm": token_norm, "pool_bos": pool_bos, "prefix": prefix}
+    used = {"weights": weights, "dtype": device_config.facts["dtype"], "token_norm": token_norm, "pool_bos": pool_bos, "prefix": prefix}
     differences = _differences(used, known)
 
     streams: dict[str | None, Adapter | None] = {None: None, **{name: recorded.adapter for name, recorded in adapters.items()}}
@@ -136,12 +136,12 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
         checkpoint.blocks + 2 + len(windows.lengths) if windows else 0
     )
     with layer_bar(console, steps) as done:
-        pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
+        pool = Pooling.from_checkpoint(token_norm, checkpoint, device_config.device, device_config.ops)
         found, missing = layer_pass.measure_layers(
-            checkpoint, splits, pool, placement, streams, prefix, pool_bos, layers, references=True, done=done
+            checkpoint, splits, pool, device_config, streams, prefix, pool_bos, layers, references=True, done=done
         )
         predictions, unread = (
-            predict(checkpoint, windows, placement, [recorded.adapter for recorded in known], done) if windows else ([], None)
+            predict(checkpoint, windows, device_config, [recorded.adapter for recorded in known], done) if windows else ([], None)
         )
     measured = [layer for layer in layers if any(layer == of for *_, of in found)]
     if (config.layers is not None and len(measured) < len(layers)) or not measured or unread:
@@ -167,7 +167,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
         "tests": tests,
         "harm": harm(predictions, windows, seed) if windows else None,
         "versions": {**_versions(), **environment.versions()},
-        "machine": environment.machine(placement),
+        "machine": environment.machine(device_config),
     }
     tables = evaluation.tables_of_adapters(facts)
     _write(output, facts, evaluation.tables_of_adapters(facts, full=True), "# Evaluation")
@@ -176,12 +176,12 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     return facts
 
 
-def _read_lists(config: EvaluateConfig, known: "list[TrainedAdapter]") -> tuple[dict[str, Pairs], dict]:
+def _read_lists(config: EvaluateConfig, known: "list[TrainedAdapter]") -> tuple[dict[str, DiskBackedPairs], dict]:
     """The pairs by list, "trained" and "held_out", or "all" where nobody knows which were trained; and facts about them."""
-    from tli.model.trained_adapter import agreed
+    from tli.model.trained_adapter import common_option
 
     source, target, recorded_path, path_held_out, share = (
-        agreed(known, name, default)
+        common_option(known, name, default)
         for name, default in (("source", "swahili"), ("target", "english"), ("pairs", None), ("held_out_pairs", None), ("held_out", None))
     )
     source, target = config.source or source, config.target or target
@@ -200,7 +200,7 @@ def _read_lists(config: EvaluateConfig, known: "list[TrainedAdapter]") -> tuple[
     if path_held_out is not None:
         splits = {"trained": pairs, "held_out": word_pairs.read_pairs(path_held_out, source, target)}
     elif share is not None:
-        split_seed = agreed(known, "seed", 0) if is_recorded else config.seed or 0
+        split_seed = common_option(known, "seed", 0) if is_recorded else config.seed or 0
         splits = dict(zip(("trained", "held_out"), word_pairs.split_pairs(pairs, share, split_seed)))
     else:
         splits = {"all": pairs}

@@ -27,9 +27,9 @@ from tli.model.lora import Adapter
 from tli.model.trained_adapter import check_compatible, load_adapter
 from tli.runtime import environment, ops
 from tli.runtime.cli import as_dict
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError, disk_errors
-from tli.runtime.files import SCHEMA, replacing, write_text
+from tli.runtime.files import SCHEMA, atomic_write, write_text
 
 # what a model needs beside its weights and config.json
 _BESIDE = (
@@ -79,7 +79,7 @@ def export(config: ExportConfig) -> dict:
     checkpoint = open_checkpoint(config.model or recorded.model())
     source = _Weights(checkpoint)
     hashed = functools.cache(checkpoint.sha256)
-    check_compatible(recorded, checkpoint, place("cpu", "float32"), hashed)
+    check_compatible(recorded, checkpoint, resolve_device("cpu", "float32"), hashed)
 
     dtype = getattr(torch, config.dtype)
     sizes = source.sizes(dtype)
@@ -201,7 +201,7 @@ def _write_weights(source: _Weights, adapter: Adapter, files: dict[str, list[str
             return _merged(source.read(name), factors.get(name), adapter.scale, dtype, name)
 
         for file, names in files.items():
-            with source.opened(names), replacing(folder / file) as temporary:
+            with source.opened(names), atomic_write(folder / file) as temporary:
                 _save({name: merged(name) for name in names}, temporary)
 
 

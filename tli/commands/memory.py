@@ -139,7 +139,7 @@ def _counted(
     assert path is not None
     texts = word_pairs.words_of(pairs)
     words = tokenise(_Tokenizer(file, path), texts, 1 << 30, config.prefix)
-    return largest_part(words, trained, batch, config.micro_batch), len(words.rows)
+    return largest_part(words, trained, batch, config.micro_batch), len(words.vocab_ids)
 
 
 def _estimated(shape: Shape, pairs: int, batch: int) -> tuple[Part, int]:

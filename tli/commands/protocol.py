@@ -27,7 +27,7 @@ from tli.metrics.measures import names
 from tli.model import starter
 from tli.model.checkpoint import Checkpoint, open_checkpoint
 from tli.model.lora import Adapter
-from tli.model.pooling import pooling
+from tli.model.pooling import Pooling
 from tli.model.trained_adapter import load_adapter
 from tli.reports.figures.protocol import draw_protocol
 from tli.reports.figures.style import save_figure
@@ -35,7 +35,7 @@ from tli.reports.protocol import PUBLISHED, markdown, sentence, show, verdict
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import cells_bar
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError, disk_errors
 from tli.runtime.files import SCHEMA, sha256, write_json, write_text
 
@@ -50,7 +50,7 @@ _NOT_COMPARED = ("recipe", "output", "overwrite", "resume", "no_report", "json")
 
 
 @dataclasses.dataclass(frozen=True)
-class Switch:
+class Ablation:
     """One row: what it changes against the paper's protocol.
 
     name       of the row, and of the cell that it is trained in
@@ -69,38 +69,40 @@ class Switch:
     way: str = "report"
 
 
-SWITCHES = (
-    Switch(
+ABLATIONS = (
+    Ablation(
         "paper",
         "the paper's protocol",
         "Hidden state 2, NF4, bf16, BOS pooled in training and left out of the measurement, q_proj and v_proj, the hinge.",
     ),
-    Switch(
+    Ablation(
         "bos-measured",
         "BOS pooled in the measurement, too",
         "The same adapter, measured as the paper's pilot measured its layers: every vector now holds one and the same sink.",
         measured={"eval_pool_bos": True},
         way="measured",
     ),
-    Switch("bos-not-trained", "BOS left out in training, too", "The loss sees words alone, as the measurement does.", {"pool_bos": False}),
-    Switch("layer-1", "hidden_states[1]", "'Layer 2' counted from the embeddings as the first: one block less.", {"layer": 1}),
-    Switch("layer-3", "hidden_states[3]", "'Layer 2' as what comes out of the block with the index 2: one block more.", {"layer": 3}),
-    Switch(
+    Ablation(
+        "bos-not-trained", "BOS left out in training, too", "The loss sees words alone, as the measurement does.", {"pool_bos": False}
+    ),
+    Ablation("layer-1", "hidden_states[1]", "'Layer 2' counted from the embeddings as the first: one block less.", {"layer": 1}),
+    Ablation("layer-3", "hidden_states[3]", "'Layer 2' as what comes out of the block with the index 2: one block more.", {"layer": 3}),
+    Ablation(
         "final-norm",
         "hidden_states[2] after the final norm",
         "What a model built with num_hidden_layers=2 calls hidden_states[2]: each token state through the norm of the model's end.",
         {"token_norm": "final"},
     ),
-    Switch("rms-norm", "token states over their RMS", "Each token weighs as much as the others of its word.", {"token_norm": "rms"}),
-    Switch("full", "weights not rounded to NF4", "Trained and measured in the checkpoint's own weights.", {"weights": "full"}),
-    Switch(
+    Ablation("rms-norm", "token states over their RMS", "Each token weighs as much as the others of its word.", {"token_norm": "rms"}),
+    Ablation("full", "weights not rounded to NF4", "Trained and measured in the checkpoint's own weights.", {"weights": "full"}),
+    Ablation(
         "nf4-then-full",
         "trained in NF4, measured without",
         "The first row's adapter, measured on weights that it was not trained on.",
         measured={"weights": "full"},
         way="measured",
     ),
-    Switch(
+    Ablation(
         "full-then-nf4",
         "trained without NF4, measured in it",
         "The other way round.",
@@ -108,17 +110,17 @@ SWITCHES = (
         {"weights": "nf4"},
         "measured",
     ),
-    Switch("float32", "computed in float32", "NF4 weights, but activations and products in fp32 in place of bf16.", {"dtype": "float32"}),
-    Switch(
+    Ablation("float32", "computed in float32", "NF4 weights, but activations and products in fp32 in place of bf16.", {"dtype": "float32"}),
+    Ablation(
         "adapters-everywhere",
         "adapters in all blocks",
         "Adapters above the hidden state that the loss reads are counted and saved, and never learn.",
         way="everywhere",
     ),
-    Switch("infonce", "InfoNCE in place of the hinge", "All negatives of a batch, both ways, not the hardest one.", {"loss": "infonce"}),
-    Switch("shuffled", "shuffled pairs", "The control: no true pair is ever taught.", {"shuffle_pairs": True}),
-    Switch("random-weights", "a model of random weights", "The same architecture and tokenizer, before any learning.", {"model": RANDOM}),
-    Switch(
+    Ablation("infonce", "InfoNCE in place of the hinge", "All negatives of a batch, both ways, not the hardest one.", {"loss": "infonce"}),
+    Ablation("shuffled", "shuffled pairs", "The control: no true pair is ever taught.", {"shuffle_pairs": True}),
+    Ablation("random-weights", "a model of random weights", "The same architecture and tokenizer, before any learning.", {"model": RANDOM}),
+    Ablation(
         "sink-only",
         "no model: a shared sink only",
         f"Tokens are random directions of length 1; one vector {SINK_LENGTH:g} times as long is pooled into every word.",
@@ -128,7 +130,7 @@ SWITCHES = (
 
 
 def protocol(config: ProtocolConfig) -> dict:
-    """Train and measure every row of ``SWITCHES``, and write protocol.json, protocol.md and protocol.png to ``config.output``.
+    """Train and measure every row of ``ABLATIONS``, and write protocol.json, protocol.md and protocol.png to ``config.output``.
 
     What an earlier run with the same settings completed in that folder is kept: a protocol that was stopped goes on.
 
@@ -146,7 +148,7 @@ def protocol(config: ProtocolConfig) -> dict:
     pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     splits = dict(zip(("trained", "held_out"), word_pairs.split_pairs(pairs, TrainConfig().held_out, config.seed)))
     checkpoint = open_checkpoint(starter.locate(config.model))
-    runs = {switch.name: options_of(switch, config, output) for switch in SWITCHES}
+    runs = {switch.name: options_of(switch, config, output) for switch in ABLATIONS}
     deepest = max(options["layer"] for options in runs.values())
     if checkpoint.blocks < deepest:
         must = f"the model must have at least {deepest} blocks, as hidden states 1 to {deepest} are compared"
@@ -157,7 +159,7 @@ def protocol(config: ProtocolConfig) -> dict:
     _claim(output, facts, config.overwrite)
 
     folder, random_folder = output / "cells", _random_folder(output)
-    cells = [Cell(switch.name, runs[switch.name]) for switch in SWITCHES if switch.way == "report"]
+    cells = [Cell(switch.name, runs[switch.name]) for switch in ABLATIONS if switch.way == "report"]
     for cell in cells:
         if cell.options["model"] == str(random_folder) and cell.report(folder) is None and not random_folder.exists():
             save_random_model(checkpoint, random_folder, config.seed)
@@ -166,7 +168,7 @@ def protocol(config: ProtocolConfig) -> dict:
     shutil.rmtree(random_folder, ignore_errors=True)
 
     rows: list[dict] = []
-    for switch in SWITCHES:
+    for switch in ABLATIONS:
         name = next(cell.name for cell in cells if cell.options == runs[switch.name])
         report = json.loads((folder / name / REPORT).read_text(encoding="utf-8"))
         row = {**dataclasses.asdict(switch), **_numbers(switch, report, folder / name, checkpoint, splits)}
@@ -180,7 +182,7 @@ def protocol(config: ProtocolConfig) -> dict:
     return result
 
 
-def options_of(switch: Switch, config: ProtocolConfig, output: pathlib.Path) -> dict:
+def options_of(switch: Ablation, config: ProtocolConfig, output: pathlib.Path) -> dict:
     """The options of the run that a row is trained by: the paper's recipe spelled out, with the row's own change."""
     given = {name: getattr(config, name) for name in ("model", "pairs", "source", "target", "seed", "epochs")} | switch.trained
     if given["model"] == RANDOM:
@@ -218,7 +220,7 @@ def _claim(output: pathlib.Path, facts: dict, overwrite: bool) -> None:
     claim_folder(output, _SETTINGS, "protocol", facts, overwrite)
 
 
-def _numbers(switch: Switch, report: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: Mapping[str, Sequence[Pair]]) -> dict:
+def _numbers(switch: Ablation, report: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: Mapping[str, Sequence[Pair]]) -> dict:
     """A row's measurements and tests, from the report of the cell in ``folder`` or beyond it."""
     options = report["config"]
     row = {"cell": folder.name, "layer": options["layer"], "seconds": report["training"]["seconds"]}
@@ -250,10 +252,10 @@ def _numbers_of(measurements: list[dict], tests: list[dict]) -> dict:
 
 def measure_anew(options: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: Mapping[str, Sequence[Pair]]) -> dict:
     """The numbers of the adapter in ``folder``: base and adapter, measured with these options of ``tli.train``."""
-    placement = place(options["device"], options["dtype"], options["weights"], options["impl"])
-    pool, layer = pooling(options["token_norm"], checkpoint, placement.device, placement.ops), options["layer"]
+    device_config = resolve_device(options["device"], options["dtype"], options["weights"], options["impl"])
+    pool, layer = Pooling.from_checkpoint(options["token_norm"], checkpoint, device_config.device, device_config.ops), options["layer"]
     streams: dict[str | None, Adapter | None] = {"before": None, "after": load_adapter(folder).adapter}
-    found, _ = measure_layers(checkpoint, splits, pool, placement, streams, options["prefix"], options["eval_pool_bos"], [layer])
+    found, _ = measure_layers(checkpoint, splits, pool, device_config, streams, options["prefix"], options["eval_pool_bos"], [layer])
     return _numbers_of(*summarize(found, options["seed"], base="before"))
 
 

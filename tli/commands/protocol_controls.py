@@ -14,10 +14,10 @@ from tli.data.packing import TokenisedWords, tokenise
 from tli.data.pair_store import Pair
 from tli.data.word_pairs import words_of
 from tli.model import lora
-from tli.model.checkpoint import Checkpoint, sight
+from tli.model.checkpoint import Checkpoint, context_length
 from tli.model.decoder import build_decoder, run, run_hooked
-from tli.model.pooling import pooling
-from tli.runtime.device import place
+from tli.model.pooling import Pooling
+from tli.runtime.device import resolve_device
 from tli.training.loss import Objective
 from tli.training.step import OptimiserSettings, TrainStep
 
@@ -26,7 +26,7 @@ _CHECKED_STEPS = 8
 
 def tokenise_pairs(checkpoint: Checkpoint, pairs: Sequence[Pair], prefix: str) -> TokenisedWords:
     """All sources, then all targets."""
-    return tokenise(checkpoint.tokenizer(), words_of(pairs), sight(checkpoint), prefix)
+    return tokenise(checkpoint.tokenizer(), words_of(pairs), context_length(checkpoint), prefix)
 
 
 def save_random_model(checkpoint: Checkpoint, folder: pathlib.Path, seed: int) -> None:
@@ -90,16 +90,16 @@ def adapters_everywhere(options: dict, checkpoint: Checkpoint, pairs: Sequence[P
     """
     layer = options["layer"]
     adapter = lora.LoRAConfig(**{name: options[name] for name in ("rank", "alpha", "targets", "dropout", "rslora", "init")})
-    placement = place(options["device"], options["dtype"], options["weights"], options["impl"])
-    objective = Objective(options["loss"], options["temperature"], options["margin"], placement.ops)
-    pool = pooling(options["token_norm"], checkpoint, placement.device, placement.ops)
+    device_config = resolve_device(options["device"], options["dtype"], options["weights"], options["impl"])
+    objective = Objective(options["loss"], options["temperature"], options["margin"], device_config.ops)
+    pool = Pooling.from_checkpoint(options["token_norm"], checkpoint, device_config.device, device_config.ops)
     words, optimiser = tokenise_pairs(checkpoint, pairs, options["prefix"]), OptimiserSettings(options["lr"], options["weight_decay"])
     steps = max(1, min(_CHECKED_STEPS, len(pairs) // options["batch"]))
     taught = pairs[: steps * options["batch"]]
-    batches = BatchLoader(words, taught, placement, batch=options["batch"], pool_bos=options["pool_bos"], seed=options["seed"])
+    batches = BatchLoader(words, taught, device_config, batch=options["batch"], pool_bos=options["pool_bos"], seed=options["seed"])
 
     def trained(arm: str) -> tuple[dict[str, lora.LoRALinear], list[float]]:
-        decoder = build_decoder(checkpoint, words.rows, placement, arm=arm, layer=layer).train()
+        decoder = build_decoder(checkpoint, words.vocab_ids, device_config, arm=arm, layer=layer).train()
         lora.inject(decoder, adapter, range(layer) if arm == "early" else None, options["seed"])
         states = run if arm == "early" else functools.partial(run_hooked, layer=layer)
         # above the layer no adapter has a gradient: that is what is to be shown

@@ -14,11 +14,11 @@ from typing import Any
 from tli.config import ScanConfig
 from tli.data import word_pairs
 from tli.data.packing import tokenise
-from tli.data.pair_store import Pairs
+from tli.data.pair_store import DiskBackedPairs
 from tli.metrics import layer_choice, layer_pass, layers
 from tli.model import starter
-from tli.model.checkpoint import model_facts, open_checkpoint, sight
-from tli.model.pooling import pooling, resolve_token_norm
+from tli.model.checkpoint import context_length, model_facts, open_checkpoint
+from tli.model.pooling import Pooling, resolve_token_norm
 from tli.model.trained_adapter import check_compatible, load_adapter
 from tli.reports.figures.scan import draw_scan
 from tli.reports.figures.style import save_figure
@@ -26,7 +26,7 @@ from tli.reports.scan import show, verdict
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import layer_bar
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 from tli.runtime.files import SCHEMA, prepare_output_dir, sha256, write_json
 from tli.stats.bootstrap import word_clusters
@@ -63,25 +63,26 @@ def scan(config: ScanConfig) -> dict:
     console = Console(stderr=True, highlight=False)
     output = pathlib.Path(config.output).expanduser()
     pairs, listed = _pairs(config)
-    same = word_pairs.false_negative_pairs(pairs)
+    false_negatives = word_pairs.false_negative_pairs(pairs)
     adapted = None if config.adapter is None else load_adapter(config.adapter)
     streams = {"base": None} if adapted is None else {"base": None, "adapter": adapted.adapter}
     name = config.model or (starter.NAME if adapted is None else adapted.model_name())
     checkpoint = open_checkpoint(starter.locate(name))
     hashed = functools.cache(checkpoint.sha256)
-    words = tokenise(checkpoint.tokenizer(), word_pairs.words_of(pairs), sight(checkpoint), config.prefix)
-    placement = place(config.device, config.dtype, config.weights, config.impl)
+    words = tokenise(checkpoint.tokenizer(), word_pairs.words_of(pairs), context_length(checkpoint), config.prefix)
+    device_config = resolve_device(config.device, config.dtype, config.weights, config.impl)
     if adapted is not None:
-        check_compatible(adapted, checkpoint, placement, hashed)
+        check_compatible(adapted, checkpoint, device_config, hashed)
     prepare_output_dir(output, config.overwrite)
-    console.print(placement.ops.description)
+    console.print(device_config.ops.description)
 
     token_norm = resolve_token_norm(config.token_norm, checkpoint)
-    pool = pooling(token_norm, checkpoint, placement.device, placement.ops)
+    pool = Pooling.from_checkpoint(token_norm, checkpoint, device_config.device, device_config.ops)
     # the embeddings, each block, and the output
     with layer_bar(console, checkpoint.blocks + 2) as done:
-        scans, missing_output = layer_pass.scan_layers(checkpoint, words, same, pool, placement, streams, done)
+        scans, missing_output = layer_pass.scan_layers(checkpoint, words, false_negatives, pool, device_config, streams, done)
 
+    clusters = word_clusters(len(pairs), false_negatives)
     list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
     report: dict[str, Any] = {
         "schema": SCHEMA,
@@ -91,12 +92,12 @@ def scan(config: ScanConfig) -> dict:
         "pairs": {"name": list_file.name, "sha256": sha256(list_file), "listed": listed, "scanned": len(pairs)},
         "missing_output": missing_output,
         "choice": {
-            "gap": layer_choice.choose_layer(layers.by_layer(scans, "base", "word", "gap"), word_clusters(len(pairs), same), config.seed),
+            "gap": layer_choice.choose_layer(layers.by_layer(scans, "base", "word", "gap"), clusters, config.seed),
             "paper": layer_choice.choose_layer_by_cosine(layers.by_layer(scans, "base", "raw_bos", "cosine")),
         },
         "sink_layers": {stream: layer_choice.sink_layers(scans, stream) for stream in streams},
         "versions": environment.versions(),
-        "machine": environment.machine(placement),
+        "machine": environment.machine(device_config),
         "measurements": layers.records(scans, config.seed),
         "strata": layers.stratum_records(scans, layers.strata(pairs, words), config.seed),
     }
@@ -109,7 +110,7 @@ def scan(config: ScanConfig) -> dict:
     return report
 
 
-def _pairs(config: ScanConfig) -> tuple[Pairs, int]:
+def _pairs(config: ScanConfig) -> tuple[DiskBackedPairs, int]:
     """The pairs of the chosen split, or a random sample of them, in the order of the list, and how many the split has."""
     pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     if config.split != "all":

@@ -19,7 +19,7 @@ from tli.data import word_pairs
 from tli.reports import study as study_report
 from tli.runtime.cli import as_dict
 from tli.runtime.console import cells_bar
-from tli.runtime.files import replacing, sha256
+from tli.runtime.files import atomic_write, sha256
 
 SETTINGS_FILE = "study.json"
 # what may differ from one call to the next: how large the grid and the search are, and how they are run
@@ -96,11 +96,11 @@ def _check_model(config: StudyConfig) -> int:
     from tli.model import lora, starter
     from tli.model.checkpoint import open_checkpoint
     from tli.model.decoder import init_empty_decoder, require_layer
-    from tli.runtime.device import place
+    from tli.runtime.device import resolve_device
 
     checkpoint = open_checkpoint(starter.locate(config.model))
     require_layer(checkpoint, config.layer)
-    decoder = init_empty_decoder(checkpoint, checkpoint.blocks, np.zeros(1, np.int64), place("cpu", "float32"))
+    decoder = init_empty_decoder(checkpoint, checkpoint.blocks, np.zeros(1, np.int64), resolve_device("cpu", "float32"))
     largest = max([config.search_rank, *_ranks(config)])
     blocks = range(checkpoint.blocks if "full" in config.arms else config.layer)
     lora.check_rank(decoder, lora.target_paths(decoder, blocks, config.targets), largest, "--ranks")
@@ -125,7 +125,7 @@ def _write_lists(folder: pathlib.Path, config: StudyConfig) -> None:
     pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     rest, judged = word_pairs.split_pairs(pairs, config.search_share, _SEARCH_SPLIT)
     for name, part in (("grid", rest), ("search", judged)):
-        with replacing(folder / f"{name}.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
+        with atomic_write(folder / f"{name}.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
             for pair in part:
                 row = {
                     config.source: pair.source,

@@ -21,19 +21,19 @@ from tli.config import TokenNorm, TrainConfig
 from tli.data import word_pairs
 from tli.data.loader import BatchLoader
 from tli.data.packing import TokenisedWords, tokenise
-from tli.data.pair_store import Pairs
+from tli.data.pair_store import DiskBackedPairs
 from tli.metrics import layer_choice
 from tli.metrics.layer_pass import measure_layers
 from tli.model import lora, starter
-from tli.model.checkpoint import Checkpoint, model_facts, open_checkpoint, sight
+from tli.model.checkpoint import Checkpoint, context_length, model_facts, open_checkpoint
 from tli.model.decoder import build_decoder, require_layer, run, run_hooked
-from tli.model.pooling import Pooling, pooling, resolve_token_norm
+from tli.model.pooling import Pooling, resolve_token_norm
 from tli.reports import memory
 from tli.reports import training as training_report
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import layer_bar
-from tli.runtime.device import Placement, place
+from tli.runtime.device import DeviceConfig, resolve_device
 from tli.runtime.files import SCHEMA, prepare_output_dir, sha256
 from tli.training.loop import fit
 from tli.training.loss import Objective
@@ -81,11 +81,11 @@ def train(config: TrainConfig) -> dict:
 
     checkpoint = open_checkpoint(starter.locate(config.model))
     words = _tokenise(config, checkpoint, [trained, held_out])
-    placement = _place(config, state, console)
+    device_config = _resolve_device(config, state, console)
     config = _choose_token_norm(config, checkpoint, console)
-    pool = pooling(config.token_norm, checkpoint, placement.device, placement.ops)
+    pool = Pooling.from_checkpoint(config.token_norm, checkpoint, device_config.device, device_config.ops)
     # what is measured is measured exactly
-    exact = place(config.device, config.dtype, config.weights, config.impl)
+    exact = resolve_device(config.device, config.dtype, config.weights, config.impl)
     measure = functools.partial(_measure_layers, checkpoint, pool, exact, config, console)
     layer = _choose_layer(measure, trained, config.seed, console) if config.layer == "auto" else config.layer
     # from here on the options say what is done where they left it open
@@ -93,15 +93,15 @@ def train(config: TrainConfig) -> dict:
 
     partners = _mismatched(len(trained), config.seed) if config.shuffle_pairs else None
     sampling = _options(config, "batch", "epochs", "micro_batch", "pool_bos", "seed")
-    batches = BatchLoader(words, trained, placement, partners=partners, **sampling)
+    batches = BatchLoader(words, trained, device_config, partners=partners, **sampling)
     require_layer(checkpoint, layer)
-    needed = _require_memory(config, checkpoint, words, len(trained), placement)
-    profile = Profile(placement.device) if config.profile else None
-    decoder = build_decoder(checkpoint, words.rows, placement, **_options(config, "arm", "layer", "checkpointing"))
+    needed = _require_memory(config, checkpoint, words, len(trained), device_config)
+    profile = Profile(device_config.device) if config.profile else None
+    decoder = build_decoder(checkpoint, words.vocab_ids, device_config, **_options(config, "arm", "layer", "checkpointing"))
     adapter = lora.LoRAConfig(**_options(config, "rank", "alpha", "targets", "dropout", "rslora", "init"))
     lora.inject(decoder, adapter, None if config.arm == "full" else range(layer), config.seed)
 
-    step = _training_step(config, decoder, pool, layer, batches.total, placement)
+    step = _training_step(config, decoder, pool, layer, batches.total, device_config)
     progress = state.restore(step.adapters, step.optimiser) if config.resume else Progress()
     with open_loggers(output, progress.step, config.tensorboard) as loggers:
         fit(step, batches, state, progress, loggers, console, profile)
@@ -113,7 +113,7 @@ def train(config: TrainConfig) -> dict:
         )
         raise KeyboardInterrupt
 
-    facts = _facts(config, checkpoint, decoder, layer, placement, trained, held_out, output, progress)
+    facts = _facts(config, checkpoint, decoder, layer, device_config, trained, held_out, output, progress)
     facts["machine"]["measured_in"] = exact.facts["dtype"]
     if profile is not None:
         facts["memory"] = memory.measured(needed, profile, decoder, batches.bytes(), output, console)
@@ -131,7 +131,7 @@ def _options(config: TrainConfig, *names: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _read_pairs(config: TrainConfig) -> tuple[Pairs, Pairs]:
+def _read_pairs(config: TrainConfig) -> tuple[DiskBackedPairs, DiskBackedPairs]:
     """Trained and held-out pairs, which share no word."""
     pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     if config.held_out_pairs is None:
@@ -141,7 +141,7 @@ def _read_pairs(config: TrainConfig) -> tuple[Pairs, Pairs]:
     return pairs, held_out
 
 
-def _claim_output(config: TrainConfig, output: pathlib.Path, trained: Pairs) -> TrainingState:
+def _claim_output(config: TrainConfig, output: pathlib.Path, trained: DiskBackedPairs) -> TrainingState:
     """The output folder, made or claimed, and in it the state that an interrupted run may have left."""
     if config.tensorboard:
         require_tensorboard()
@@ -151,25 +151,26 @@ def _claim_output(config: TrainConfig, output: pathlib.Path, trained: Pairs) -> 
     return state
 
 
-def _place(config: TrainConfig, state: TrainingState, console) -> Placement:
+def _resolve_device(config: TrainConfig, state: TrainingState, console) -> DeviceConfig:
     """Device, dtype and ops for training: the fastest dtype if the options leave it open, or what an interrupted run was begun with."""
     begun = state.begun_with() if config.resume else {}
     # the reference ops are for comparing every bit
     fast = config.dtype == "auto" and config.impl == "auto"
-    placement = place(config.device, begun.get("dtype") or ("fastest" if fast else config.dtype), config.weights, config.impl, begun)
-    state.begun_on = placement.facts
-    console.print(placement.ops.description)
-    changed = {name: value for name, value in placement.facts.items() if begun.get(name, value) != value}
+    dtype = begun.get("dtype") or ("fastest" if fast else config.dtype)
+    device_config = resolve_device(config.device, dtype, config.weights, config.impl, begun)
+    state.begun_on = device_config.facts
+    console.print(device_config.ops.description)
+    changed = {name: value for name, value in device_config.facts.items() if begun.get(name, value) != value}
     if changed:
         told = ", ".join(f"{name} {value} in place of {begun[name]}" for name, value in changed.items())
         console.print(f"this run was begun on another machine and goes on with {told}: its last bits will not be those of one machine")
-    return placement
+    return device_config
 
 
-def _tokenise(config: TrainConfig, checkpoint: Checkpoint, splits: Sequence[Pairs]) -> TokenisedWords:
+def _tokenise(config: TrainConfig, checkpoint: Checkpoint, splits: Sequence[DiskBackedPairs]) -> TokenisedWords:
     """All sources, then all targets."""
     texts = (text for side in ("source", "target") for pairs in splits for text in map(operator.attrgetter(side), pairs))
-    words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), config.prefix)
+    words = tokenise(checkpoint.tokenizer(), texts, context_length(checkpoint), config.prefix)
     return words.with_all_rows(checkpoint.config.vocab_size) if config.all_rows else words
 
 
@@ -182,7 +183,7 @@ def _choose_token_norm(config: TrainConfig, checkpoint: Checkpoint, console) -> 
 
 
 def _measure_layers(
-    checkpoint: Checkpoint, pool: Pooling, exact: Placement, config: TrainConfig, console, splits, streams, pool_bos: bool = False
+    checkpoint: Checkpoint, pool: Pooling, exact: DeviceConfig, config: TrainConfig, console, splits, streams, pool_bos: bool = False
 ):
     """``measure_layers`` with a bar, of the splits' pairs or of a random sample of many."""
     splits = {name: pairs.subset(word_pairs.sample(pairs, config.seed)) for name, pairs in splits.items() if len(pairs)}
@@ -191,7 +192,7 @@ def _measure_layers(
         return measure_layers(checkpoint, splits, pool, exact, streams, config.prefix, pool_bos, done=done)
 
 
-def _choose_layer(measure: Callable, trained: Pairs, seed: int, console) -> int:
+def _choose_layer(measure: Callable, trained: DiskBackedPairs, seed: int, console) -> int:
     """The layer for ``auto``, chosen by the trained pairs alone: held-out ones must judge the result."""
     alignments, _ = measure({"trained": trained}, {"before": None})
     gaps = {layer: alignment.per_pair("gap") for (_, _, layer), alignment in alignments.items()}
@@ -208,20 +209,22 @@ def _mismatched(pairs: int, seed: int) -> np.ndarray:
     return partners
 
 
-def _require_memory(config: TrainConfig, checkpoint: Checkpoint, words: TokenisedWords, trained: int, placement: Placement) -> Run:
+def _require_memory(config: TrainConfig, checkpoint: Checkpoint, words: TokenisedWords, trained: int, device_config: DeviceConfig) -> Run:
     """The memory that the run needs; raises ``TliError`` where that is not available."""
     options = _options(config, "arm", "layer", "rank", "targets", "dropout", "batch", "micro_batch", "checkpointing", "pool_bos")
-    needed = budget.needed(checkpoint, words, trained, placement, token_norm=config.token_norm != "none", **options)
-    budget.require_room(needed, placement)
+    needed = budget.needed(checkpoint, words, trained, device_config, token_norm=config.token_norm != "none", **options)
+    budget.require_room(needed, device_config)
     return needed
 
 
-def _training_step(config: TrainConfig, decoder: "Decoder", pool: Pooling, layer: int, total: int, placement: Placement) -> TrainStep:
+def _training_step(
+    config: TrainConfig, decoder: "Decoder", pool: Pooling, layer: int, total: int, device_config: DeviceConfig
+) -> TrainStep:
     """The arm's states, pooled, under the run's loss and optimiser."""
     states = functools.partial(run_hooked, layer=layer) if config.arm == "full-hook" else run
     # the output is normalised already
-    pool = pool.at("output") if config.arm == "full" else pool
-    objective = Objective(**_options(config, "loss", "temperature", "margin"), ops=placement.ops)
+    pool = pool.for_layer("output") if config.arm == "full" else pool
+    objective = Objective(**_options(config, "loss", "temperature", "margin"), ops=device_config.ops)
     optimiser = OptimiserSettings(**_options(config, "lr", "weight_decay", "clip", "warmup", "schedule"), total=total)
     return TrainStep(decoder, lambda batch: pool(states(decoder, batch), batch), objective, optimiser, config.seed)
 
@@ -231,9 +234,9 @@ def _facts(
     checkpoint: Checkpoint,
     decoder: "Decoder",
     layer: int,
-    placement: Placement,
-    trained: Pairs,
-    held_out: Pairs,
+    device_config: DeviceConfig,
+    trained: DiskBackedPairs,
+    held_out: DiskBackedPairs,
     output: pathlib.Path,
     progress: Progress,
 ) -> dict:
@@ -261,7 +264,7 @@ def _facts(
             "peak_bytes": environment.peak_bytes(),
         },
         "versions": environment.versions(),
-        "machine": environment.machine(placement),
+        "machine": environment.machine(device_config),
         "shuffled": config.shuffle_pairs,
         "missing_output": None,
     }

@@ -53,7 +53,7 @@ def to_batch(packed: PackedWords, dtype: torch.dtype, device: torch.device) -> B
     move = {
         name: torch.from_numpy(getattr(packed, name)).to(device) for name in ("input_ids", "position_ids", "indptr", "indices", "sinks")
     }
-    hidden = torch.from_numpy(~packed.visible).to(device)[:, None]
+    hidden = torch.from_numpy(~packed.attention_mask).to(device)[:, None]
     mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
     paths = ops.transpose_paths(torch.from_numpy(packed.indptr), torch.from_numpy(packed.indices), packed.input_ids.size)
     return Batch(mask=mask, transposed=tuple(part.to(device) for part in paths), **move)

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from tli.data.pair_store import Pair, normalise_word
-from tli.data.readers import letters, read_rows, without_notes
-from tli.data.word_pairs import SHIPPED, merged, read_pairs
+from tli.data.readers import alphanumeric, read_rows, without_notes
+from tli.data.word_pairs import SHIPPED, merge_by_source, read_pairs
 from tli.runtime.errors import TliError
 
 FREEDICT = pathlib.Path("/usr/share/dictd/freedict-swh-eng.index")
@@ -39,8 +39,8 @@ def check(pairs: str | None, source: str, target: str, dictionary: str | os.Path
 
     entries: dict[str, set[str]] = {}
     for pair in read_pairs(dictionary, source, target):
-        entries.setdefault(letters(pair.source), set()).update(pair.accepted)
-    compared = [(pair, theirs) for pair in merged(rows) if (theirs := _looked_up(pair, entries))]
+        entries.setdefault(alphanumeric(pair.source), set()).update(pair.accepted)
+    compared = [(pair, theirs) for pair in merge_by_source(rows) if (theirs := _looked_up(pair, entries))]
     disagreements = [(pair, theirs) for pair, theirs in compared if not _agree(pair.accepted, theirs)]
     agreed = len(compared) - len(disagreements)
     share = agreed / len(compared) if compared else 0.0
@@ -52,7 +52,7 @@ def check(pairs: str | None, source: str, target: str, dictionary: str | os.Path
 
 def _looked_up(pair: Pair, entries: dict[str, set[str]]) -> set[str] | None:
     """The dictionary's glosses, or None; a verb may be listed with or without the infinitive's ku-, or after a hyphen."""
-    word = letters(pair.source)
+    word = alphanumeric(pair.source)
     # a noun such as kuku is no infinitive
     variants = [word, word.removeprefix("ku"), "ku" + word] if pair.word_class.casefold() in ("verb", "v", "") else [word]
     return next((entries[variant] for variant in variants if variant in entries), None)

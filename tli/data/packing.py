@@ -32,16 +32,16 @@ _CHUNK_WORDS = 2048
 class TokenisedWords:
     """Words as token ids, sink first, one behind the other.
 
-    ids     int32 [tokens]     token ids; of many words in a file, mapped
-    indptr  int64 [words + 1]  where each word begins in ``ids``
-    starts  int32 [words]      the first of its tokens that is the word's own
-    rows    int64 [V]          the token ids that the model keeps embedding rows of, ascending; all that occur are there
+    ids        int32 [tokens]     token ids; of many words in a file, mapped
+    indptr     int64 [words + 1]  where each word begins in ``ids``
+    starts     int32 [words]      the first of its tokens that is the word's own
+    vocab_ids  int64 [V]          the token ids that the model keeps embedding rows of, ascending; all that occur are there
     """
 
     ids: np.ndarray
     indptr: np.ndarray
     starts: np.ndarray
-    rows: np.ndarray
+    vocab_ids: np.ndarray
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -53,15 +53,15 @@ class TokenisedWords:
 
     def with_all_rows(self, vocabulary: int) -> "TokenisedWords":
         """The same words over the whole embedding table: tokens are token ids."""
-        return dataclasses.replace(self, rows=np.arange(vocabulary))
+        return dataclasses.replace(self, vocab_ids=np.arange(vocabulary))
 
     def padded(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of the words with these numbers as positions in ``rows``, int64 [words, longest], and their lengths; 0 behind an end."""
+        """Tokens of the words with these numbers as positions in ``vocab_ids``, int64 [words, longest], and lengths; 0 behind an end."""
         lengths = self.indptr[words + 1] - self.indptr[words]
         depth = np.arange(lengths.max(initial=0))
         inside = depth < lengths[:, None]
         tokens = np.zeros(inside.shape, np.int64)
-        tokens[inside] = np.searchsorted(self.rows, self.ids[(self.indptr[words, None] + depth)[inside]])
+        tokens[inside] = np.searchsorted(self.vocab_ids, self.ids[(self.indptr[words, None] + depth)[inside]])
         return tokens, lengths
 
     def pack(self, words: np.ndarray, pool_bos: bool = False, width: int = DEFAULT_WIDTH, width_step: int = 1) -> "PackedWords":
@@ -111,18 +111,18 @@ def tokenise(tokenizer, words: Iterable[str], window: int, prefix: str = "") -> 
 class PackedWords:
     """The bins of one trie. T = bins·width is the number of nodes, padding included.
 
-    input_ids     int64 [bins, width]           0 in padding
-    position_ids  int64 [bins, width]           depth below the root; 0 in padding
-    visible       bool  [bins, width, width]    [b, q, k]: k is an ancestor of q, or q itself (also in padding)
-    indptr        int64 [words + 1]             where each word's nodes begin in indices
-    indices       int64 [entries]               pooled nodes of each word, as flat positions in 0..T-1
-    sinks         int64 [words]                 the flat position of each word's sink
-    nodes         int                           nodes that carry a token: T less the padding
+    input_ids       int64 [bins, width]           0 in padding
+    position_ids    int64 [bins, width]           depth below the root; 0 in padding
+    attention_mask  bool  [bins, width, width]    [b, q, k]: k is an ancestor of q, or q itself (also in padding)
+    indptr          int64 [words + 1]             where each word's nodes begin in indices
+    indices         int64 [entries]               pooled nodes of each word, as flat positions in 0..T-1
+    sinks           int64 [words]                 the flat position of each word's sink
+    nodes           int                           nodes that carry a token: T less the padding
     """
 
     input_ids: np.ndarray
     position_ids: np.ndarray
-    visible: np.ndarray
+    attention_mask: np.ndarray
     indptr: np.ndarray
     indices: np.ndarray
     sinks: np.ndarray
@@ -172,10 +172,10 @@ def pack(tokens: np.ndarray, lengths: np.ndarray, starts: np.ndarray, width: int
     input_ids, position_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     input_ids[own_bin, own] = tokens[word, own_depth]
     position_ids[own_bin, own] = own_depth
-    visible = np.zeros((*shape, width), bool)
-    visible[:, np.arange(width), np.arange(width)] = True
+    attention_mask = np.zeros((*shape, width), bool)
+    attention_mask[:, np.arange(width), np.arange(width)] = True
     node, ancestor_depth = np.nonzero(depth <= own_depth[:, None])
-    visible[own_bin[node], own[node], column[word[node], ancestor_depth]] = True
+    attention_mask[own_bin[node], own[node], column[word[node], ancestor_depth]] = True
 
     # back to the order in which the words came
     back = np.argsort(order)
@@ -183,7 +183,7 @@ def pack(tokens: np.ndarray, lengths: np.ndarray, starts: np.ndarray, width: int
     flat = bin_of[:, None] * width + column
     pooled = (depth >= starts[:, None]) & (depth < lengths[:, None])
     indptr = np.concatenate([[0], np.cumsum(pooled.sum(axis=1))])
-    return PackedWords(input_ids, position_ids, visible, indptr, flat[pooled], flat[:, 0], len(own))
+    return PackedWords(input_ids, position_ids, attention_mask, indptr, flat[pooled], flat[:, 0], len(own))
 
 
 def _cut(lengths: np.ndarray, new_before: np.ndarray, width: int) -> tuple[np.ndarray, int]:

@@ -64,7 +64,7 @@ class WordHashes:
         return np.repeat(np.arange(len(self.sources)), np.diff(self.indptr))
 
 
-class Pairs(Sequence[Pair]):
+class DiskBackedPairs(Sequence[Pair]):
     """A sequence of pairs that are read from disk at each access. ``subset`` and slices are views."""
 
     def __init__(self, text: mmap.mmap | bytes, bounds: np.ndarray, keys: WordHashes, numbers: np.ndarray | None = None):
@@ -94,9 +94,9 @@ class Pairs(Sequence[Pair]):
         for begin, end in zip(self._bounds[numbers].tolist(), self._bounds[numbers + 1].tolist()):
             yield self._text[begin:end]
 
-    def subset(self, numbers: np.ndarray) -> "Pairs":
+    def subset(self, numbers: np.ndarray) -> "DiskBackedPairs":
         """A view of the pairs at these indices, int64, in this order."""
-        return Pairs(self._text, self._bounds, self._keys, self._among_all(numbers))
+        return DiskBackedPairs(self._text, self._bounds, self._keys, self._among_all(numbers))
 
     def keys(self, numbers: np.ndarray | None = None) -> WordHashes:
         """The hashes of the pairs at these indices, in this order; None: of all."""
@@ -124,12 +124,12 @@ class PairWriter:
         self._indptr.append(len(self._glosses))
         return len(self._sources) - 1
 
-    def pairs(self) -> Pairs:
+    def pairs(self) -> DiskBackedPairs:
         """All pairs written so far, in that order."""
         self._file.flush()
         # an empty file cannot be mapped
         text = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if self._sources else b""
-        return Pairs(text, np.array(self._bounds), WordHashes(*map(np.array, (self._sources, self._indptr, self._glosses))))
+        return DiskBackedPairs(text, np.array(self._bounds), WordHashes(*map(np.array, (self._sources, self._indptr, self._glosses))))
 
 
 @contextlib.contextmanager
@@ -139,9 +139,9 @@ def pair_writer() -> Iterator[PairWriter]:
         yield PairWriter(file)
 
 
-def stored(pairs: Iterable[Pair]) -> Pairs:
+def as_disk_backed(pairs: Iterable[Pair]) -> DiskBackedPairs:
     """Write the pairs to disk; disk-backed pairs are returned as they are."""
-    if isinstance(pairs, Pairs):
+    if isinstance(pairs, DiskBackedPairs):
         return pairs
     with pair_writer() as writer:
         for pair in pairs:

@@ -190,7 +190,7 @@ def _dictd_entry(headword: str, entry: str) -> tuple[str, str, list[str]]:
     """
     head, *body = entry.strip("\n").split("\n")
     spellings = re.split(r"\s+[/<\[(]", head)[0].split(", ")
-    word = next((spelling for spelling in spellings if letters(spelling) == letters(headword)), headword)
+    word = next((spelling for spelling in spellings if alphanumeric(spelling) == alphanumeric(headword)), headword)
     word_class = "".join(re.findall(r"<([^,>]+)", head)[:1])
     glosses = re.split("[;,\n]", without_notes("\n".join(line for line in body if not line[:1].isspace())))
     glosses = [gloss.strip() for gloss in glosses if not re.fullmatch(r"\s*(\d+\.)?\s*", gloss)]
@@ -218,7 +218,7 @@ def _pair(where: str, row: dict, source: str, target: str) -> Pair:
         raise TliError(where, "loan must be yes or no", repr(row["loan"]), "write one of these or leave it empty")
     word_class = "" if row.get("class") is None else _clean(where, "class", row["class"])
     glosses = [_word(where, target, row[normalise_word(target)]), *(_word(where, "synonyms", gloss) for gloss in synonyms)]
-    return Pair(_word(where, source, row[normalise_word(source)]), glosses[0], further(glosses), word_class, _LOAN[loan])
+    return Pair(_word(where, source, row[normalise_word(source)]), glosses[0], dedupe_synonyms(glosses), word_class, _LOAN[loan])
 
 
 def _word(where: str, name: str, value: object) -> str:
@@ -237,7 +237,7 @@ def _clean(where: str, name: str, value: object) -> str:
     return word
 
 
-def further(glosses: Iterable[str]) -> tuple[str, ...]:
+def dedupe_synonyms(glosses: Iterable[str]) -> tuple[str, ...]:
     """The glosses after the first, without duplicates of it or of each other; of spellings that differ in case only the first is kept."""
     distinct: dict[str, str] = {}
     for gloss in glosses:
@@ -245,6 +245,6 @@ def further(glosses: Iterable[str]) -> tuple[str, ...]:
     return tuple(distinct.values())[1:]
 
 
-def letters(word: str) -> str:
+def alphanumeric(word: str) -> str:
     """The letters and digits of a word, case-folded."""
     return "".join(letter for letter in normalise_word(word) if letter.isalnum())

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from tli.data.pair_store import Pair, Pairs, WordHashes, normalise_word, pair_writer, stored
-from tli.data.readers import further, read_rows
+from tli.data.pair_store import DiskBackedPairs, Pair, WordHashes, as_disk_backed, normalise_word, pair_writer
+from tli.data.readers import dedupe_synonyms, read_rows
 from tli.runtime.errors import TliError
 from tli.stats.bootstrap import word_clusters
 
@@ -21,7 +21,7 @@ SHIPPED = pathlib.Path(__file__).parent / "swahili-english.tsv"
 MEASURED_PAIRS = 5_000
 
 
-def read_pairs(path: str | os.PathLike | None, source: str, target: str) -> Pairs:
+def read_pairs(path: str | os.PathLike | None, source: str, target: str) -> DiskBackedPairs:
     """Read a word list: cleaned pairs, one per source word, in the order of the file.
 
     Exact duplicates collapse; the further targets of a source word become synonyms of its first. A target may serve several
@@ -45,10 +45,10 @@ def read_pairs(path: str | os.PathLike | None, source: str, target: str) -> Pair
         >>> len(pairs), pairs[0].source, pairs[0].target
         (2243, 'abiria', 'passenger')
     """
-    return merged(read_rows(SHIPPED if path is None else pathlib.Path(path), source, target))
+    return merge_by_source(read_rows(SHIPPED if path is None else pathlib.Path(path), source, target))
 
 
-def merged(rows: Iterable[Pair]) -> Pairs:
+def merge_by_source(rows: Iterable[Pair]) -> DiskBackedPairs:
     """Merge rows with the same source word into one pair, in the order of their first rows."""
     with pair_writer() as writer:
         for pair in rows:
@@ -68,7 +68,7 @@ def merged(rows: Iterable[Pair]) -> Pairs:
 
 
 def _merge(rows: Sequence[Pair]) -> Pair:
-    synonyms = further(gloss for pair in rows for gloss in pair.accepted)
+    synonyms = dedupe_synonyms(gloss for pair in rows for gloss in pair.accepted)
     word_class = next((pair.word_class for pair in rows if pair.word_class), "")
     loan = next((pair.loan for pair in rows if pair.loan is not None), None)
     return replace(rows[0], synonyms=synonyms, word_class=word_class, loan=loan)
@@ -85,7 +85,7 @@ def sample(pairs: Sequence[Pair], seed: int, most: int = MEASURED_PAIRS) -> np.n
     return np.sort(np.random.default_rng([seed, 3]).permutation(len(pairs))[:most])
 
 
-def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[Pairs, Pairs]:
+def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[DiskBackedPairs, DiskBackedPairs]:
     """Split into trained and held-out pairs, each in the given order, such that no word is on both sides.
 
     Pairs that share a word, synonyms included, stay together. A string counts as one word in both languages, because to the
@@ -98,7 +98,7 @@ def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[Pair
         raise TliError("--held-out", "the share of held-out pairs must lie between 0 and 1", held_out, "give a share such as 0.1")
     if seed < 0:
         raise TliError("--seed", "the seed must be at least 0", seed, "give another seed")
-    pairs = stored(pairs)
+    pairs = as_disk_backed(pairs)
     goal = round(held_out * len(pairs))
     groups = _groups(pairs.keys())
     order = np.random.default_rng(seed).permutation(groups.max(initial=-1) + 1)
@@ -116,7 +116,7 @@ def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[Pair
 
 def check_disjoint(trained: Sequence[Pair], held_out: Sequence[Pair]) -> None:
     """Raise ``TliError`` with the first held-out word, in either language, synonyms included, that is trained, too."""
-    trained, held_out = stored(trained), stored(held_out)
+    trained, held_out = as_disk_backed(trained), as_disk_backed(held_out)
     known, keys = trained.keys(), held_out.keys()
     shared = [np.isin(words, np.concatenate([known.sources, known.glosses])) for words in (keys.sources, keys.glosses)]
     numbers = np.concatenate([np.flatnonzero(shared[0]), keys.gloss_owners()[shared[1]]])
@@ -137,7 +137,7 @@ def false_negative_pairs(pairs: Sequence[Pair]) -> np.ndarray:
 
     Their number grows with the square of how many share a gloss: for lists of bounded length.
     """
-    return false_negative_edges(stored(pairs).keys())
+    return false_negative_edges(as_disk_backed(pairs).keys())
 
 
 def false_negative_edges(keys: WordHashes) -> np.ndarray:

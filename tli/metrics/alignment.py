@@ -85,7 +85,7 @@ class Alignment:
 def measure(
     source: torch.Tensor,
     target: torch.Tensor,
-    same: np.ndarray,
+    false_negatives: np.ndarray,
     sink_share: np.ndarray | None = None,
     referenced: Scores | None = None,
 ) -> Alignment:
@@ -103,7 +103,7 @@ def measure(
     import torch
 
     with torch.inference_mode():
-        words = WordPairs(source, target, same)
+        words = WordPairs(source, target, false_negatives)
         cosine, mismatched = words.cosines()
         ranks = _RankCounter(cosine)
         clipped = cosine.new_zeros(2, len(cosine))
@@ -125,19 +125,19 @@ def measure(
         ways, clipped = ranks.retrieval(words.others), (clipped / words.others).mean(0)
     share = None if sink_share is None else np.asarray(sink_share, dtype=np.float64)
     true, others, positive, counted, below = (x.cpu().numpy() for x in (cosine, mismatched, clipped, histogram.long(), auc))
-    return Alignment(true, others, positive, counted, below, *ways, word_clusters(len(true), same), share, referenced)
+    return Alignment(true, others, positive, counted, below, *ways, word_clusters(len(true), false_negatives), share, referenced)
 
 
-def cosines(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def cosines(source: torch.Tensor, target: torch.Tensor, false_negatives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """``measure``'s cosine and mismatched alone, float64 [B] each, without walking through B x B."""
     import torch
 
     with torch.inference_mode():
-        cosine, mismatched = (values.cpu().numpy() for values in WordPairs(source, target, same).cosines())
+        cosine, mismatched = (values.cpu().numpy() for values in WordPairs(source, target, false_negatives).cosines())
     return cosine, mismatched
 
 
-def csls(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tuple[Retrieval, Retrieval]:
+def csls(source: torch.Tensor, target: torch.Tensor, false_negatives: np.ndarray) -> tuple[Retrieval, Retrieval]:
     """Retrieval, forward and backward, by ``2·cos(s, t) - r(s) - r(t)``: nearness for words that not everything is near to.
 
     r(s) is the mean cosine of s with its 10 nearest targets, the partner and words that mean the same among them; r(t) likewise.
@@ -146,7 +146,7 @@ def csls(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tuple[
     import torch
 
     with torch.inference_mode():
-        words = WordPairs(source, target, same)
+        words = WordPairs(source, target, false_negatives)
         k = min(NEIGHBOURS, len(words.source))
         chunks, nearest = [], words.source.new_empty(0, len(words.source))
         for _, similarity in words.chunks(all_words=True):
@@ -163,15 +163,15 @@ def csls(source: torch.Tensor, target: torch.Tensor, same: np.ndarray) -> tuple[
 class WordPairs:
     """Unit word vectors, fp64 [B, D], and which of their pairs are neither mismatched nor candidates."""
 
-    def __init__(self, source: torch.Tensor, target: torch.Tensor, same: np.ndarray):
+    def __init__(self, source: torch.Tensor, target: torch.Tensor, false_negatives: np.ndarray):
         import torch
 
         self.source, self.target = directions(source, "source"), directions(target, "target")
         pairs = len(self.source)
-        self.same = torch.as_tensor(same, dtype=torch.int64, device=self.source.device).reshape(-1, 2)
-        self.left_out = pairs + len(self.same)
+        self.false_negatives = torch.as_tensor(false_negatives, dtype=torch.int64, device=self.source.device).reshape(-1, 2)
+        self.left_out = pairs + len(self.false_negatives)
         # [forward, backward]: of a row the candidates lie along it, of a column along the column
-        self.others = pairs - 1 - torch.stack([torch.bincount(side, minlength=pairs) for side in self.same.T])
+        self.others = pairs - 1 - torch.stack([torch.bincount(side, minlength=pairs) for side in self.false_negatives.T])
         alone = (self.others == 0).any(0).nonzero().flatten()
         if len(alone):
             got = f"none for pair {int(alone[0]) + 1} of {pairs}"
@@ -184,7 +184,7 @@ class WordPairs:
         cosine = (self.source * self.target).sum(1)
         # a row's sum over all words is one product with their sum; the few that do not count are taken off again
         total = torch.stack([self.source @ self.target.sum(0), self.target @ self.source.sum(0)]) - cosine
-        i, j = self.same.T
+        i, j = self.false_negatives.T
         alike = (self.source[i] * self.target[j]).sum(1)
         total[0].index_add_(0, i, alike, alpha=-1)
         total[1].index_add_(0, j, alike, alpha=-1)
@@ -203,7 +203,7 @@ class WordPairs:
         for part in rows.split(max(1, _CHUNK_NUMBERS // pairs)):
             similarity = (self.source[part] @ self.target.T).clamp_(-1, 1)
             if not all_words:
-                here = self.same[torch.isin(self.same[:, 0], part)]
+                here = self.false_negatives[torch.isin(self.false_negatives[:, 0], part)]
                 left_out = torch.searchsorted(part, torch.cat([part, here[:, 0]])), torch.cat([part, here[:, 1]])
                 similarity[left_out] = _LEFT_OUT
             yield part, similarity

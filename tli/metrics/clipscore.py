@@ -38,7 +38,7 @@ class Scores:
 
 
 @torch.inference_mode()
-def ref_clip_scores(source: Tensor, target: Tensor, references: Tensor, owners: np.ndarray, same: np.ndarray) -> Scores:
+def ref_clip_scores(source: Tensor, target: Tensor, references: Tensor, owners: np.ndarray, false_negatives: np.ndarray) -> Scores:
     """RefCLIPScore of every pair that has references.
 
     source, target   [B, D]         word vectors of any length; row i of one translates row i of the other
@@ -48,7 +48,7 @@ def ref_clip_scores(source: Tensor, target: Tensor, references: Tensor, owners: 
 
     Computed in fp64, in chunks of rows. Raises TliError as ``alignment.measure`` does.
     """
-    words, references = WordPairs(source, target, same), directions(references, "reference")
+    words, references = WordPairs(source, target, false_negatives), directions(references, "reference")
     pairs, counts = torch.from_numpy(owners).unique_consecutive(return_counts=True)
     cosine, first = (words.source * words.target).sum(1), 0
     score, mismatched = torch.zeros(2, len(pairs), dtype=torch.float64, device=source.device)

@@ -17,12 +17,12 @@ from tli.metrics.alignment import Alignment, measure
 from tli.metrics.clipscore import ref_clip_scores
 from tli.metrics.layers import LayerScan, scan_layer
 from tli.metrics.sink import sink_share
-from tli.model.checkpoint import Checkpoint, sight
+from tli.model.checkpoint import Checkpoint, context_length
 from tli.model.hidden_states import stream_layers
 from tli.model.lora import Adapter
 from tli.model.pooling import Pooling
 from tli.model.shape import Layer
-from tli.runtime.device import Placement
+from tli.runtime.device import DeviceConfig
 from tli.runtime.errors import TliError
 
 Streams = Mapping[Any, Adapter | None]
@@ -33,7 +33,7 @@ def measure_layers(
     checkpoint: Checkpoint,
     splits: Mapping[str, Sequence[Pair]],
     pooling: Pooling,
-    placement: Placement,
+    device_config: DeviceConfig,
     streams: Streams,
     prefix: str,
     pool_bos: bool = False,
@@ -44,16 +44,16 @@ def measure_layers(
     """Measure every split's pairs for each stream at these layers; blocks above the last of them are not read.
 
     Args:
-        checkpoint:  an open checkpoint
-        splits:      pairs by the name of their list; each list is measured by itself
-        pooling:     token states -> word states; at ``output``, where states are normalised already, without its norm
-        placement:   dtype, device and rounding of the weights
-        streams:     adapters by name, None for the base
-        prefix:      text before each word
-        pool_bos:    pool the sink, too
-        layers:      ascending, from 0..N and ``output``; None: all
-        references:  measure RefCLIPScore of the pairs that have further accepted glosses
-        done:        called after each layer, measured or not
+        checkpoint:     an open checkpoint
+        splits:         pairs by the name of their list; each list is measured by itself
+        pooling:        token states -> word states; at ``output``, where states are normalised already, without its norm
+        device_config:  dtype, device and rounding of the weights
+        streams:        adapters by name, None for the base
+        prefix:         text before each word
+        pool_bos:       pool the sink, too
+        layers:         ascending, from 0..N and ``output``; None: all
+        references:     measure RefCLIPScore of the pairs that have further accepted glosses
+        done:           called after each layer, measured or not
 
     Returns:
         The alignments by (split, stream, layer), and why the pass ended before ``output``, or None.
@@ -62,31 +62,31 @@ def measure_layers(
     owners = np.repeat(np.arange(len(pairs)), [len(pair.synonyms) * references for pair in pairs])
     glosses = [gloss for pair in pairs for gloss in pair.synonyms] * references
     texts = word_pairs.words_of(pairs) + glosses
-    words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), prefix)
-    batch = to_batch(words.pack(np.arange(len(texts)), pool_bos), placement.dtype, placement.device)
+    words = tokenise(checkpoint.tokenizer(), texts, context_length(checkpoint), prefix)
+    batch = to_batch(words.pack(np.arange(len(texts)), pool_bos), device_config.dtype, device_config.device)
     ends = list(itertools.accumulate(map(len, splits.values()), initial=0))
-    false_negatives = list(map(word_pairs.false_negative_pairs, splits.values()))
+    by_split = list(map(word_pairs.false_negative_pairs, splits.values()))
 
     def measure_splits(layer: Layer, nodes: Tensor) -> dict[str, Alignment]:
-        source, target, further = pooling.at(layer)(nodes, batch).tensor_split([len(pairs), 2 * len(pairs)])
+        source, target, further = pooling.for_layer(layer)(nodes, batch).tensor_split([len(pairs), 2 * len(pairs)])
         share = sink_share(nodes, batch)[: 2 * len(pairs)].view(2, -1).mean(0).cpu().numpy()
         found = {}
-        for split, begin, end, same in zip(splits, ends, ends[1:], false_negatives):
+        for split, begin, end, false_negatives in zip(splits, ends, ends[1:], by_split):
             vectors, own = (source[begin:end], target[begin:end]), (owners >= begin) & (owners < end)
-            referenced = ref_clip_scores(*vectors, further[own], owners[own] - begin, same) if own.any() else None
-            found[split] = measure(*vectors, same, share[begin:end], referenced)
+            referenced = ref_clip_scores(*vectors, further[own], owners[own] - begin, false_negatives) if own.any() else None
+            found[split] = measure(*vectors, false_negatives, share[begin:end], referenced)
         return found
 
-    measured, reason = _each_layer(checkpoint, batch, words.rows, placement, streams, measure_splits, layers, done)
+    measured, reason = _each_layer(checkpoint, batch, words.vocab_ids, device_config, streams, measure_splits, layers, done)
     return {(split, *key): alignment for key, by_split in measured.items() for split, alignment in by_split.items()}, reason
 
 
 def scan_layers(
     checkpoint: Checkpoint,
     words: TokenisedWords,
-    same: np.ndarray,
+    false_negatives: np.ndarray,
     pooling: Pooling,
-    placement: Placement,
+    device_config: DeviceConfig,
     streams: Mapping[str, Adapter | None],
     done: Callable[[], None] = lambda: None,
     width: int = DEFAULT_WIDTH,
@@ -94,14 +94,14 @@ def scan_layers(
     """Measure all that a scan shows at all layers 0..N and ``output``, for each stream.
 
     Args:
-        checkpoint:  an open checkpoint
-        words:       all words, sources of all pairs first, then targets
-        same:        ``false_negative_pairs`` of the pairs
-        pooling:     token states -> word states, for ``word`` and ``word_bos``
-        placement:   dtype, device and rounding of the weights
-        streams:     name -> adapter, or None for the base
-        done:        called when a layer is measured
-        width:       of the bins that words are packed in; changes nothing but the time
+        checkpoint:       an open checkpoint
+        words:            all words, sources of all pairs first, then targets
+        false_negatives:  ``false_negative_pairs`` of the pairs
+        pooling:          token states -> word states, for ``word`` and ``word_bos``
+        device_config:    dtype, device and rounding of the weights
+        streams:          name -> adapter, or None for the base
+        done:             called when a layer is measured
+        width:            of the bins that words are packed in; changes nothing but the time
 
     Returns:
         The measurements by (stream, layer), and why the pass ended before ``output``, or None.
@@ -110,12 +110,13 @@ def scan_layers(
         TliError: an adapter that does not fit the model, a pair without another of different meaning, states that are not finite.
     """
     numbers = np.arange(len(words))
-    batch, with_bos = (to_batch(words.pack(numbers, pool_bos, width), placement.dtype, placement.device) for pool_bos in (False, True))
+    packed = (words.pack(numbers, pool_bos, width) for pool_bos in (False, True))
+    batch, with_bos = (to_batch(bins, device_config.dtype, device_config.device) for bins in packed)
 
     def scan(layer: Layer, nodes: Tensor) -> LayerScan:
-        return scan_layer(nodes, batch, with_bos, pooling.at(layer), same)
+        return scan_layer(nodes, batch, with_bos, pooling.for_layer(layer), false_negatives)
 
-    scans, reason = _each_layer(checkpoint, batch, words.rows, placement, streams, scan, None, done)
+    scans, reason = _each_layer(checkpoint, batch, words.vocab_ids, device_config, streams, scan, None, done)
     if not scans:
         raise TliError(checkpoint.name, "at least the first block must be there", reason, "download the missing file")
     return scans, reason
@@ -129,7 +130,7 @@ def _each_layer(
     checkpoint: Checkpoint,
     batch: Batch,
     rows: np.ndarray | None,
-    placement: Placement,
+    device_config: DeviceConfig,
     streams: Streams,
     look: Callable[[Layer, Tensor], _Found],
     layers: Sequence[Layer] | None,
@@ -146,6 +147,6 @@ def _each_layer(
             raise _LastLayer
 
     try:
-        return found, stream_layers(checkpoint, batch, rows, placement, list(streams.values()), visit)
+        return found, stream_layers(checkpoint, batch, rows, device_config, list(streams.values()), visit)
     except _LastLayer:
         return found, None

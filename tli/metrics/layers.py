@@ -54,14 +54,14 @@ class LayerScan:
     clusters: np.ndarray
 
 
-def scan_layer(states: Tensor, batch: Batch, with_bos: Batch, pooling: Pooling, same: np.ndarray) -> LayerScan:
+def scan_layer(states: Tensor, batch: Batch, with_bos: Batch, pooling: Pooling, false_negatives: np.ndarray) -> LayerScan:
     """Measure one layer.
 
-    states     [T, D]   token states
-    batch      whose words leave the first position out
-    with_bos   the same words with the first position pooled
-    pooling    for ``word`` and ``word_bos``
-    same       int64 [E, 2], ``false_negative_pairs`` of the pairs
+    states            [T, D]   token states
+    batch             whose words leave the first position out
+    with_bos          the same words with the first position pooled
+    pooling           for ``word`` and ``word_bos``
+    false_negatives   int64 [E, 2], ``false_negative_pairs`` of the pairs
     """
     per_pair: dict[tuple[str, str], np.ndarray] = {}
     chance: dict[tuple[str, str], float] = {}
@@ -72,22 +72,22 @@ def scan_layer(states: Tensor, batch: Batch, with_bos: Batch, pooling: Pooling, 
             chance[vectors, metric] = by_chance
 
     def keep_cosines(vectors: str, before: str, source: Tensor, target: Tensor) -> None:
-        cosine, mismatched = cosines(source, target, same)
+        cosine, mismatched = cosines(source, target, false_negatives)
         for metric, values in zip(_COSINES, (cosine, mismatched, cosine - mismatched), strict=True):
             keep(vectors, before + metric, values)
 
-    plain = pooling.plain()
+    plain = pooling.without_norm()
     kinds = ((pooling, batch), (pooling, with_bos), (plain, batch), (plain, with_bos))
     for vectors, (pool, pooled) in zip(VECTORS, kinds, strict=True):
         source, target = pool(states, pooled).chunk(2)
         if vectors not in _MEASURED:
             keep_cosines(vectors, "", source, target)
             continue
-        alignment = measure(source, target, same)
+        alignment = measure(source, target, false_negatives)
         for metric in _MEASURED[vectors]:
             keep(vectors, metric, alignment.per_pair(metric), alignment.chance(metric))
         if vectors == "word":
-            ways = csls(source, target, same)
+            ways = csls(source, target, false_negatives)
             hits, by_chance = (np.mean([getattr(way, name)(1) for way in ways], axis=0) for name in ("hits_at", "hits_at_chance"))
             keep("word", "csls_p_at_1", hits, float(by_chance.mean()))
             keep_cosines("word", "centred_", centred(source), centred(target))

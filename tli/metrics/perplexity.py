@@ -21,11 +21,11 @@ from torch import Tensor
 
 from tli.data.batch import Batch
 from tli.data.packing import sink_token
-from tli.model.checkpoint import Checkpoint, sight
+from tli.model.checkpoint import Checkpoint, context_length
 from tli.model.hidden_states import stream_layers
 from tli.model.lora import Adapter
 from tli.runtime import ops
-from tli.runtime.device import Placement
+from tli.runtime.device import DeviceConfig
 from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
 from tli.stats.bootstrap import means_with_intervals
@@ -41,15 +41,15 @@ _HEAD_ROWS = 16384
 class TextWindows:
     """A text in windows of equal width, each behind one sink; only the last may be shorter.
 
-    tokens   int64 [windows, width]  positions in ``rows``; 0 behind a window's end
-    lengths  int64 [windows]         tokens of each window, sink included; at least 2
-    rows     int64 [V]               the token ids that occur, ascending
-    facts    what the text was, for a report
+    tokens     int64 [windows, width]  positions in ``vocab_ids``; 0 behind a window's end
+    lengths    int64 [windows]         tokens of each window, sink included; at least 2
+    vocab_ids  int64 [V]               the token ids that occur, ascending
+    facts      what the text was, for a report
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
-    rows: np.ndarray
+    vocab_ids: np.ndarray
     facts: dict
 
 
@@ -68,7 +68,7 @@ def read_windows(path: str | os.PathLike, checkpoint: Checkpoint, width: int | N
     except (OSError, UnicodeDecodeError) as error:
         got = f"byte {error.start}: no UTF-8" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error)).lower()
         raise TliError(path, "the text must be a readable UTF-8 file", got, "name another with --text") from error
-    widest = sight(checkpoint)
+    widest = context_length(checkpoint)
     width = min(DEFAULT_WIDTH, widest) if width is None else width
     if not 2 <= width <= widest:
         raise TliError("--window", f"a window must be 2 to {widest} tokens wide, the model's own", width, "choose one in this range")
@@ -83,7 +83,7 @@ def read_windows(path: str | os.PathLike, checkpoint: Checkpoint, width: int | N
     lengths = np.full(windows, width)
     lengths[-1] = 1 + len(ids) - (windows - 1) * (width - 1)
     width = int(lengths.max())
-    rows, numbers = np.unique(np.append(ids, sink), return_inverse=True)
+    vocab_ids, numbers = np.unique(np.append(ids, sink), return_inverse=True)
     tokens = np.zeros((windows, width), np.int64)
     tokens[:, 0] = numbers[-1]
     tokens[:, 1:][np.arange(1, width) < lengths[:, None]] = numbers[:-1]
@@ -95,7 +95,7 @@ def read_windows(path: str | os.PathLike, checkpoint: Checkpoint, width: int | N
         "windows": windows,
         "width": width,
     }
-    return TextWindows(tokens, lengths, rows, facts)
+    return TextWindows(tokens, lengths, vocab_ids, facts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,18 +116,18 @@ class NextTokens:
 def predict(
     checkpoint: Checkpoint,
     windows: TextWindows,
-    placement: Placement,
+    device_config: DeviceConfig,
     adapters: Sequence[Adapter],
     done: Callable[[], None] = lambda: None,
 ) -> tuple[list[NextTokens], str | None]:
     """Predict every token of the windows from those before it, by the base and with each adapter.
 
     Args:
-        checkpoint:  an open checkpoint
-        windows:     the text
-        placement:   dtype, device and rounding of the weights
-        adapters:    what the base is compared with
-        done:        called after each layer, and after each window at the head
+        checkpoint:     an open checkpoint
+        windows:        the text
+        device_config:  dtype, device and rounding of the weights
+        adapters:       what the base is compared with
+        done:           called after each layer, and after each window at the head
 
     Returns:
         The base's predictions, then each adapter's; or, where shards are absent, none, and why.
@@ -139,19 +139,19 @@ def predict(
             outputs.extend(states)
         done()
 
-    reason = stream_layers(checkpoint, _batch(windows, placement), windows.rows, placement, [None, *adapters], visit)
+    reason = stream_layers(checkpoint, _batch(windows, device_config), windows.vocab_ids, device_config, [None, *adapters], visit)
     if reason is not None:
         return [], reason
-    head, cap = _head(checkpoint, placement), getattr(checkpoint.config, "final_logit_softcapping", None)
+    head, cap = _head(checkpoint, device_config), getattr(checkpoint.config, "final_logit_softcapping", None)
     width = windows.tokens.shape[1]
     parts: list[list[Tensor]] = [[] for _ in outputs]
     for window, length in enumerate(windows.lengths):
-        following = torch.from_numpy(windows.rows[windows.tokens[window, 1:length]]).to(placement.device)
-        positions = torch.arange(window * width, window * width + length - 1, device=placement.device)
+        following = torch.from_numpy(windows.vocab_ids[windows.tokens[window, 1:length]]).to(device_config.device)
+        positions = torch.arange(window * width, window * width + length - 1, device=device_config.device)
         for at, truth in zip(positions.split(_CHUNK_POSITIONS), following.split(_CHUNK_POSITIONS)):
             base = probabilities = None
             for stream, states in zip(parts, outputs):
-                logs = _log_probabilities(states[at], head, cap, placement.ops.linear)
+                logs = _log_probabilities(states[at], head, cap, device_config.ops.linear)
                 if base is None or probabilities is None:
                     base, probabilities = logs, logs.exp()
                 moved = (probabilities * (base - logs)).sum(1), (probabilities - logs.exp()).abs().sum(1) / 2
@@ -198,14 +198,14 @@ def _exp(value: float | None) -> float | None:
     return None if value is None else math.exp(min(value, 700.0))
 
 
-def _batch(windows: TextWindows, placement: Placement) -> Batch:
+def _batch(windows: TextWindows, device_config: DeviceConfig) -> Batch:
     """The windows as the blocks take them. What is behind a window's end lies behind all that could see it."""
     bins, width = windows.tokens.shape
-    mask = torch.full((width, width), torch.finfo(placement.dtype).min, dtype=placement.dtype, device=placement.device).triu_(1)
-    nothing = torch.zeros(0, dtype=torch.int64, device=placement.device)
+    mask = torch.full((width, width), torch.finfo(device_config.dtype).min, dtype=device_config.dtype, device=device_config.device).triu_(1)
+    nothing = torch.zeros(0, dtype=torch.int64, device=device_config.device)
     return Batch(
-        input_ids=torch.from_numpy(windows.tokens).to(placement.device),
-        position_ids=torch.arange(width, device=placement.device).repeat(bins, 1),
+        input_ids=torch.from_numpy(windows.tokens).to(device_config.device),
+        position_ids=torch.arange(width, device=device_config.device).repeat(bins, 1),
         mask=mask.repeat(bins, 1, 1, 1),
         indptr=nothing,
         indices=nothing,
@@ -213,7 +213,7 @@ def _batch(windows: TextWindows, placement: Placement) -> Batch:
     )
 
 
-def _head(checkpoint: Checkpoint, placement: Placement) -> Tensor:
+def _head(checkpoint: Checkpoint, device_config: DeviceConfig) -> Tensor:
     """The weight [V, D] that turns normed states into logits: the embedding table where the two are tied."""
     if checkpoint.config.tie_word_embeddings:
         weight = checkpoint.embedding_rows(None)
@@ -226,8 +226,8 @@ def _head(checkpoint: Checkpoint, placement: Placement) -> Tensor:
         # the head stands outside the decoder, whose prefix the names otherwise have
         weight = dataclasses.replace(checkpoint, prefix="").read({names[0]: shape})[names[0]]
     if isinstance(weight, ops.NF4Weight):
-        weight = ops.dequantise(weight, placement.dtype)
-    return weight.to(placement.device, placement.dtype)
+        weight = ops.dequantise(weight, device_config.dtype)
+    return weight.to(device_config.device, device_config.dtype)
 
 
 def _log_probabilities(states: Tensor, head: Tensor, cap: float | None, linear: Callable[..., Tensor]) -> Tensor:

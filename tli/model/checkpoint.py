@@ -211,7 +211,7 @@ class Checkpoint:
             )
 
 
-def sight(checkpoint: Checkpoint) -> int:
+def context_length(checkpoint: Checkpoint) -> int:
     """How many tokens the model sees at once, in every block."""
     return min(checkpoint.config.max_position_embeddings, getattr(checkpoint.config, "sliding_window", None) or math.inf)
 

@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from tli.data.batch import Batch
 from tli.model.checkpoint import Checkpoint
-from tli.model.token_table import tabulate
+from tli.model.token_table import precompute_qkv
 from tli.runtime import ops
-from tli.runtime.device import Placement
+from tli.runtime.device import DeviceConfig
 from tli.runtime.environment import return_freed_memory
 from tli.runtime.errors import TliError
 from tli.runtime.ops import Ops
@@ -55,14 +55,14 @@ def run(decoder: nn.Module, batch: Batch) -> Tensor:
     return outputs.last_hidden_state.flatten(0, 1)
 
 
-def load_truncated_decoder(checkpoint: Checkpoint, layer: int, rows: np.ndarray | None, placement: Placement) -> "Decoder":
+def load_truncated_decoder(checkpoint: Checkpoint, layer: int, vocab_ids: np.ndarray | None, device_config: DeviceConfig) -> "Decoder":
     """transformers' decoder with the first ``layer`` blocks alone: its last hidden state is ``hidden_states[layer]``.
 
     Args:
-        checkpoint:  an open checkpoint
-        layer:       L, from 1 to the checkpoint's number of blocks
-        rows:        int64 [V] token ids whose embedding rows are kept, in the order that input ids count; None keeps all
-        placement:   dtype, device and rounding of the weights
+        checkpoint:     an open checkpoint
+        layer:          L, from 1 to the checkpoint's number of blocks
+        vocab_ids:      int64 [V] token ids whose embedding rows are kept, in the order that input ids count; None keeps all
+        device_config:  dtype, device and rounding of the weights
 
     Returns:
         The decoder, frozen and in evaluation mode. Adapters go into it in place.
@@ -71,9 +71,9 @@ def load_truncated_decoder(checkpoint: Checkpoint, layer: int, rows: np.ndarray 
         TliError: a layer out of range, a missing or misshapen tensor, an unreadable shard.
     """
     require_layer(checkpoint, layer)
-    decoder = init_empty_decoder(checkpoint, layer, rows, placement)
+    decoder = init_empty_decoder(checkpoint, layer, vocab_ids, device_config)
     for index in range(layer):
-        load_block(checkpoint, decoder.layers[index], index, placement)
+        load_block(checkpoint, decoder.layers[index], index, device_config)
     decoder.norm = nn.Identity()
     return decoder
 
@@ -86,7 +86,7 @@ def require_layer(checkpoint: Checkpoint, layer: int) -> None:
         )
 
 
-def init_empty_decoder(checkpoint: Checkpoint, blocks: int, rows: np.ndarray | None, placement: Placement) -> "Decoder":
+def init_empty_decoder(checkpoint: Checkpoint, blocks: int, vocab_ids: np.ndarray | None, device_config: DeviceConfig) -> "Decoder":
     """transformers' decoder with its embedding rows read, ``blocks`` blocks without memory, and its final norm unread."""
     from transformers import AutoModel
 
@@ -95,17 +95,17 @@ def init_empty_decoder(checkpoint: Checkpoint, blocks: int, rows: np.ndarray | N
     decoder = AutoModel.from_config(_config(checkpoint, blocks=0), dtype=torch.float32)
     # some families have frequencies for each kind of block there is
     decoder.rotary_emb = type(decoder.rotary_emb)(config)
-    decoder.to(placement.device)
+    decoder.to(device_config.device)
     with torch.device("meta"):
-        decoder.layers = AutoModel.from_config(config, dtype=placement.dtype).layers
+        decoder.layers = AutoModel.from_config(config, dtype=device_config.dtype).layers
     for child in decoder.layers.modules():
         if type(child) is nn.Linear:
             child.__class__ = FrozenLinear
             # the line above has made it a FrozenLinear
-            child.ops = placement.ops  # type: ignore[assignment]
+            child.ops = device_config.ops  # type: ignore[assignment]
     decoder.config = config
-    table = checkpoint.embedding_rows(None if rows is None else torch.from_numpy(rows))
-    decoder.embed_tokens.weight = nn.Parameter(table.to(placement.device, placement.dtype), requires_grad=False)
+    table = checkpoint.embedding_rows(None if vocab_ids is None else torch.from_numpy(vocab_ids))
+    decoder.embed_tokens.weight = nn.Parameter(table.to(device_config.device, device_config.dtype), requires_grad=False)
     return decoder.requires_grad_(False).eval()
 
 
@@ -123,7 +123,7 @@ def _config(checkpoint: Checkpoint, blocks: int) -> typing.Any:
     return config
 
 
-def load_block(checkpoint: Checkpoint, block: nn.Module, index: int, placement: Placement) -> None:
+def load_block(checkpoint: Checkpoint, block: nn.Module, index: int, device_config: DeviceConfig) -> None:
     """Read block ``index`` of the checkpoint into ``block``, frozen; packed NF4 weights only where the ops compute from them."""
     linear = {f"{path}.weight" for path, module in block.named_modules() if isinstance(module, nn.Linear)}
     for full, (local, parameter) in block_tensors(block, index).items():
@@ -133,7 +133,7 @@ def load_block(checkpoint: Checkpoint, block: nn.Module, index: int, placement: 
         module = block.get_submodule(owner)
         # a registered parameter's place takes no packed weight
         delattr(module, leaf)
-        setattr(module, leaf, _placed(tensor, placement, local in linear))
+        setattr(module, leaf, _placed(tensor, device_config, local in linear))
         del tensor
     return_freed_memory()
 
@@ -147,29 +147,29 @@ def use_eager_attention(decoder: "Decoder") -> None:
     decoder.config._attn_implementation = "eager"
 
 
-def load_norm(checkpoint: Checkpoint, decoder: "Decoder", placement: Placement) -> None:
+def load_norm(checkpoint: Checkpoint, decoder: "Decoder", device_config: DeviceConfig) -> None:
     """Read the final norm into ``decoder``, frozen."""
     tensors = checkpoint.read({"norm.weight": tuple(decoder.norm.weight.shape)})
-    decoder.norm.weight = _placed(tensors["norm.weight"], placement, linear=False)
+    decoder.norm.weight = _placed(tensors["norm.weight"], device_config, linear=False)
 
 
-def _placed(tensor: Tensor | ops.NF4Weight, placement: Placement, linear: bool) -> nn.Parameter | ops.NF4Weight:
+def _placed(tensor: Tensor | ops.NF4Weight, device_config: DeviceConfig, linear: bool) -> nn.Parameter | ops.NF4Weight:
     """A tensor of the checkpoint, frozen, on the model's device and in its dtype or NF4."""
-    if placement.weights == "nf4" and linear and not isinstance(tensor, ops.NF4Weight):
+    if device_config.weights == "nf4" and linear and not isinstance(tensor, ops.NF4Weight):
         try:
             # bf16 is what a 4-bit model is made from
-            tensor = ops.NF4Weight.quantise(tensor.to(placement.device, torch.bfloat16))
+            tensor = ops.NF4Weight.quantise(tensor.to(device_config.device, torch.bfloat16))
         except (ImportError, OSError) as error:
             raise TliError("--weights", "bitsandbytes must be installed to round weights to NF4", error, "use --weights full") from error
         except ValueError as error:
             raise TliError("--weights", "every linear layer's weight must fit into NF4", error, "use --weights full") from error
     if isinstance(tensor, ops.NF4Weight):
-        tensor = tensor.to(placement.device)
-        if placement.weights == "nf4" and not placement.ops.exact:
+        tensor = tensor.to(device_config.device)
+        if device_config.weights == "nf4" and not device_config.ops.exact:
             return tensor
-        tensor = ops.dequantise(tensor, placement.dtype)
+        tensor = ops.dequantise(tensor, device_config.dtype)
     # a copy even where the dtype is right: the file may go away under a mapped tensor
-    return nn.Parameter(tensor.to(placement.device, placement.dtype, copy=True), requires_grad=False)
+    return nn.Parameter(tensor.to(device_config.device, device_config.dtype, copy=True), requires_grad=False)
 
 
 def block_tensors(block: nn.Module, index: int) -> dict[str, tuple[str, nn.Parameter]]:
@@ -177,15 +177,15 @@ def block_tensors(block: nn.Module, index: int) -> dict[str, tuple[str, nn.Param
     return {f"layers.{index}.{local}": (local, parameter) for local, parameter in block.named_parameters()}
 
 
-def load_full_decoder(checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement) -> "Decoder":
+def load_full_decoder(checkpoint: Checkpoint, vocab_ids: np.ndarray | None, device_config: DeviceConfig) -> "Decoder":
     """transformers' decoder with all its blocks and its final norm: its last hidden state is ``output``.
 
     Each tensor is read once, and no more than one block is held twice while it is.
 
     Args:
-        checkpoint:  an open checkpoint
-        rows:        as for ``load_truncated_decoder``
-        placement:   as for ``load_truncated_decoder``
+        checkpoint:     an open checkpoint
+        vocab_ids:      as for ``load_truncated_decoder``
+        device_config:  as for ``load_truncated_decoder``
 
     Returns:
         The decoder, frozen and in evaluation mode. Adapters go into it in place.
@@ -193,10 +193,10 @@ def load_full_decoder(checkpoint: Checkpoint, rows: np.ndarray | None, placement
     Raises:
         TliError: an absent shard, a missing or misshapen tensor.
     """
-    decoder = init_empty_decoder(checkpoint, checkpoint.blocks, rows, placement)
+    decoder = init_empty_decoder(checkpoint, checkpoint.blocks, vocab_ids, device_config)
     for index, block in enumerate(decoder.layers):
-        load_block(checkpoint, block, index, placement)
-    load_norm(checkpoint, decoder, placement)
+        load_block(checkpoint, block, index, device_config)
+    load_norm(checkpoint, decoder, device_config)
     return decoder
 
 
@@ -230,14 +230,14 @@ def enable_gradient_checkpointing(decoder: "Decoder") -> None:
 
 
 def build_decoder(
-    checkpoint: Checkpoint, rows: np.ndarray | None, placement: Placement, *, arm: str, layer: int, checkpointing: bool = False
+    checkpoint: Checkpoint, vocab_ids: np.ndarray | None, device_config: DeviceConfig, *, arm: str, layer: int, checkpointing: bool = False
 ) -> "Decoder":
     """The arm's model, still without adapters: truncated at ``layer``, or whole.
 
     Args:
         checkpoint:     an open checkpoint
-        rows:           int64 [V] token ids whose embedding rows are kept; None keeps all
-        placement:      dtype, device and rounding of the weights
+        vocab_ids:      int64 [V] token ids whose embedding rows are kept; None keeps all
+        device_config:  dtype, device and rounding of the weights
         arm:            "early", "full" or "full-hook"
         layer:          L, from 1 to the checkpoint's number of blocks
         checkpointing:  gradient checkpointing
@@ -246,11 +246,12 @@ def build_decoder(
         TliError: as ``load_truncated_decoder`` and ``load_full_decoder``.
     """
     require_layer(checkpoint, layer)
-    decoder = (
-        load_truncated_decoder(checkpoint, layer, rows, placement) if arm == "early" else load_full_decoder(checkpoint, rows, placement)
-    )
-    tabulate(decoder)
-    if placement.attention == "eager":
+    if arm == "early":
+        decoder = load_truncated_decoder(checkpoint, layer, vocab_ids, device_config)
+    else:
+        decoder = load_full_decoder(checkpoint, vocab_ids, device_config)
+    precompute_qkv(decoder)
+    if device_config.attention == "eager":
         use_eager_attention(decoder)
     if checkpointing:
         enable_gradient_checkpointing(decoder)

@@ -17,7 +17,7 @@ from tli.model.checkpoint import Checkpoint
 from tli.model.decoder import block_tensors, init_empty_decoder, load_block, load_norm, run, use_eager_attention
 from tli.model.lora import Adapter, detach
 from tli.runtime import cpu
-from tli.runtime.device import Placement
+from tli.runtime.device import DeviceConfig
 from tli.runtime.environment import return_freed_memory
 
 if typing.TYPE_CHECKING:
@@ -31,12 +31,12 @@ class _StreamedBlock(nn.Module):
     """Stands where block ``index`` would: takes and gives states [streams·bins, width, D]."""
 
     def __init__(
-        self, block: nn.Module, index: int, checkpoint: Checkpoint, placement: Placement, streams: Sequence[Adapter | None], visit
+        self, block: nn.Module, index: int, checkpoint: Checkpoint, device_config: DeviceConfig, streams: Sequence[Adapter | None], visit
     ):
         super().__init__()
         # in a list, so that the block's parameters are nobody's but its own
         self.block = [block]
-        self.index, self.checkpoint, self.placement, self.streams, self.visit = index, checkpoint, placement, streams, visit
+        self.index, self.checkpoint, self.device_config, self.streams, self.visit = index, checkpoint, device_config, streams, visit
         self.attention_type = getattr(block, "attention_type", None)
 
     def forward(self, states: Tensor, *arguments, **named) -> Tensor:
@@ -44,7 +44,7 @@ class _StreamedBlock(nn.Module):
         if self.index == 0:
             self.visit(0, states.chunk(len(self.streams)))
         return_freed_memory()
-        load_block(self.checkpoint, block, self.index, self.placement)
+        load_block(self.checkpoint, block, self.index, self.device_config)
         results = []
         for part, (adapter, stream) in enumerate(zip(self.streams, states.chunk(len(self.streams)), strict=True)):
             wrapped = {} if adapter is None else adapter.attach(block, f"layers.{self.index}.")
@@ -77,27 +77,27 @@ def _rows(value, rows: slice, total: int):
 def stream_layers(
     checkpoint: Checkpoint,
     batch: Batch,
-    rows: np.ndarray | None,
-    placement: Placement,
+    vocab_ids: np.ndarray | None,
+    device_config: DeviceConfig,
     streams: Sequence[Adapter | None],
     visit: Callable[[int | str, Sequence[Tensor]], None],
 ) -> str | None:
     """Call ``visit(layer, states)`` for layer 0, 1, ... N and ``output``, with the states [T, D] of each stream.
 
     Args:
-        checkpoint:  an open checkpoint
-        batch:       the packed words
-        rows:        the embedding rows that input ids count in, as for ``load_truncated_decoder``
-        placement:   as for ``load_truncated_decoder``
-        streams:     adapters to compare; None is the base.
-        visit:       gets a layer and its states; keeps what it wants of them
+        checkpoint:     an open checkpoint
+        batch:          the packed words
+        vocab_ids:      the embedding rows that input ids count in, as for ``load_truncated_decoder``
+        device_config:  as for ``load_truncated_decoder``
+        streams:        adapters to compare; None is the base.
+        visit:          gets a layer and its states; keeps what it wants of them
 
     Returns:
         None, or, where shards are absent, why the pass ended before ``output``.
     """
-    whole = init_empty_decoder(checkpoint, checkpoint.blocks, rows, placement)
+    whole = init_empty_decoder(checkpoint, checkpoint.blocks, vocab_ids, device_config)
     # eager attention holds width x width for each head: of a text's windows too much to be the faster way alone
-    if placement.attention == "eager" and not cpu.attends("sdpa", placement.facts["dtype"]):
+    if device_config.attention == "eager" and not cpu.attends("sdpa", device_config.facts["dtype"]):
         use_eager_attention(whole)
     available, reason = _available(checkpoint, whole)
     width = batch.input_ids.shape[1]
@@ -105,11 +105,11 @@ def stream_layers(
     def flat_visit(layer, states):
         visit(layer, [stream.reshape(-1, stream.shape[-1]) for stream in states])
 
-    stand_ins = [_StreamedBlock(whole.layers[i], i, checkpoint, placement, streams, flat_visit) for i in range(available)]
+    stand_ins = [_StreamedBlock(whole.layers[i], i, checkpoint, device_config, streams, flat_visit) for i in range(available)]
     whole.layers = nn.ModuleList(stand_ins)
     whole.config.num_hidden_layers = available
     if reason is None:
-        load_norm(checkpoint, whole, placement)
+        load_norm(checkpoint, whole, device_config)
     else:
         whole.norm = nn.Identity()
     copies = len(streams)

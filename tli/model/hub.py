@@ -13,7 +13,7 @@ import urllib.parse
 import urllib.request
 
 from tli.runtime.errors import TliError, one_line
-from tli.runtime.files import cache_folder, replacing
+from tli.runtime.files import atomic_write, cache_folder
 
 if typing.TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +97,7 @@ def fetch_tensor(repository: str, revision: str, file: str, name: str) -> Tensor
     except ValueError as error:
         must = f"the file must hold {name} as floating-point numbers"
         raise TliError(f"{repository}/{file}", must, error, "choose another model") from error
-    with replacing(kept) as temporary:
+    with atomic_write(kept) as temporary:
         pathlib.Path(temporary).write_bytes(save({name: tensor}))
     return tensor
 

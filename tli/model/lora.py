@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tli.runtime import ops
 from tli.runtime.errors import TliError
-from tli.runtime.files import replacing, write_text
+from tli.runtime.files import atomic_write, write_text
 
 if typing.TYPE_CHECKING:
     from tli.model.decoder import Decoder
@@ -210,7 +210,7 @@ def save(decoder: nn.Module, config: LoRAConfig, folder: str | os.PathLike, base
     for path, adapter in adapters(decoder).items():
         tensors[f"{_KEY_PREFIX}{path}.lora_A.weight"] = adapter.lora_A.detach().cpu().contiguous()
         tensors[f"{_KEY_PREFIX}{path}.lora_B.weight"] = adapter.lora_B.detach().cpu().contiguous()
-    with replacing(folder / ADAPTER_FILE) as temporary:
+    with atomic_write(folder / ADAPTER_FILE) as temporary:
         temporary.write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
     write_text(folder / CONFIG_FILE, json.dumps(_peft_config(list(adapters(decoder)), config, base_model), indent=2) + "\n")
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from tli.data.batch import Batch
 from tli.model.checkpoint import Checkpoint
 from tli.model.shape import Layer
-from tli.runtime import ops
-from tli.runtime.ops import Ops
+from tli.runtime.ops import REFERENCE, Ops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +22,28 @@ class Pooling:
 
     norm_weight: Tensor | None
     norm_eps: float
-    ops: Ops = ops.REFERENCE
+    ops: Ops = REFERENCE
+
+    @classmethod
+    def from_checkpoint(cls, token_norm: str, checkpoint: Checkpoint, device: torch.device, ops: Ops = REFERENCE) -> "Pooling":
+        """The pooling for a ``--token-norm``: ``final`` reads the model's final norm, ``rms`` has unit weights, ``none`` is none."""
+        weight: Tensor | None
+        weight, eps = None, checkpoint.config.rms_norm_eps
+        if token_norm == "final":
+            weight, eps = checkpoint.final_norm()
+        elif token_norm == "rms":
+            weight = torch.ones(checkpoint.config.hidden_size)
+        return cls(None if weight is None else weight.to(device), eps, ops)
 
     def __call__(self, states: Tensor, batch: Batch) -> Tensor:
         """Word states of packed words: token states [T, D] -> fp32 unit rows [words, D]."""
         return self.ops.pool_norm(states, batch.indptr, batch.indices, self.norm_weight, self.norm_eps, batch.transposed)
 
-    def at(self, layer: Layer) -> "Pooling":
+    def for_layer(self, layer: Layer) -> "Pooling":
         """The pooling of a layer's states: those of ``output`` are normalised already."""
-        return self.plain() if layer == "output" else self
+        return self.without_norm() if layer == "output" else self
 
-    def plain(self) -> "Pooling":
+    def without_norm(self) -> "Pooling":
         """The same without a token norm."""
         return dataclasses.replace(self, norm_weight=None)
 
@@ -43,14 +53,3 @@ def resolve_token_norm(token_norm: str, checkpoint: Checkpoint) -> str:
     if token_norm != "auto":
         return token_norm
     return "final" if checkpoint.folder is None or checkpoint.at_hand("norm.weight") else "rms"
-
-
-def pooling(token_norm: str, checkpoint: Checkpoint, device: torch.device, ops: Ops = ops.REFERENCE) -> Pooling:
-    """The pooling for a ``--token-norm``: ``final`` reads the model's final norm, ``rms`` has unit weights, ``none`` is none."""
-    weight: Tensor | None
-    weight, eps = None, checkpoint.config.rms_norm_eps
-    if token_norm == "final":
-        weight, eps = checkpoint.final_norm()
-    elif token_norm == "rms":
-        weight = torch.ones(checkpoint.config.hidden_size)
-    return Pooling(None if weight is None else weight.to(device), eps, ops)

@@ -23,7 +23,7 @@ if typing.TYPE_CHECKING:
 _AT_ONCE = 1024
 
 
-def tabulate(decoder: "Decoder") -> int | None:
+def precompute_qkv(decoder: "Decoder") -> int | None:
     """Put tables in the place of block 0's q, k and v weights, unless its ops are exact or the tables too large.
 
     Args:
@@ -42,11 +42,11 @@ def tabulate(decoder: "Decoder") -> int | None:
     inputs = _inputs(decoder)
     for linear in projections:
         products = torch.cat([linear.ops.linear(part, linear.weight, linear.bias) for part in inputs.split(_AT_ONCE)])
-        looked_up, linear.bias = ops.TokenTable(products, linear.weight.shape), None
+        lookup, linear.bias = ops.TokenTable(products, linear.weight.shape), None
         del linear.weight
-        linear.weight = looked_up
+        linear.weight = lookup
         # the table, not the module that has it: an adapter takes its place
-        decoder.embed_tokens.register_forward_pre_hook(functools.partial(_see, looked_up))
+        decoder.embed_tokens.register_forward_pre_hook(functools.partial(_see, lookup))
     return_freed_memory()
     return size
 

@@ -19,7 +19,7 @@ from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint
 from tli.model.decoder import init_empty_decoder
 from tli.runtime.cli import flag
-from tli.runtime.device import Placement
+from tli.runtime.device import DeviceConfig
 from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
 
@@ -123,7 +123,7 @@ def load_adapter(folder: str | os.PathLike) -> TrainedAdapter:
     return TrainedAdapter(folder, adapter, peft, report)
 
 
-def check_compatible(recorded: TrainedAdapter, checkpoint: Checkpoint, placement: Placement, hashed: Callable[[int], str]) -> None:
+def check_compatible(recorded: TrainedAdapter, checkpoint: Checkpoint, device_config: DeviceConfig, hashed: Callable[[int], str]) -> None:
     """Raise ``TliError`` unless the adapter was made for this model: recorded hash and family, every key, every shape.
 
     hashed   ``checkpoint.sha256``, cached where several adapters ask
@@ -140,7 +140,7 @@ def check_compatible(recorded: TrainedAdapter, checkpoint: Checkpoint, placement
         if recorded.layer > checkpoint.blocks or told["sha256"] != hashed(blocks):
             must = f"the model must be the one that the adapter was trained on, {told.get('name')}"
             raise TliError("--model", must, f"other weights in {checkpoint.name}", "name that model with --model")
-    decoder = init_empty_decoder(checkpoint, checkpoint.blocks, np.zeros(1, np.int64), placement)
+    decoder = init_empty_decoder(checkpoint, checkpoint.blocks, np.zeros(1, np.int64), device_config)
     shapes = {path: tuple(module.weight.shape) for path, module in decoder.named_modules() if isinstance(module, nn.Linear)}
     factors, rank, remedy = recorded.adapter.factors, recorded.peft["r"], "name the adapter's own model with --model"
     for path, (lora_a, lora_b) in factors.items():
@@ -157,7 +157,7 @@ def check_compatible(recorded: TrainedAdapter, checkpoint: Checkpoint, placement
         raise TliError(where, must, f"no factors for {missing[0]}", "save the adapter again")
 
 
-def agreed(adapters: list[TrainedAdapter], name: str, default):
+def common_option(adapters: list[TrainedAdapter], name: str, default):
     """The option that all adapters' runs had; several adapters are compared only where they agree."""
     values = {json.dumps(recorded.option(name, default)): recorded.option(name, default) for recorded in adapters}
     if len(values) > 1:

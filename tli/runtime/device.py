@@ -12,7 +12,7 @@ from tli.runtime.ops import Ops
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class DeviceConfig:
     """Where and how weights are held, and what computes from them.
 
     dtype      of weights and activations
@@ -42,15 +42,17 @@ class Placement:
         return 16 if self.device.type == "cuda" else 1
 
 
-def place(device: str, dtype: str, weights: str = "full", impl: str = "reference", begun: dict[str, str] | None = None) -> Placement:
-    """A ``Placement`` from the options' words, and on a CPU the threads that this process may have.
+def resolve_device(
+    device: str, dtype: str, weights: str = "full", impl: str = "reference", begun: dict[str, str] | None = None
+) -> DeviceConfig:
+    """A ``DeviceConfig`` from the options' words, and on a CPU the threads that this process may have.
 
     Args:
         device:   cpu, cuda, cuda:N, or auto: the GPU if there is one
         dtype:    float32, bfloat16, float16; auto: float32 on a CPU, bfloat16 on a GPU; fastest: what the CPU multiplies fastest
         weights:  full or nf4
         impl:     auto, reference or fused
-        begun:    ``Placement.facts`` of a run that is to go on: what it multiplied and attended with is taken where it runs here
+        begun:    ``DeviceConfig.facts`` of a run that is to go on: what it multiplied and attended with is taken where it runs here
 
     Raises:
         TliError: a device that is not on this machine, fused ops that cannot run on it, NF4 weights without what makes them.
@@ -72,7 +74,7 @@ def place(device: str, dtype: str, weights: str = "full", impl: str = "reference
     if resolved.kind == "cpu":
         kept = begun.get("attention")
         attention = kept if kept is not None and cpu.attends(kept, dtype) else cpu.ways().attention[dtype]
-    return Placement(compute, chosen, weights, resolved, attention)
+    return DeviceConfig(compute, chosen, weights, resolved, attention)
 
 
 def _matmul(dtype: str, begun: str | None) -> ops.Matmul:

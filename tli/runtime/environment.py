@@ -8,7 +8,7 @@ import re
 import sys
 
 from tli.runtime import cpu
-from tli.runtime.device import Placement
+from tli.runtime.device import DeviceConfig
 
 # limit, use, and the page cache that use counts: version 2 and version 1 of control groups
 _CGROUPS = tuple(
@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def machine(placement: Placement) -> dict:
+def machine(device_config: DeviceConfig) -> dict:
     """The processor and its threads, the device and the dtype that a run computed with."""
     import torch
 
@@ -43,8 +43,8 @@ def machine(placement: Placement) -> dict:
         "processor": cpu.name(),
         "instructions": cpu.instructions(),
         "threads": torch.get_num_threads(),
-        "device": str(placement.device),
-        **placement.facts,
+        "device": str(device_config.device),
+        **device_config.facts,
     }
 
 

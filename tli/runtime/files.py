@@ -20,7 +20,7 @@ _HASH_CHUNK_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` if the block ends well, else delete it.
 
     A kill at any moment leaves the old file or the new one, never a part. A full disk becomes a ``TliError``.
@@ -44,7 +44,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write ``text`` as UTF-8 to ``path``, completely or not at all."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

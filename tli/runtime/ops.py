@@ -147,7 +147,7 @@ def _fused_agree(dtype: torch.dtype, device: torch.device) -> bool:
         return torch.randn(shape, generator=generator)
 
     x, weight, a, b, dy = normal(48, 128), normal(64, 128) / 11, normal(16, 128) / 11, normal(64, 16) / 4, normal(48, 64)
-    units, indptr, same = normal(8, 64), torch.arange(0, 33, 4), torch.tensor([[0, 1], [1, 0]])
+    units, indptr, false_negatives = normal(8, 64), torch.arange(0, 33, 4), torch.tensor([[0, 1], [1, 0]])
     indices = torch.arange(32)
 
     def found(ops: Ops, where: torch.device, kind: torch.dtype) -> list[Tensor]:
@@ -160,7 +160,7 @@ def _fused_agree(dtype: torch.dtype, device: torch.device) -> bool:
         losses = []
         for loss, scale in ((ops.infonce, 0.1), (ops.hinge, 0.4)):
             sides = [side.clone().requires_grad_() for side in (sources, targets)]
-            value = loss(*sides, scale, same.to(where))
+            value = loss(*sides, scale, false_negatives.to(where))
             value.backward()
             losses += [value.detach(), *(side.grad for side in sides)]
         vectors.backward(units.repeat(1, 2).to(where))

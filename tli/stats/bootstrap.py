@@ -20,15 +20,16 @@ _SIGNS_AT_ONCE = 1 << 21
 ROUNDING = 1e-13
 
 
-def word_clusters(pairs: int, same: np.ndarray) -> np.ndarray:
+def word_clusters(pairs: int, false_negatives: np.ndarray) -> np.ndarray:
     """int64 [pairs]: the number of each pair's cluster, from 0; pairs that share a word, or are linked by pairs that do, are one.
 
-    same   int64 [E, 2] from ``word_pairs.false_negative_pairs``
+    false_negatives   int64 [E, 2] from ``word_pairs.false_negative_pairs``
     """
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import connected_components
 
-    links = csr_array((np.ones(len(same), np.int8), tuple(np.asarray(same, np.int64).reshape(-1, 2).T)), shape=(pairs, pairs))
+    ends = np.asarray(false_negatives, np.int64).reshape(-1, 2).T
+    links = csr_array((np.ones(ends.shape[1], np.int8), tuple(ends)), shape=(pairs, pairs))
     return connected_components(links, directed=False)[1].astype(np.int64)
 
 

@@ -27,10 +27,11 @@ def fit(
     began = saved = time.monotonic() - progress.seconds
     step.decoder.train()
     with stop_signals() as stop, training_bar(console, batches.total) as show:
-        for position, (micro_batches, same) in enumerate(prefetch(batches.steps(progress.step), batches.placement.device), progress.step):
+        steps = prefetch(batches.steps(progress.step), batches.device_config.device)
+        for position, (micro_batches, false_negatives) in enumerate(steps, progress.step):
             final = position == batches.total - 1
             with profile.recorded(step.parameters, state.path.parent) if profile and final else contextlib.nullcontext():
-                step(position, micro_batches, same)
+                step(position, micro_batches, false_negatives)
             last = final or stop.is_set()
             save = last or time.monotonic() - saved > _SAVE_EVERY_S
             for result in step.pop_results(wait=save):

@@ -17,9 +17,9 @@ class Objective:
     margin: float
     ops: Ops = ops.REFERENCE
 
-    def __call__(self, embeddings: Tensor, same: Tensor) -> Tensor:
+    def __call__(self, embeddings: Tensor, false_negatives: Tensor) -> Tensor:
         """The loss of a batch: unit embeddings, fp32 [2B, D], sources first, and the false negatives, int64 [E, 2]."""
         source, target = embeddings.chunk(2)
         if self.loss == "infonce":
-            return self.ops.infonce(source, target, self.temperature, same)
-        return self.ops.hinge(source, target, self.margin, same)
+            return self.ops.infonce(source, target, self.temperature, false_negatives)
+        return self.ops.hinge(source, target, self.margin, false_negatives)

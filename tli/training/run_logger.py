@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from tli.runtime.errors import TliError, disk_errors, one_line
-from tli.runtime.files import SCHEMA, replacing
+from tli.runtime.files import SCHEMA, atomic_write
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -44,7 +44,7 @@ class JsonlLogger:
 
     def __init__(self, path: pathlib.Path, done: int = 0):
         self.path, kept = path, _lines_until(path, done) if done else []
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(b"".join(kept))
         # kept open for the run, and closed by ``close``
         self._file = path.open("a", buffering=1, encoding="utf-8")

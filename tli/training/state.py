@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from tli.data.pair_store import Pairs
+from tli.data.pair_store import DiskBackedPairs
 from tli.model.lora import LoRALinear
 from tli.runtime.errors import TliError
-from tli.runtime.files import replacing
+from tli.runtime.files import atomic_write
 
 STATE_FILE = "training_state.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -52,17 +52,17 @@ class TrainingState:
         trained:  the trained pairs
     """
 
-    def __init__(self, folder: pathlib.Path, options: Mapping[str, object], trained: Pairs):
+    def __init__(self, folder: pathlib.Path, options: Mapping[str, object], trained: DiskBackedPairs):
         self.path = folder / STATE_FILE
         digest = hashlib.sha256(json.dumps(dict(options)).encode())
         for record in trained.records():
             digest.update(record)
         self.fingerprint = digest.hexdigest()
-        # ``Placement.facts`` of the run: its dtype, matmul and attention, where the options leave them open
+        # ``DeviceConfig.facts`` of the run: its dtype, matmul and attention, where the options leave them open
         self.begun_on: dict[str, str] = {}
 
     def begun_with(self) -> dict[str, str]:
-        """``Placement.facts`` of the interrupted run, which a resumed one keeps; empty without a file."""
+        """``DeviceConfig.facts`` of the interrupted run, which a resumed one keeps; empty without a file."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata()
@@ -88,7 +88,7 @@ class TrainingState:
                 tensors[f"{name}.{moment}"] = optimiser.state[parameter][moment]
         metadata = {"fingerprint": self.fingerprint, **self.begun_on}
         metadata |= {"seconds": str(progress.seconds), "first_step_at": str(progress.first_step_at)}
-        with replacing(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             temporary.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
 
     def restore(self, adapters: dict[str, LoRALinear], optimiser: torch.optim.AdamW) -> Progress:

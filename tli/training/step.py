@@ -28,7 +28,7 @@ from tli.training.memory.profile import FORWARD, LOSS, OPTIMISER
 
 _STEPS_BEFORE_CAPTURE = 3
 # entries and false negatives are padded to multiples of these
-_ENTRIES_STEP, _SAME_STEP = 256, 16
+_ENTRIES_STEP, _FALSE_NEGATIVES_STEP = 256, 16
 _MOST_SHAPES = 32
 # so that a stop, or a loss that is not finite, is noticed soon
 _MOST_AHEAD = 16
@@ -69,7 +69,7 @@ class CapturedStep:
 
     graph: torch.cuda.CUDAGraph
     micro_batches: list[Batch]
-    same: Tensor
+    false_negatives: Tensor
     measured: Tensor
 
 
@@ -116,26 +116,26 @@ class TrainStep:
         self.graph_pool = torch.cuda.graph_pool_handle() if self.use_cuda_graphs else None
         self.pending_results: collections.deque[tuple[float, Tensor, torch.cuda.Event | None]] = collections.deque()
 
-    def __call__(self, position: int, micro_batches: list[Batch], same: Tensor) -> None:
+    def __call__(self, position: int, micro_batches: list[Batch], false_negatives: Tensor) -> None:
         """Take step ``position`` (0, 1, ...) of the run; its result comes out of ``pop_results``.
 
         Args:
-            position:       of the step in the run
-            micro_batches:  of the batch
-            same:           int64 [E, 2], the batch's false negatives: pairs that mean the same
+            position:         of the step in the run
+            micro_batches:    of the batch
+            false_negatives:  int64 [E, 2], the batch's false negatives: pairs that mean the same
 
         Raises:
             TliError: in the run's first two steps, an adapter without a gradient; on a CPU, a loss that is not finite.
         """
         lr = self._prepare(position)
         if self.use_cuda_graphs:
-            micro_batches, same = _padded(micro_batches, same)
-        shape = tuple(tensor.shape for tensor in tensors_of(micro_batches, same))
+            micro_batches, false_negatives = _padded(micro_batches, false_negatives)
+        shape = tuple(tensor.shape for tensor in tensors_of(micro_batches, false_negatives))
         early = self.taken < _STEPS_BEFORE_CAPTURE or position < 2
         if self.use_cuda_graphs and not early and (shape in self.graphs or len(self.graphs) < _MOST_SHAPES):
-            measured = self._replay(shape, micro_batches, same)
+            measured = self._replay(shape, micro_batches, false_negatives)
         else:
-            loss = self._gradients(micro_batches, same)
+            loss = self._gradients(micro_batches, false_negatives)
             if not self.on_gpu:
                 require_finite(position, loss.item())
             if position < 2 and self.check_gradients:
@@ -171,17 +171,17 @@ class TrainStep:
             self.seeds.copy_(seeds.pin_memory() if self.on_gpu else seeds, non_blocking=True)
         return lr
 
-    def _gradients(self, micro_batches: list[Batch], same: Tensor) -> Tensor:
+    def _gradients(self, micro_batches: list[Batch], false_negatives: Tensor) -> Tensor:
         self.optimiser.zero_grad()
-        return grad_cache.backward(micro_batches, self._embed, lambda embeddings: self._loss(embeddings, same))
+        return grad_cache.backward(micro_batches, self._embed, lambda embeddings: self._loss(embeddings, false_negatives))
 
     def _embed(self, micro_batch: Batch) -> Tensor:
         with record_function(FORWARD):
             return self.embed(micro_batch)
 
-    def _loss(self, embeddings: Tensor, same: Tensor) -> Tensor:
+    def _loss(self, embeddings: Tensor, false_negatives: Tensor) -> Tensor:
         with record_function(LOSS):
-            return self.objective(embeddings, same)
+            return self.objective(embeddings, false_negatives)
 
     def _update(self, loss: Tensor) -> Tensor:
         """Clip the gradients and let AdamW step; returns the loss and the gradient norm, fp32 [2]."""
@@ -194,22 +194,25 @@ class TrainStep:
             self.optimiser.step()
             return torch.stack([loss, grad_norm])
 
-    def _replay(self, shape: tuple, micro_batches: list[Batch], same: Tensor) -> Tensor:
+    def _replay(self, shape: tuple, micro_batches: list[Batch], false_negatives: Tensor) -> Tensor:
         if shape not in self.graphs:
-            self.graphs[shape] = self._capture(micro_batches, same)
+            self.graphs[shape] = self._capture(micro_batches, false_negatives)
         captured = self.graphs[shape]
-        for memory, fresh in zip(tensors_of(captured.micro_batches, captured.same), tensors_of(micro_batches, same), strict=True):
+        inputs = tensors_of(captured.micro_batches, captured.false_negatives)
+        for memory, fresh in zip(inputs, tensors_of(micro_batches, false_negatives), strict=True):
             memory.copy_(fresh)
         captured.graph.replay()
         return captured.measured
 
-    def _capture(self, micro_batches: list[Batch], same: Tensor) -> CapturedStep:
-        graph, micro_batches, same = torch.cuda.CUDAGraph(), [micro_batch.clone() for micro_batch in micro_batches], same.clone()
+    def _capture(self, micro_batches: list[Batch], false_negatives: Tensor) -> CapturedStep:
+        # the graph's own inputs, which each replay's batch is copied into
+        micro_batches, false_negatives = [micro_batch.clone() for micro_batch in micro_batches], false_negatives.clone()
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.graph_pool):
-            measured = self._update(self._gradients(micro_batches, same))
+            measured = self._update(self._gradients(micro_batches, false_negatives))
         # the gradients are the graph's own
         self.optimiser.zero_grad()
-        return CapturedStep(graph, micro_batches, same, measured)
+        return CapturedStep(graph, micro_batches, false_negatives, measured)
 
     def _send(self, lr: float, measured: Tensor) -> None:
         """Queue a step's result; from a GPU its copy to the CPU is not waited for."""
@@ -238,9 +241,9 @@ def require_finite(position: int, loss: float) -> None:
         raise TliError(f"step {position + 1}", "the loss must be finite", loss, "lower --lr, or check the model's weights")
 
 
-def _padded(micro_batches: list[Batch], same: Tensor) -> Step:
+def _padded(micro_batches: list[Batch], false_negatives: Tensor) -> Step:
     """The same batch in one of few shapes. A false negative may be listed more than once."""
-    missing = -len(same) % _SAME_STEP
+    missing = -len(false_negatives) % _FALSE_NEGATIVES_STEP
     if missing:
-        same = torch.cat([same, same[-1:].expand(missing, 2)])
-    return [micro_batch.padded(_ENTRIES_STEP) for micro_batch in micro_batches], same
+        false_negatives = torch.cat([false_negatives, false_negatives[-1:].expand(missing, 2)])
+    return [micro_batch.padded(_ENTRIES_STEP) for micro_batch in micro_batches], false_negatives

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import typing
 
-from tli.runtime.files import replacing
+from tli.runtime.files import atomic_write
 
 if typing.TYPE_CHECKING:
     import matplotlib.figure
@@ -18,5 +18,5 @@ COLOURS = {"true": "#08519c", "mismatched": "#e6861a", "trained": "#08519c", "he
 
 def save_figure(path: str | os.PathLike, figure: matplotlib.figure.Figure) -> None:
     """Write a figure as PNG, completely or not at all."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity
 
 from tli.runtime import ops
 from tli.runtime.environment import process_memory
-from tli.runtime.files import replacing
+from tli.runtime.files import atomic_write
 
 if typing.TYPE_CHECKING:
     from tli.model.decoder import Decoder
@@ -61,7 +61,7 @@ class Profile:
         with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
             yield
         self.gradients = {parameter.grad.data_ptr() for parameter in parameters if parameter.grad is not None}
-        with replacing(folder / TRACE_FILE) as temporary:
+        with atomic_write(folder / TRACE_FILE) as temporary:
             profiler.export_chrome_trace(str(temporary))
             self.events = json.loads(temporary.read_text(encoding="utf-8"))["traceEvents"]
 

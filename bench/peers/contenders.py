@@ -31,7 +31,7 @@ from bench.harness import chosen
 from tli.config import TrainConfig
 from tli.data import word_pairs
 from tli.model.starter import starter_folder
-from tli.runtime.device import place
+from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 
 
@@ -59,7 +59,7 @@ def distinct_pairs(pairs: list[word_pairs.Pair], order: np.ndarray) -> np.ndarra
     return np.array([number for number in order.tolist() if number in taken], np.int64)
 
 
-class Subject:
+class Contender:
     """A way to train: a model with adapters, its batch and its optimiser.
 
     Args:
@@ -73,12 +73,12 @@ class Subject:
 
     @classmethod
     def installed(cls) -> bool:
-        """Whether the package that the subject needs, beyond those of the tests, is there."""
+        """Whether the package that the contender needs, beyond those of the tests, is there."""
         return cls.package is None or importlib.util.find_spec(cls.package) is not None
 
     @staticmethod
     def imports() -> None:
-        """Import all that the subject needs."""
+        """Import all that the contender needs."""
         raise NotImplementedError
 
     def loss(self) -> Tensor:
@@ -104,7 +104,7 @@ class Subject:
                     own.copy_(value)
 
 
-class Tli(Subject):
+class Tli(Contender):
     """The library itself. Its embedding keeps the rows of the whole list, as in training."""
 
     name = "tli"
@@ -119,9 +119,9 @@ class Tli(Subject):
         from tli.data.loader import BatchLoader
         from tli.data.packing import tokenise
         from tli.model import lora
-        from tli.model.checkpoint import open_checkpoint, sight
+        from tli.model.checkpoint import context_length, open_checkpoint
         from tli.model.decoder import build_decoder, run
-        from tli.model.pooling import pooling, resolve_token_norm
+        from tli.model.pooling import Pooling, resolve_token_norm
         from tli.training.loss import Objective
         from tli.training.step import OptimiserSettings, TrainStep
 
@@ -129,18 +129,20 @@ class Tli(Subject):
         batch, rest = drawn_pairs(config, distinct)
         checkpoint = open_checkpoint(config.model or str(starter_folder()))
         texts = [pair.source for pair in batch + rest] + [pair.target for pair in batch + rest]
-        words = tokenise(checkpoint.tokenizer(), texts, sight(checkpoint), config.prefix)
-        placement = place(config.device, config.dtype, config.weights, config.impl)
+        words = tokenise(checkpoint.tokenizer(), texts, context_length(checkpoint), config.prefix)
+        device_config = resolve_device(config.device, config.dtype, config.weights, config.impl)
         self.decoder = build_decoder(
-            checkpoint, words.rows, placement, arm=config.arm, layer=config.layer, checkpointing=config.checkpointing
+            checkpoint, words.vocab_ids, device_config, arm=config.arm, layer=config.layer, checkpointing=config.checkpointing
         )
         lora.inject(self.decoder, lora.LoRAConfig(rank=config.rank, alpha=config.alpha, targets=config.targets), seed=config.seed)
-        self.pool = pooling(resolve_token_norm(config.token_norm, checkpoint), checkpoint, placement.device, placement.ops)
+        self.pool = Pooling.from_checkpoint(
+            resolve_token_norm(config.token_norm, checkpoint), checkpoint, device_config.device, device_config.ops
+        )
         # the pairs that are trained are the batch, so an epoch is one batch, packed anew each time
         sampling = {"epochs": config.epochs, "micro_batch": config.micro_batch, "pool_bos": config.pool_bos, "seed": config.seed}
-        self.batches = BatchLoader(words, batch, placement, batch=config.batch, **sampling)
+        self.batches = BatchLoader(words, batch, device_config, batch=config.batch, **sampling)
         vectors = lambda part: self.pool(run(self.decoder, part), part)  # noqa: E731
-        objective = Objective(config.loss, config.temperature, config.margin, placement.ops)
+        objective = Objective(config.loss, config.temperature, config.margin, device_config.ops)
         optimiser = OptimiserSettings(config.lr, config.weight_decay, config.clip, config.warmup, config.schedule, self.batches.total)
         self.stepper = TrainStep(self.decoder, vectors, objective, optimiser, config.seed)
         self.parameters = self.stepper.parameters
@@ -148,12 +150,12 @@ class Tli(Subject):
         self.taken = 0
 
     def loss(self) -> Tensor:
-        (((batch,), same),) = self.batches.epoch(self.taken)
-        return self.stepper.objective(self.stepper.embed(batch), same)
+        (((batch,), false_negatives),) = self.batches.epoch(self.taken)
+        return self.stepper.objective(self.stepper.embed(batch), false_negatives)
 
     def step(self) -> float:
-        ((parts, same),) = self.batches.epoch(self.taken)
-        self.stepper(self.taken, parts, same)
+        ((parts, false_negatives),) = self.batches.epoch(self.taken)
+        self.stepper(self.taken, parts, false_negatives)
         self.taken += 1
         (result,) = self.stepper.pop_results(wait=True)
         return result.loss
@@ -166,7 +168,7 @@ class Tli(Subject):
         return {path: (adapter.lora_A, adapter.lora_B) for path, adapter in self.stepper.adapters.items()}
 
 
-class _Peer(Subject):
+class _Peer(Contender):
     """What the peers share: the words, the adapters' places, and a step of the optimiser."""
 
     def __init__(self, config: TrainConfig, distinct: bool = False):
@@ -177,8 +179,8 @@ class _Peer(Subject):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.config = config
-        placement = place(config.device, config.dtype)
-        self.device, self.dtype = placement.device, placement.dtype
+        device_config = resolve_device(config.device, config.dtype)
+        self.device, self.dtype = device_config.device, device_config.dtype
         folder = config.model or str(starter_folder())
         batch, _ = drawn_pairs(config, distinct)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -187,9 +189,9 @@ class _Peer(Subject):
         self.tokens = [torch.tensor([tokenizer.bos_token_id, *word]) for word in encoded["input_ids"]]
         # neither BOS nor a token of the prefix alone is pooled
         self.own = [torch.tensor([False, *(end > len(config.prefix) for _, end in spans)]) for spans in encoded["offset_mapping"]]
-        self.same = torch.zeros(len(batch), len(batch), dtype=torch.bool)
-        self.same[tuple(word_pairs.false_negative_pairs(batch).T)] = True
-        self.same = self.same.to(self.device)
+        self.false_negatives = torch.zeros(len(batch), len(batch), dtype=torch.bool)
+        self.false_negatives[tuple(word_pairs.false_negative_pairs(batch).T)] = True
+        self.false_negatives = self.false_negatives.to(self.device)
         self._build(folder)
         self.model.train()
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -278,10 +280,10 @@ class _Peft(_Peer):
         source, target = F.normalize(means, dim=-1).chunk(2)
         cosines = source @ target.T
         if self.config.loss == "hinge":
-            no_negatives = self.same | torch.eye(len(cosines), dtype=torch.bool, device=self.device)
+            no_negatives = self.false_negatives | torch.eye(len(cosines), dtype=torch.bool, device=self.device)
             hardest = cosines.masked_fill(no_negatives, float("-inf")).max(dim=1).values
             return F.relu(self.config.margin - cosines.diagonal() + hardest).mean()
-        logits = (cosines / self.config.temperature).masked_fill(self.same, float("-inf"))
+        logits = (cosines / self.config.temperature).masked_fill(self.false_negatives, float("-inf"))
         labels = torch.arange(len(logits), device=self.device)
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
@@ -353,7 +355,7 @@ class SentenceTransformers(_Peer):
         from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
         from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-        if self.config.loss != "infonce" or self.same.any() or not all(own[1:].all() for own in self.own):
+        if self.config.loss != "infonce" or self.false_negatives.any() or not all(own[1:].all() for own in self.own):
             must = "the loss must be infonce, no two pairs may mean the same, and only BOS may stay out of the pool"
             raise TliError(self.name, must, "another setting", "draw distinct pairs, or leave this peer out")
         config = truncated_config(folder, self.config.layer)
@@ -392,10 +394,10 @@ def truncated_config(folder: str, layer: int) -> dict:
     return {"num_hidden_layers": layer} | ({} if types is None else {"layer_types": list(types[:layer])})
 
 
-SUBJECTS = {subject.name: subject for subject in (Tli, PeftTruncated, PeftHook, SentenceTransformers)}
+CONTENDERS = {contender.name: contender for contender in (Tli, PeftTruncated, PeftHook, SentenceTransformers)}
 
 
 def taking_part(wanted: list[str]) -> tuple[list[str], list[str]]:
-    """The subjects that are to be measured, tli first, and those that are wanted and not installed."""
-    names = chosen("--subjects", ["tli", *(name for name in wanted if name != "tli")], list(SUBJECTS))
-    return [name for name in names if SUBJECTS[name].installed()], [name for name in names if not SUBJECTS[name].installed()]
+    """The contenders that are to be measured, tli first, and those that are wanted and not installed."""
+    names = chosen("--subjects", ["tli", *(name for name in wanted if name != "tli")], list(CONTENDERS))
+    return [name for name in names if CONTENDERS[name].installed()], [name for name in names if not CONTENDERS[name].installed()]
