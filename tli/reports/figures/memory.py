@@ -6,31 +6,24 @@ import typing
 
 import numpy as np
 
+from tli.reports.figures.style import legend_above, new_figure
+
 if typing.TYPE_CHECKING:
     import matplotlib.figure
 
 
 def draw_memory(curves: dict[str, np.ndarray], spans: list[tuple[str, float, float]]) -> matplotlib.figure.Figure:
     """One step's memory over time, stacked by category, what stays at the bottom; ``spans`` are named parts of it, in ms."""
-    from matplotlib.figure import Figure
-
     names = [name for name in curves if name != "ms"]
     shades = dict(zip(names, ("#2b3a4a", "#54708c", "#08519c", "#e6861a", "#a63603", "#f6c98b")))
     hatches = dict(zip(names, ("", "", "", "////", "", "....")))
-    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
-    panel = figure.subplots()
+    figure, [[panel]] = new_figure((9.6, 4.8))
     below = np.zeros(len(curves["ms"]))
     for name in names:
         above = below + curves[name] / 1e6
-        look: dict[str, typing.Any] = {
-            "facecolor": shades[name],
-            "edgecolor": "white",
-            "hatch": hatches[name],
-            "linewidth": 0,
-            "step": "post",
-        }
+        look = {"facecolor": shades[name], "edgecolor": "white", "hatch": hatches[name], "linewidth": 0}
         label = f"{name} (at most {max(curves[name]) / 1e6:,.1f} MB)"
-        panel.fill_between(curves["ms"], below, above, label=label, **look)
+        panel.fill_between(curves["ms"], below, above, label=label, step="post", **look)
         below = above
     top = int(below.argmax())
     panel.plot(curves["ms"][top], below[top], marker="v", color="black", markersize=6)
@@ -41,19 +34,11 @@ def draw_memory(curves: dict[str, np.ndarray], spans: list[tuple[str, float, flo
     for name, first, last in spans:
         panel.axvline(first, color="0.35", linestyle=(0, (1, 2)), linewidth=0.9)
         panel.axvline(last, color="0.35", linestyle=(0, (1, 2)), linewidth=0.9)
-        panel.text(
-            (first + last) / 2,
-            1.01,
-            name,
-            transform=panel.get_xaxis_transform(),
-            ha="right" if name == "optimiser" else "center",
-            fontsize=8,
-        )
+        aligned = "right" if name == "optimiser" else "center"
+        panel.text((first + last) / 2, 1.01, name, transform=panel.get_xaxis_transform(), ha=aligned, fontsize=8)
     panel.set_xlim(curves["ms"][0], curves["ms"][-1])
     panel.set_ylim(0, 1.1 * below[top])
     panel.set_xlabel("ms of one step, under the profiler (slower than without)")
     panel.set_ylabel("MB allocated")
-    panel.spines[["top", "right"]].set_visible(False)
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    legend_above(figure, [panel], 3)
     return figure

@@ -6,7 +6,7 @@ import itertools
 import typing
 
 from tli.metrics.measures import SPLITS
-from tli.reports.figures.style import COLOURS
+from tli.reports.figures.style import COLOURS, DOTTED, legend_above, new_figure
 from tli.reports.wording import find_value
 
 if typing.TYPE_CHECKING:
@@ -15,12 +15,10 @@ if typing.TYPE_CHECKING:
 
 def draw_protocol(report: dict) -> matplotlib.figure.Figure:
     """The paper's protocol switch by switch: cosines of true and of mismatched pairs beside retrieval, trained and held out."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = report["rows"]
-    figure = Figure(figsize=(11, 1.6 + 0.66 * len(rows)), layout="constrained")
-    panels = figure.subplots(2, 2, sharey=True)
+    figure, panels = new_figure((11, 1.6 + 0.66 * len(rows)), 2, 2, sharey=True)
     kinds = {"cosine": ("true", "o", -0.18), "mismatched": ("mismatched", "s", 0.18), "mrr": ("true", "o", 0.0)}
     for split, (cosines, ranks) in zip(SPLITS, panels):
         for (place, row), (metric, (kind, marker, aside)) in itertools.product(enumerate(rows), kinds.items()):
@@ -33,7 +31,7 @@ def draw_protocol(report: dict) -> matplotlib.figure.Figure:
                     panel.plot(ends, [at, at], color=COLOURS[kind], linewidth=1.2)
                     panel.plot(record["value"], at, color=COLOURS[kind], marker=marker, markerfacecolor=fill, markersize=4.5)
         first = find_value(rows[0], split, "after", rows[0]["layer"], "mrr")
-        ranks.axvline(first["chance"], color="black", linestyle=(0, (1, 1)), linewidth=1.6, zorder=0)
+        ranks.axvline(first["chance"], color="black", linestyle=DOTTED, linewidth=1.6, zorder=0)
         ranks.set_xscale("log")
         ranks.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ranks.xaxis.set_major_formatter("{x:g}")
@@ -45,15 +43,14 @@ def draw_protocol(report: dict) -> matplotlib.figure.Figure:
             panel.axhline(0.5, color="0.5", linewidth=0.8)
             panel.set_axisbelow(True)
             panel.grid(axis="y", color="0.88", linewidth=0.6)
-            panel.spines[["top", "right"]].set_visible(False)
         cosines.set_yticks(range(len(rows)), [row["title"] for row in rows])
         cosines.tick_params(axis="y", labelsize=8)
     panels[0, 0].set_ylim(len(rows) - 0.5, -0.5)
     for kind, marker, name in (("true", "o", "true pairs"), ("mismatched", "s", "mismatched pairs")):
         for when, fill in (("before", "white"), ("after", COLOURS[kind])):
             panels[0, 0].plot([], [], label=f"{name}, {when}", color=COLOURS[kind], marker=marker, markerfacecolor=fill, linewidth=1.2)
-    panels[0, 0].plot([], [], color="black", linestyle=(0, (1, 1)), linewidth=1.6, label="MRR by chance")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=9)
+    panels[0, 0].plot([], [], color="black", linestyle=DOTTED, linewidth=1.6, label="MRR by chance")
+    legend_above(figure, [panels[0, 0]], 5)
     about = "each row changes one thing of the first; before and after training; bars: 95 % bootstrap interval of the mean over pairs"
     figure.supxlabel(about, fontsize=8)
     return figure

@@ -5,15 +5,15 @@ from __future__ import annotations
 import typing
 
 from tli.model.shape import Layer
+from tli.reports.figures.style import DARK, DOTTED, LIGHT, legend_above, new_figure
 from tli.reports.wording import place_name
 
 if typing.TYPE_CHECKING:
     import matplotlib.figure
 
-# dark blue and orange: apart for colour-blind readers, and dark against light in grey
 _STYLES: dict[str, dict[str, typing.Any]] = {
-    "early": {"color": "#08519c", "marker": "o", "linestyle": "-"},
-    "full": {"color": "#e6861a", "marker": "s", "linestyle": (0, (5, 2))},
+    "early": {"color": DARK, "marker": "o", "linestyle": "-"},
+    "full": {"color": LIGHT, "marker": "s", "linestyle": (0, (5, 2))},
 }
 _SCORES = {"mrr": "held-out MRR", "gap": "held-out gap\n(cosine, true - mismatched)", "clipscore": "held-out CLIPScore"}
 # label, unit, scale
@@ -26,12 +26,10 @@ _COSTS = {
 
 def draw_ranks(results: dict) -> matplotlib.figure.Figure:
     """MRR, gap and CLIPScore of held-out pairs against the rank, one column per layer."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
     layers, ranks = results["layers"], results["ranks"]
-    figure = Figure(figsize=(3.9 * len(layers) + 0.6, 9.6), layout="constrained")
-    panels = figure.subplots(len(_SCORES), len(layers), squeeze=False, sharex=True, sharey="row")
+    figure, panels = new_figure((3.9 * len(layers) + 0.6, 9.6), len(_SCORES), len(layers), sharex=True, sharey="row")
     for row, (metric, name) in zip(panels, _SCORES.items()):
         for panel, layer in zip(row, layers):
             for arm in results["search"]:
@@ -43,11 +41,10 @@ def draw_ranks(results: dict) -> matplotlib.figure.Figure:
             before = next(v for v in results["values"] if _key(v) == ("before", layer, metric, "held_out"))
             panel.axhline(before["value"], color="0.35", linewidth=1.2, linestyle=(0, (8, 3, 1, 3)), label="before training")
             if before["chance"] is not None:
-                panel.axhline(before["chance"], color="black", linewidth=1.4, linestyle=(0, (1, 1)), label="chance")
+                panel.axhline(before["chance"], color="black", linewidth=1.4, linestyle=DOTTED, label="chance")
             panel.set_xscale("log", base=2)
             panel.set_xticks(ranks, [str(rank) for rank in ranks])
             panel.xaxis.set_minor_locator(NullLocator())
-            panel.spines[["top", "right"]].set_visible(False)
             if metric == "mrr":
                 arms = [arm for arm in results["search"] if layer == ("output" if arm == "full" else results["config"]["layer"])]
                 losses = f"\n(the {' and '.join(arms)} arm's loss is here)" if arms else "\n"
@@ -56,20 +53,17 @@ def draw_ranks(results: dict) -> matplotlib.figure.Figure:
         row[0].set_ylim(bottom=min(0.0, row[0].get_ylim()[0]))
     for panel in panels[-1]:
         panel.set_xlabel("LoRA rank R")
-    handles = {label: handle for row in panels for handle, label in zip(*row[0].get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(layers) + 1, frameon=False, fontsize=9)
+    legend_above(figure, panels[:, 0], len(layers) + 1)
     figure.supxlabel(_about(results), fontsize=8)
     return figure
 
 
 def draw_costs(results: dict) -> matplotlib.figure.Figure:
     """Held-out MRR against adapter size, time and memory: at the output, and where each arm's loss was."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     rows = [("each arm where its loss was", None)] + ([("at the output", "output")] if "output" in results["layers"] else [])
-    figure = Figure(figsize=(11.4, 3.6 * len(rows) + 0.8), layout="constrained")
-    panels = figure.subplots(len(rows), len(_COSTS), squeeze=False, sharex="col", sharey="row")
+    figure, panels = new_figure((11.4, 3.6 * len(rows) + 0.8), len(rows), len(_COSTS), sharex="col", sharey="row")
     for row, (where, place) in zip(panels, rows):
         for panel, (cost, (_, unit, scale)) in zip(row, _COSTS.items()):
             for arm in results["search"]:
@@ -90,12 +84,11 @@ def draw_costs(results: dict) -> matplotlib.figure.Figure:
                 panel.xaxis.set_minor_formatter(NullFormatter())
             else:
                 panel.set_xlim(0, 1.1 * max(c[cost] for c in results["costs"]) / unit)
-            panel.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(f"held-out MRR,\n{where}")
         row[0].set_ylim(bottom=0)
     for panel, (name, *_) in zip(panels[-1], _COSTS.values()):
         panel.set_xlabel(name)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    legend_above(figure, [panels[0, 0]], 2)
     figure.supxlabel(f"numbers beside the points: rank; costs are medians over seeds. {_about(results)}", fontsize=8)
     return figure
 

@@ -9,7 +9,17 @@ import numpy as np
 from tli.metrics.alignment import HISTOGRAM_EDGES, Alignment
 from tli.metrics.measures import SPLITS
 from tli.model.shape import Layer
-from tli.reports.figures.style import COLOURS, HATCHES
+from tli.reports.figures.style import (
+    COLOURS,
+    DOTTED,
+    HATCHES,
+    curve_with_band,
+    draw_layer_axis,
+    layer_positions,
+    legend_above,
+    mark_layer,
+    new_figure,
+)
 from tli.reports.wording import aligned_layer, compared_layers, find_value, interval, number, place_name
 
 if typing.TYPE_CHECKING:
@@ -18,12 +28,9 @@ if typing.TYPE_CHECKING:
 
 def draw_distributions(report: dict, alignments: dict[tuple[str, str, Layer], Alignment]) -> matplotlib.figure.Figure:
     """Figure 1: how the cosines of true and of mismatched pairs lie, before and after, at L and ``output``, trained and held out."""
-    from matplotlib.figure import Figure
-
     layers = compared_layers(report, report["measurements"])
     splits = [split for split in SPLITS if (split, "after", layers[0]) in alignments]
-    figure = Figure(figsize=(5.4 * len(splits), 0.8 + 3.2 * len(layers)), layout="constrained")
-    panels = figure.subplots(len(layers), len(splits), squeeze=False, sharex="row", sharey="row")
+    figure, panels = new_figure((5.4 * len(splits), 0.8 + 3.2 * len(layers)), len(layers), len(splits), sharex="row", sharey="row")
     for row, layer in zip(panels, layers):
         edges = _common_edges([alignments[split, when, layer] for split in splits for when in ("before", "after")])
         for panel, split in zip(row, splits):
@@ -32,69 +39,50 @@ def draw_distributions(report: dict, alignments: dict[tuple[str, str, Layer], Al
                     density, colour = counts / counts.sum() / np.diff(edges), COLOURS[kind]
                     panel.stairs(density, edges, label=f"{kind} pairs, {when}", color=colour, linestyle=line, linewidth=width)
                     if when == "after":
-                        hatching: dict[str, typing.Any] = {
-                            "facecolor": "none",
-                            "edgecolor": colour,
-                            "hatch": HATCHES[kind],
-                            "linewidth": 0,
-                            "alpha": 0.4,
-                        }
+                        hatching = {"facecolor": "none", "edgecolor": colour, "hatch": HATCHES[kind], "linewidth": 0, "alpha": 0.4}
                         panel.stairs(density, edges, fill=True, **hatching)
             gaps = [find_value(report, split, when, layer, "gap") for when in ("before", "after")]
             change = ", ".join(f"{gap['when']} {number(gap['value'])} {interval(gap)}" for gap in gaps)
             panel.set_title(f"{place_name(layer)}, {SPLITS[split]}, n = {gaps[0]['n']:,} pairs\ngap {change}", fontsize=9)
             panel.set_xlabel("cosine")
-            panel.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("share of pairs per unit of cosine")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    legend_above(figure, [panels[0, 0]], 4)
     figure.supxlabel("brackets: 95 % bootstrap interval of the mean gap", fontsize=8)
     return figure
 
 
 def draw_layers(report: dict) -> matplotlib.figure.Figure:
     """Figure 2: gap and MRR by layer, with intervals: how far above layer L what training did can still be seen."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
     aligned = aligned_layer(report)
-    place: dict[Layer, int] = {r["layer"]: r["layer"] for r in report["measurements"] if r["layer"] != "output"}
-    if any(r["layer"] == "output" for r in report["measurements"]):
-        place["output"] = report["model"]["blocks"] + 1
-    chosen = place[aligned]
+    positions = layer_positions((record["layer"] for record in report["measurements"]), report["model"]["blocks"])
+    chosen = positions[aligned]
     # a line through two layers far apart would draw what nobody measured
-    curves = len(place) > 2
-    figure = Figure(figsize=(10.8, 4.6), layout="constrained")
-    panels = dict(zip(("gap", "mrr"), figure.subplots(1, 2)))
-    aside = 0 if curves else 0.03 * max(1, max(place.values()) - min(place.values()))
+    curves = len(positions) > 2
+    figure, [row] = new_figure((10.8, 4.6), 1, 2)
+    panels = dict(zip(("gap", "mrr"), row))
+    aside = 0 if curves else 0.03 * max(1, max(positions.values()) - min(positions.values()))
     for metric, panel in panels.items():
         for split, marker, side in (("trained", "o", -1), ("held_out", "s", 1)):
             for when, line, fill, later in (("before", "--", "white", 0), ("after", "-", COLOURS[split], 1)):
                 found = [r for r in report["measurements"] if (r["split"], r["when"], r["metric"]) == (split, when, metric)]
                 if not found:
                     continue
-                curve = {place[r["layer"]]: r for r in found}
-                x = sorted(curve)
-                value, low, high, chance = ([curve[at][name] for at in x] for name in ("value", "low", "high", "chance"))
-                style: dict[str, typing.Any] = {"color": COLOURS[split], "marker": marker, "markerfacecolor": fill}
-                style["markersize"] = 4 if curves else 7
-                label = f"{SPLITS[split]}, {when} (n = {found[0]['n']:,})"
-                xs = [at + aside * (side + later - 0.5) for at in x]
-                panel.plot(xs, value, label=label, linewidth=1.4, linestyle=line if curves else "", **style)
+                found.sort(key=lambda record: positions[record["layer"]])
+                xs = [positions[record["layer"]] + aside * (side + later - 0.5) for record in found]
+                style = {"marker": marker, "markerfacecolor": fill, "label": f"{SPLITS[split]}, {when} (n = {found[0]['n']:,})"}
                 if curves:
-                    panel.fill_between(xs, low, high, color=COLOURS[split], alpha=0.18, linewidth=0)
+                    curve_with_band(panel, xs, found, COLOURS[split], linestyle=line, **style)
                 else:
-                    panel.vlines(xs, low, high, color=COLOURS[split], linewidth=1.4, zorder=0)
+                    panel.plot(xs, [record["value"] for record in found], color=COLOURS[split], linestyle="", markersize=7, **style)
+                    ends = ([record[end] for record in found] for end in ("low", "high"))
+                    panel.vlines(xs, *ends, color=COLOURS[split], linewidth=1.4, zorder=0)
                 if metric == "mrr" and when == "after":
-                    dots: dict[str, typing.Any] = {"color": COLOURS[split], "linestyle": (0, (1, 1)), "linewidth": 2.2}
-                    panel.axhline(chance[0], label=f"chance, {SPLITS[split]}", **dots)
-        panel.axvline(chosen, color="0.6", linewidth=7, alpha=0.3, zorder=0)
-        step = max(1, round(len(place) / 40) * 5)
-        names = {at: f"L = {at}" if layer == aligned != "output" else str(layer) for layer, at in place.items()}
-        ticks = [at for at in names if at in (chosen, place.get("output")) or at % step == 0 and abs(at - chosen) > 1]
-        ticks = [at for at in ticks if at == place.get("output") or place.get("output", 1 << 30) - at > 2]
-        panel.set_xticks(ticks, [names[at] for at in ticks])
-        panel.set_xlabel("hidden state (blocks passed)")
-        panel.spines[["top", "right"]].set_visible(False)
+                    label = f"chance, {SPLITS[split]}"
+                    panel.axhline(found[0]["chance"], label=label, color=COLOURS[split], linestyle=DOTTED, linewidth=2.2)
+        mark_layer(panel, chosen)
+        draw_layer_axis(panel, positions, {} if aligned == "output" else {chosen: f"L = {aligned}"})
         panel.margins(x=0.05 if curves else 0.3)
     panels["gap"].axhline(0, color="0.3", linewidth=0.8)
     panels["gap"].set_ylabel("gap (cosine, true - mismatched)")
@@ -103,7 +91,7 @@ def draw_layers(report: dict) -> matplotlib.figure.Figure:
     panels["mrr"].set_yticks(shares, [f"{share:g}" for share in shares])
     panels["mrr"].yaxis.set_minor_formatter(NullFormatter())
     panels["mrr"].set_ylabel("MRR (mean of both directions, log scale)")
-    figure.legend(*panels["mrr"].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    legend_above(figure, [panels["mrr"]], 3)
     about = "bands and bars: 95 % bootstrap interval of the mean over pairs; dotted: MRR by chance; grey: the layer that was trained"
     figure.supxlabel(about, fontsize=8)
     return figure
