@@ -92,7 +92,7 @@ def measure(
     """Compare every source word with every target word, leaving out the pairs that mean the same.
 
     source, target   [B, D]         word vectors; row i of one translates row i of the other
-    same             int64 [E, 2]   (i, j), i != j: source i and target j mean the same, and are neither mismatched nor candidates
+    false_negatives  int64 [E, 2]   (i, j), i != j: source i and target j mean the same, and are neither mismatched nor candidates
     sink_share       float [B]      kept as it is
     referenced                      kept as it is
 

@@ -44,7 +44,7 @@ def ref_clip_scores(source: Tensor, target: Tensor, references: Tensor, owners: 
     source, target   [B, D]         word vectors of any length; row i of one translates row i of the other
     references       [R, D]         word vectors of all pairs' further accepted glosses
     owners           int64 [R]      the pair that each belongs to, ascending
-    same             int64 [E, 2]   (i, j), i != j: source i and target j mean the same, and are not mismatched
+    false_negatives  int64 [E, 2]   (i, j), i != j: source i and target j mean the same, and are not mismatched
 
     Computed in fp64, in chunks of rows. Raises TliError as ``alignment.measure`` does.
     """
