@@ -14,6 +14,7 @@ from tli.runtime.errors import TliError
 Arm = Literal["early", "full", "full-hook"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Impl = Literal["auto", "reference", "fused"]
+Split = Literal["families", "words"]
 Recipe = Literal["default", "paper"]
 TokenNorm = Literal["auto", "final", "rms", "none"]
 Weights = Literal["full", "nf4"]
@@ -58,7 +59,13 @@ class TrainConfig:
     source: str = option("swahili", "words", "name of the source language's column or key")
     target: str = option("english", "words", "name of the target language's column or key")
     prefix: str = option(" ", "words", "text before each word, never pooled; a space gives words as they stand in running text", paper="")
-    held_out: float = option(0.1, "words", "share of the pairs kept out of training, split so that no word is on both sides")
+    held_out: float = option(0.1, "words", "share of the pairs kept out of training")
+    split: Split = option(
+        "families",
+        "words",
+        "what never stands on both sides: families, words of one stem (four letters in a row, in both languages; or a column family), or "
+        "just the same words",
+    )
     held_out_pairs: str | None = option(None, "words", "a list of its own to hold out, in place of a share of --pairs")
     shuffle_pairs: bool = option(False, "words", "control: train on mismatched pairs; whatever still rises is not alignment")
 
@@ -204,9 +211,11 @@ class ScanConfig:
     split: Literal["all", "trained", "held_out"] = option(
         "all",
         "words",
-        "which of the pairs: all, or one side of the split that training makes with the same --held-out and --seed",
+        "which of the pairs: all, or one side of the split that training makes with the same --held-out and --seed, and this "
+        "--split-by as its --split",
     )
     held_out: float = option(0.1, "words", "share of the pairs that training keeps out")
+    split_by: Split = _as_in_training("split")
     sample: int | None = option(None, "words", "take so many of these pairs, at random (default: all, of more than 5,000 as many as that)")
     seed: int = option(0, "words", "fixes the split, the sample and the intervals", least=0)
 
@@ -247,6 +256,7 @@ class EvaluateConfig:
     pairs: str | None = option(None, "words", "word pairs (default: the list and the split of the training run, else the shipped list)")
     held_out_pairs: str | None = option(None, "words", "a list of words that training never saw, in place of the recorded split's")
     held_out: float | None = option(None, "words", "where no split is recorded: the share of --pairs that --seed of training held out")
+    split: Split = _as_in_training("split", help="where no split is recorded: what that split kept on one side, families or words")
     source: str | None = option(None, "words", "name of the source language's column or key (default: as in training, else swahili)")
     target: str | None = option(None, "words", "name of the target language's column or key (default: as in training, else english)")
     prefix: str | None = option(None, "words", "text before each word, never pooled (default: as in training, else a space)")
@@ -323,6 +333,7 @@ class StudyConfig:
     target: str = _as_in_training("target")
     prefix: str = _as_in_training("prefix")
     held_out: float = _as_in_training("held_out", help="share of the pairs that each seed keeps out of training")
+    split: Split = _as_in_training("split")
     targets: str = _as_in_training("targets")
     dropout: float = _as_in_training("dropout")
     temperature: float = _as_in_training("temperature")

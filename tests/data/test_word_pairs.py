@@ -19,6 +19,7 @@ import pytest
 from tli.data import dictionary as dictionary_check
 from tli.data.dictionary import FREEDICT, check
 from tli.data.pair_store import Pair
+from tli.data.relatives import has_relative
 from tli.data.word_pairs import SHIPPED, check_disjoint, false_negative_pairs, read_pairs, split_pairs
 from tli.runtime.errors import TliError
 
@@ -54,19 +55,27 @@ def plain_dictionary(folder, glosses):
 # Reading
 
 ANIMALS = [
-    Pair("paka", "cat", (), "noun", False),
-    Pair("ng'ombe", "cow", ("cattle", "ox"), "noun", None),
+    Pair("paka", "cat", (), "noun", False, "animals"),
+    Pair("ng'ombe", "cow", ("cattle", "ox"), "noun", None, "animals", "cow"),
     Pair("Redio ya taifa", "radio", (), "", True),
 ]
 TABLE = [
-    ["Swahili", "CLASS", "field", "English", "loan", "synonyms"],
-    ["paka", "noun", "animals", "cat", "no", ""],
-    ["ng'ombe", "noun", "animals", "cow", "", "cattle; ox;"],
-    [" Redio  ya\u00a0taifa ", "", "", "radio", "Yes", ""],
+    ["Swahili", "CLASS", "field", "English", "loan", "synonyms", "Family"],
+    ["paka", "noun", "animals", "cat", "no", "", ""],
+    ["ng'ombe", "noun", "animals", "cow", "", "cattle; ox;", "cow"],
+    [" Redio  ya\u00a0taifa ", "", "", "radio", "Yes", "", ""],
 ]
 OBJECTS = [
-    {"English": "cat", "SWAHILI": "paka", "class": "noun", "loan": False},
-    {"english": "cow", "swahili": "ng'ombe", "class": "noun", "synonyms": ["cattle", "ox"], "loan": None},
+    {"English": "cat", "SWAHILI": "paka", "class": "noun", "loan": False, "field": "animals"},
+    {
+        "english": "cow",
+        "swahili": "ng'ombe",
+        "class": "noun",
+        "synonyms": ["cattle", "ox"],
+        "loan": None,
+        "field": "animals",
+        "family": "cow",
+    },
     {"english": "radio", "swahili": " Redio  ya\u00a0taifa ", "loan": "true", "synonyms": ""},
 ]
 
@@ -331,7 +340,7 @@ def test_a_split_shares_no_word_and_comes_as_near_as_whole_groups_can(linked, lo
     possible = [total for total in sums if 2 <= total <= len(pairs) - 2]
     nearest = min((abs(total - goal) for total in possible), default=None)
     try:
-        trained, out = map(list, split_pairs(pairs, held_out, seed))
+        trained, out = map(list, split_pairs(pairs, held_out, seed, "words"))
     except TliError:
         # only if a side would be too small, or the nearest sum is more than twice what was asked for
         assert nearest is None or nearest > goal and not (goal < 2 and 2 in possible)
@@ -344,25 +353,25 @@ def test_a_split_shares_no_word_and_comes_as_near_as_whole_groups_can(linked, lo
         rest = iter(pairs)
         # each pair is found after the one before it: the order is kept
         assert all(pair in rest for pair in side)
-    assert tuple(map(list, split_pairs(pairs, held_out, seed))) == (trained, out)
+    assert tuple(map(list, split_pairs(pairs, held_out, seed, "words"))) == (trained, out)
 
 
 def test_a_giant_group_is_never_held_out_for_a_small_share():
     giant = [Pair(f"word {i}", "thing") for i in range(60)]
     loose = [Pair(f"loose {i}", f"gloss {i}") for i in range(40)]
     for seed in range(20):
-        assert len(split_pairs(giant + loose, 0.1, seed)[1]) == 10
-        assert len(split_pairs(giant + loose, 0.6, seed)[1]) == 60
+        assert len(split_pairs(giant + loose, 0.1, seed, "words")[1]) == 10
+        assert len(split_pairs(giant + loose, 0.6, seed, "words")[1]) == 60
     with pytest.raises(TliError, match="--held-out"):
-        split_pairs(giant + [Pair(f"other {i}", "stuff") for i in range(40)], 0.1, 0)
+        split_pairs(giant + [Pair(f"other {i}", "stuff") for i in range(40)], 0.1, 0, "words")
 
 
 def test_the_seed_chooses_the_split():
     pairs = [Pair(f"word {i}", f"gloss {i}") for i in range(200)]
-    splits = {tuple(split_pairs(pairs, 0.1, seed)[1]) for seed in range(10)}
+    splits = {tuple(split_pairs(pairs, 0.1, seed, "words")[1]) for seed in range(10)}
     assert len(splits) == 10
     # every pair has its turn: 60 draws of 20 leave one of 200 out with probability 0.9^60 each
-    drawn = {pair for seed in range(60) for pair in split_pairs(pairs, 0.1, seed)[1]}
+    drawn = {pair for seed in range(60) for pair in split_pairs(pairs, 0.1, seed, "words")[1]}
     assert len(drawn) >= 190
 
 
@@ -417,7 +426,7 @@ def test_a_hundred_thousand_pairs_take_seconds():
     pairs = [Pair(f"word {i}", f"gloss {i // 2}", (f"gloss {i % 90_000}",)) for i in range(100_000)]
     start = time.perf_counter()
     edges = false_negative_pairs(pairs)
-    split_pairs([Pair(f"word {i}", f"gloss {i // 2}") for i in range(100_000)], 0.5, 0)
+    split_pairs([Pair(f"word {i}", f"gloss {i // 2}") for i in range(100_000)], 0.5, 0, "words")
     assert time.perf_counter() - start < 15
     assert {(0, 1), (1, 0), (0, 90_000)} <= set(map(tuple, edges[:10].tolist()))
 
@@ -441,12 +450,15 @@ def test_the_shipped_list_is_one_to_one_and_fully_described():
     assert all(pair.word_class and pair.loan is not None for pair in pairs)
 
 
+@pytest.mark.parametrize("by", ["families", "words"])
 @pytest.mark.parametrize("held_out", [0.05, 0.1, 0.3])
-def test_the_shipped_list_splits_at_the_share_asked_for(held_out):
+def test_the_shipped_list_splits_at_the_share_asked_for(held_out, by):
     pairs = read_pairs(None, "swahili", "english")
-    trained, out = split_pairs(pairs, held_out, 0)
+    trained, out = split_pairs(pairs, held_out, 0, by)
     assert len(out) == round(held_out * len(pairs))
     check_disjoint(trained, out)
+    # on the shipped list about one pair in eight has a relative on the other side if nobody sees to it
+    assert has_relative(out, trained).sum() == 0 if by == "families" else has_relative(out, trained).mean() > 0.05
 
 
 @needs_freedict

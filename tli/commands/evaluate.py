@@ -16,6 +16,7 @@ import tli
 from tli.config import EvaluateConfig
 from tli.data import word_pairs
 from tli.data.pair_store import DiskBackedPairs
+from tli.data.relatives import has_relative
 from tli.model.shape import Layer
 from tli.reports import evaluation
 from tli.reports.tables import Table, show
@@ -200,8 +201,10 @@ def _read_lists(config: EvaluateConfig, known: "list[TrainedAdapter]") -> tuple[
     if path_held_out is not None:
         splits = {"trained": pairs, "held_out": word_pairs.read_pairs(path_held_out, source, target)}
     elif share is not None:
+        # runs that recorded none kept only words apart
+        by = common_option(known, "split", "words") if is_recorded else config.split
         split_seed = common_option(known, "seed", 0) if is_recorded else config.seed or 0
-        splits = dict(zip(("trained", "held_out"), word_pairs.split_pairs(pairs, share, split_seed)))
+        splits = dict(zip(("trained", "held_out"), word_pairs.split_pairs(pairs, share, split_seed, by)))
     else:
         splits = {"all": pairs}
     if config.held_out_pairs is not None:
@@ -210,6 +213,8 @@ def _read_lists(config: EvaluateConfig, known: "list[TrainedAdapter]") -> tuple[
     if "held_out" in splits:
         word_pairs.check_disjoint(splits["trained"], splits["held_out"])
     counts = {split: len(part) for split, part in splits.items()}
+    if "held_out" in splits:
+        counts["with_relative"] = int(has_relative(splits["held_out"], splits["trained"]).sum())
     facts = {"name": file.name, "sha256": sha256(file), "source": source, "target": target, "split_is_recorded": is_recorded, **counts}
     return splits, facts
 

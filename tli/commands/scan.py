@@ -114,7 +114,8 @@ def _pairs(config: ScanConfig) -> tuple[DiskBackedPairs, int]:
     """The pairs of the chosen split, or a random sample of them, in the order of the list, and how many the split has."""
     pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     if config.split != "all":
-        pairs = dict(zip(("trained", "held_out"), word_pairs.split_pairs(pairs, config.held_out, config.seed), strict=True))[config.split]
+        sides = word_pairs.split_pairs(pairs, config.held_out, config.seed, config.split_by)
+        pairs = sides[("trained", "held_out").index(config.split)]
     if config.sample is None:
         return pairs.subset(word_pairs.sample(pairs, config.seed)), len(pairs)
     if not 2 <= config.sample <= len(pairs):

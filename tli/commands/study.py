@@ -25,7 +25,7 @@ SETTINGS_FILE = "study.json"
 # what may differ from one call to the next: how large the grid and the search are, and how they are run
 _FREE_OPTIONS = ("ranks", "arms", "seeds", "rates", "device", "jobs", "cells", "output", "json")
 # options of a cell that it has from the study
-_SHARED: tuple[str, ...] = ("model", "layer", "weights", "dtype", "source", "target", "prefix")
+_SHARED: tuple[str, ...] = ("model", "layer", "weights", "dtype", "source", "target", "prefix", "split")
 _SHARED += ("targets", "dropout", "temperature", "batch", "epochs", "warmup")
 # the split that the search is judged by is none of the seeds'
 _SEARCH_SPLIT = 1_000_003
@@ -123,7 +123,7 @@ def _write_lists(folder: pathlib.Path, config: StudyConfig) -> None:
     if (folder / "search.jsonl").is_file():
         return
     pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
-    rest, judged = word_pairs.split_pairs(pairs, config.search_share, _SEARCH_SPLIT)
+    rest, judged = word_pairs.split_pairs(pairs, config.search_share, _SEARCH_SPLIT, config.split)
     for name, part in (("grid", rest), ("search", judged)):
         with atomic_write(folder / f"{name}.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
             for pair in part:
@@ -133,6 +133,8 @@ def _write_lists(folder: pathlib.Path, config: StudyConfig) -> None:
                     "synonyms": pair.synonyms,
                     "class": pair.word_class,
                     "loan": {True: "yes", False: "no", None: ""}[pair.loan],
+                    "field": pair.field,
+                    "family": pair.family,
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -22,6 +22,7 @@ from tli.data import word_pairs
 from tli.data.loader import BatchLoader
 from tli.data.packing import TokenisedWords, tokenise
 from tli.data.pair_store import DiskBackedPairs
+from tli.data.relatives import has_relative
 from tli.metrics import layer_choice
 from tli.metrics.layer_pass import measure_layers
 from tli.model import lora, starter
@@ -132,10 +133,10 @@ def _options(config: TrainConfig, *names: str) -> dict[str, Any]:
 
 
 def _read_pairs(config: TrainConfig) -> tuple[DiskBackedPairs, DiskBackedPairs]:
-    """Trained and held-out pairs, which share no word."""
+    """Trained and held-out pairs, which share no word, and no family of words where the split sees to it."""
     pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     if config.held_out_pairs is None:
-        return word_pairs.split_pairs(pairs, config.held_out, config.seed)
+        return word_pairs.split_pairs(pairs, config.held_out, config.seed, config.split)
     held_out = word_pairs.read_pairs(config.held_out_pairs, config.source, config.target)
     word_pairs.check_disjoint(pairs, held_out)
     return pairs, held_out
@@ -250,7 +251,14 @@ def _facts(
         "model": model_facts(
             config.model or starter.NAME, checkpoint, checkpoint.sha256(layer if config.arm == "early" else checkpoint.blocks)
         ),
-        "pairs": {"trained": len(trained), "held_out": len(held_out), "name": list_file.name, "sha256": sha256(list_file)},
+        "pairs": {
+            "trained": len(trained),
+            "held_out": len(held_out),
+            # those that a map of spelling may find by a trained relative
+            "with_relative": int(has_relative(held_out, trained).sum()),
+            "name": list_file.name,
+            "sha256": sha256(list_file),
+        },
         "adapter": {"sha256": sha256(file), "parameters": sum(p.numel() for p in lora.trainable(decoder)), "bytes": file.stat().st_size},
         "training": {
             "steps": progress.step,

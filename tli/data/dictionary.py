@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from tli.data.pair_store import Pair, normalise_word
-from tli.data.readers import alphanumeric, read_rows, without_notes
+from tli.data.pair_store import Pair, alphanumeric, normalise_word
+from tli.data.readers import read_rows, without_notes
 from tli.data.word_pairs import SHIPPED, merge_by_source, read_pairs
 from tli.runtime.errors import TliError
 

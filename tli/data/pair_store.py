@@ -25,13 +25,18 @@ _CHUNK_PAIRS = 4096
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
-    """A source word, its target, and synonyms of the target, which count as correct, too. All are cleaned; case is kept."""
+    """A source word, its target, and synonyms of the target, which count as correct, too. All are cleaned; case is kept.
+
+    ``word_class``, ``field`` (of meaning) and ``family`` (of words of one stem) are empty and ``loan`` is None where the list says nothing.
+    """
 
     source: str
     target: str
     synonyms: tuple[str, ...] = ()
     word_class: str = ""
     loan: bool | None = None
+    field: str = ""
+    family: str = ""
 
     @property
     def accepted(self) -> tuple[str, ...]:
@@ -116,11 +121,11 @@ class PairWriter:
 
     def add(self, pair: Pair) -> int:
         """Write the pair; returns its index."""
-        record = json.dumps((pair.source, pair.target, pair.synonyms, pair.word_class, pair.loan)).encode() + b"\n"
+        record = json.dumps(dataclasses.astuple(pair)).encode() + b"\n"
         self._file.write(record)
         self._bounds.append(self._bounds[-1] + len(record))
-        self._sources.append(_hash(pair.source))
-        self._glosses.extend(map(_hash, pair.accepted))
+        self._sources.append(word_hash(pair.source))
+        self._glosses.extend(map(word_hash, pair.accepted))
         self._indptr.append(len(self._glosses))
         return len(self._sources) - 1
 
@@ -154,11 +159,17 @@ def normalise_word(word: str) -> str:
     return unicodedata.normalize("NFC", word.casefold())
 
 
-def _hash(word: str) -> int:
+def alphanumeric(word: str) -> str:
+    """The letters and digits of a word, normalised."""
+    return "".join(letter for letter in normalise_word(word) if letter.isalnum())
+
+
+def word_hash(word: str) -> int:
+    """64 bits: the same for words that are the same."""
     # 64 bits: the probability of any collision among a million words is 10^12 / 2^65, 3e-8
     return int.from_bytes(hashlib.blake2b(normalise_word(word).encode(), digest_size=8).digest(), "little")
 
 
 def _decoded(record: bytes) -> Pair:
-    source, target, synonyms, word_class, loan = json.loads(record)
-    return Pair(source, target, tuple(synonyms), word_class, loan)
+    source, target, synonyms, *rest = json.loads(record)
+    return Pair(source, target, tuple(synonyms), *rest)

@@ -15,7 +15,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 
-from tli.data.pair_store import Pair, normalise_word
+from tli.data.pair_store import Pair, alphanumeric, normalise_word
 from tli.runtime.errors import TliError
 
 # characters that mark no letter: soft hyphen, zero-width space, word joiner, byte order mark
@@ -216,9 +216,10 @@ def _pair(where: str, row: dict, source: str, target: str) -> Pair:
     loan = "" if row.get("loan") is None else str(row["loan"]).strip().casefold()
     if loan not in _LOAN:
         raise TliError(where, "loan must be yes or no", repr(row["loan"]), "write one of these or leave it empty")
-    word_class = "" if row.get("class") is None else _clean(where, "class", row["class"])
+    word_class, field, family = ("" if row.get(name) is None else _clean(where, name, row[name]) for name in ("class", "field", "family"))
     glosses = [_word(where, target, row[normalise_word(target)]), *(_word(where, "synonyms", gloss) for gloss in synonyms)]
-    return Pair(_word(where, source, row[normalise_word(source)]), glosses[0], dedupe_synonyms(glosses), word_class, _LOAN[loan])
+    word = _word(where, source, row[normalise_word(source)])
+    return Pair(word, glosses[0], dedupe_synonyms(glosses), word_class, _LOAN[loan], field, family)
 
 
 def _word(where: str, name: str, value: object) -> str:
@@ -243,8 +244,3 @@ def dedupe_synonyms(glosses: Iterable[str]) -> tuple[str, ...]:
     for gloss in glosses:
         distinct.setdefault(normalise_word(gloss), gloss)
     return tuple(distinct.values())[1:]
-
-
-def alphanumeric(word: str) -> str:
-    """The letters and digits of a word, case-folded."""
-    return "".join(letter for letter in normalise_word(word) if letter.isalnum())

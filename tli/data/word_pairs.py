@@ -13,6 +13,7 @@ import numpy as np
 
 from tli.data.pair_store import DiskBackedPairs, Pair, WordHashes, as_disk_backed, normalise_word, pair_writer
 from tli.data.readers import dedupe_synonyms, read_rows
+from tli.data.relatives import relative_links
 from tli.runtime.errors import TliError
 from tli.stats.bootstrap import word_clusters
 
@@ -30,11 +31,11 @@ def read_pairs(path: str | os.PathLike | None, source: str, target: str) -> Disk
     Args:
         path:   ``.tsv``, ``.csv``, ``.json``, ``.jsonl``, or the ``.index`` of a dictd dictionary; None: the shipped list.
         source: name of the source language's column or key, in any case. A dictd dictionary has no names.
-        target: name of the target language's. The columns ``class``, ``loan`` (yes or no) and ``synonyms`` (separated by
-                ``;``, in JSON a list is allowed) are optional; others are ignored.
+        target: name of the target language's. The columns ``class``, ``loan`` (yes or no), ``field`` (of meaning), ``family`` (of words
+                of one stem) and ``synonyms`` (separated by ``;``, in JSON a list is allowed) are optional; others are ignored.
 
     Returns:
-        A sequence of ``Pair`` (source, target, synonyms, word_class, loan) that is kept in a temporary file, not in memory.
+        A sequence of ``Pair`` (source, target, synonyms, word_class, loan, field, family) that is kept in a temporary file, not in memory.
 
     Raises:
         TliError: with the file and the line of what is wrong.
@@ -69,9 +70,9 @@ def merge_by_source(rows: Iterable[Pair]) -> DiskBackedPairs:
 
 def _merge(rows: Sequence[Pair]) -> Pair:
     synonyms = dedupe_synonyms(gloss for pair in rows for gloss in pair.accepted)
-    word_class = next((pair.word_class for pair in rows if pair.word_class), "")
+    told = {name: next((value for pair in rows if (value := getattr(pair, name))), "") for name in ("word_class", "field", "family")}
     loan = next((pair.loan for pair in rows if pair.loan is not None), None)
-    return replace(rows[0], synonyms=synonyms, word_class=word_class, loan=loan)
+    return replace(rows[0], synonyms=synonyms, loan=loan, **told)
 
 
 def words_of(pairs: Iterable[Pair]) -> list[str]:
@@ -85,11 +86,13 @@ def sample(pairs: Sequence[Pair], seed: int, most: int = MEASURED_PAIRS) -> np.n
     return np.sort(np.random.default_rng([seed, 3]).permutation(len(pairs))[:most])
 
 
-def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[DiskBackedPairs, DiskBackedPairs]:
-    """Split into trained and held-out pairs, each in the given order, such that no word is on both sides.
+def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int, by: str = "families") -> tuple[DiskBackedPairs, DiskBackedPairs]:
+    """Split into trained and held-out pairs, each in the given order, such that no word, and no family of words, is on both sides.
 
     Pairs that share a word, synonyms included, stay together. A string counts as one word in both languages, because to the
     model it is one state. The held-out count is the nearest to ``held_out * len(pairs)`` that such groups can add up to.
+
+    by   "families": relatives (``tli/data/relatives.py``) stay together, too; "words": they may stand on both sides
 
     Raises:
         TliError: if a side would have fewer than 2 pairs, or no group is small enough to come near the share.
@@ -100,7 +103,10 @@ def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[Disk
         raise TliError("--seed", "the seed must be at least 0", seed, "give another seed")
     pairs = as_disk_backed(pairs)
     goal = round(held_out * len(pairs))
-    groups = _groups(pairs.keys())
+    links = _word_links(pairs.keys())
+    if by == "families":
+        links = np.concatenate([links, relative_links(pairs)])
+    groups = word_clusters(len(pairs), links) if len(pairs) else np.zeros(0, np.int64)
     order = np.random.default_rng(seed).permutation(groups.max(initial=-1) + 1)
     chosen = _subset_near(np.bincount(groups)[order].tolist() if len(order) else [], goal, least=2, most=len(pairs) - 2)
     if chosen is None:
@@ -108,7 +114,7 @@ def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[Disk
             "--held-out",
             f"the list must fall into groups that share no word, such that about {max(goal, 2)} pairs can be held out and 2 be trained",
             f"{len(pairs)} pairs in {len(order)} groups",
-            "add pairs or give another share",
+            "add pairs or give another share" + (", or keep single words apart with --split words" if by == "families" else ""),
         )
     is_held_out = np.isin(groups, order[chosen])
     return pairs.subset(np.flatnonzero(~is_held_out)), pairs.subset(np.flatnonzero(is_held_out))
@@ -164,21 +170,15 @@ def false_negative_edges(keys: WordHashes) -> np.ndarray:
     return edges[np.lexsort((edges[:, 1], edges[:, 0]))]
 
 
-def _groups(keys: WordHashes) -> np.ndarray:
-    """Connected components of the graph in which pairs that share any word are linked: the number of each pair's, int64 [B].
-
-    Numbers run from 0 in the order of the groups' first pairs.
-    """
-    pairs = len(keys.sources)
-    if not pairs:
-        return np.zeros(0, np.int64)
+def _word_links(keys: WordHashes) -> np.ndarray:
+    """int64 [E, 2]: links between pairs that share a word, in either language, as many as connect all pairs of each word."""
     words = np.concatenate([keys.sources, keys.glosses])
     order = np.argsort(words, kind="stable")
     words = words[order]
     # the pairs of a word lie side by side: linking each with the next connects them all
     again = np.flatnonzero(words[1:] == words[:-1])
-    owners = np.concatenate([np.arange(pairs), keys.gloss_owners()])
-    return word_clusters(pairs, np.stack([owners[order[again]], owners[order[again + 1]]], axis=1))
+    owners = np.concatenate([np.arange(len(keys.sources)), keys.gloss_owners()])
+    return np.stack([owners[order[again]], owners[order[again + 1]]], axis=1)
 
 
 def _subset_near(sizes: list[int], goal: int, least: int, most: int) -> list[int] | None:
