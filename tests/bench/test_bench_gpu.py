@@ -546,12 +546,12 @@ def test_kernels_are_compiled_ahead_for_the_gpu_that_there_is(tmp_path):
 import torch
 from bench.gpu import __main__ as gpu
 from bench.gpu import cases as gpu_cases
-from bench.gpu.operands import Place
+from bench.gpu.operands import BenchDevice
 from tli_kernels import launch
 launch._of_gpu = lambda device: 90
-place = Place(torch.device("cuda"), torch.bfloat16, 0)
+bench_device = BenchDevice(torch.device("cuda"), torch.bfloat16, 0)
 cases = [gpu_cases.Dequantise("toy", 64, 64, nested) for nested in (False, True)]
-first, second = (gpu.compile_ahead(cases, place, 100) for _ in range(2))
+first, second = (gpu.compile_ahead(cases, bench_device, 100) for _ in range(2))
 assert first["builds"] == 2 and first["errors"] == second["errors"] == [], (first, second)
 """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

@@ -422,7 +422,7 @@ def test_a_killed_protocol_goes_on_where_it_was(finished, model, word_list, tmp_
     config = settings(model, word_list, tmp_path / "out")
     code = (
         "import tli.commands.protocol as p; from tli.config import ProtocolConfig; "
-        f"p.SWITCHES = tuple(s for s in p.SWITCHES if s.name in {[switch.name for switch in kept]}); p.protocol({config!r})"
+        f"p.ABLATIONS = tuple(s for s in p.ABLATIONS if s.name in {[switch.name for switch in kept]}); p.protocol({config!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ)
     first, deadline = tmp_path / "out" / "cells" / "paper", time.monotonic() + 120
@@ -434,7 +434,7 @@ def test_a_killed_protocol_goes_on_where_it_was(finished, model, word_list, tmp_
     process.wait()
     assert not (tmp_path / "out" / "protocol.json").exists()
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in first.iterdir()}
-    monkeypatch.setattr(protocol_module, "SWITCHES", kept)
+    monkeypatch.setattr(protocol_module, "ABLATIONS", kept)
     result = protocol(config)
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in first.iterdir()} == before
     assert {path.name for path in first.parent.iterdir()} == {"paper", "shuffled"}

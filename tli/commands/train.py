@@ -35,7 +35,7 @@ from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import layer_bar
 from tli.runtime.device import DeviceConfig, resolve_device
-from tli.runtime.files import SCHEMA, prepare_output_dir, sha256
+from tli.runtime.files import SCHEMA, prepare_output_dir, remove_unfinished, sha256
 from tli.training.loop import fit
 from tli.training.loss import Objective
 from tli.training.memory import budget
@@ -147,6 +147,8 @@ def _claim_output(config: TrainConfig, output: pathlib.Path, trained: DiskBacked
     if config.tensorboard:
         require_tensorboard()
     state = TrainingState(output, {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}, trained)
+    if config.resume:
+        remove_unfinished(output)
     if not (config.resume and state.exists()):
         prepare_output_dir(output, config.overwrite or (config.resume and holds_only_logs(output)))
     return state

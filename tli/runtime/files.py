@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,8 @@ from tli.runtime.errors import TliError, disk_errors
 
 # "schema" in every report and --json output: raised when a key goes or changes its meaning
 SCHEMA = 1
+# mkstemp's names in ``atomic_write``: the name of what is written, eight characters, its suffix again
+_UNFINISHED = re.compile(r"\.(.+)\.[a-z0-9_]{8}(\.\w+)?")
 _HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -40,6 +43,14 @@ def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: pathlib.Path) -> None:
+    """Delete what ``atomic_write`` was writing into the folder when its process was killed; no other may be at work there."""
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        written = _UNFINISHED.fullmatch(path.name)
+        if written and path.is_file() and pathlib.Path(written[1]).suffix == (written[2] or ""):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

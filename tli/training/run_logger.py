@@ -99,8 +99,7 @@ def require_tensorboard() -> None:
 
 def holds_only_logs(folder: pathlib.Path) -> bool:
     """Whether a run left nothing but logs, because it was killed before its first save."""
-    # what was being written when the kill came has a name that begins with a dot
-    names = [path.name.lstrip(".") for path in folder.iterdir()] if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return all(name.startswith((METRICS_FILE, "events.out.tfevents.")) for name in names)
 
 
