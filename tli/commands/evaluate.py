@@ -17,6 +17,8 @@ from tli.config import EvaluateConfig
 from tli.data import word_pairs
 from tli.data.pair_store import DiskBackedPairs
 from tli.data.relatives import has_relative
+from tli.metrics.baseline_records import BEFORE, judge
+from tli.model.linear_map import Sides
 from tli.model.shape import Layer
 from tli.reports import evaluation
 from tli.reports.tables import Table, show
@@ -136,11 +138,13 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     steps = (int(layers[-1]) + 1 if layers[-1] != "output" else checkpoint.blocks + 2) + (
         checkpoint.blocks + 2 + len(windows.lengths) if windows else 0
     )
+    states: dict[tuple[str | None, Layer], Sides] = {}
     with layer_bar(console, steps) as done:
         pool = Pooling.from_checkpoint(token_norm, checkpoint, device_config.device, device_config.ops)
         found, missing = layer_pass.measure_layers(
-            checkpoint, splits, pool, device_config, streams, prefix, pool_bos, layers, references=True, done=done
-        )
+            checkpoint, splits, pool, device_config, streams, prefix, pool_bos, layers, references=True, done=done,
+            see_words=layer_pass.keep_words(states, {*(recorded.layer for recorded in known), "output"}),
+        )  # fmt: skip
         predictions, unread = (
             predict(checkpoint, windows, device_config, [recorded.adapter for recorded in known], done) if windows else ([], None)
         )
@@ -166,6 +170,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
         "missing": missing,
         "measurements": measurements,
         "tests": tests,
+        "baselines": judge(splits, {(stream or BEFORE, layer): sides for (stream, layer), sides in states.items()}, seed),
         "harm": harm(predictions, windows, seed) if windows else None,
         "versions": {**_versions(), **environment.versions()},
         "machine": environment.machine(device_config),

@@ -24,11 +24,14 @@ from tli.data.packing import TokenisedWords, tokenise
 from tli.data.pair_store import DiskBackedPairs
 from tli.data.relatives import has_relative
 from tli.metrics import layer_choice
-from tli.metrics.layer_pass import measure_layers
+from tli.metrics.baseline_records import judge
+from tli.metrics.layer_pass import keep_words, measure_layers
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint, context_length, model_facts, open_checkpoint
 from tli.model.decoder import build_decoder, require_layer, run, run_hooked
+from tli.model.linear_map import Sides
 from tli.model.pooling import Pooling, resolve_token_norm
+from tli.model.shape import Layer
 from tli.reports import memory
 from tli.reports import training as training_report
 from tli.runtime import environment
@@ -120,7 +123,11 @@ def train(config: TrainConfig) -> dict:
         facts["memory"] = memory.measured(needed, profile, decoder, batches.bytes(), output, console)
     if not config.no_report:
         streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
-        alignments, facts["missing_output"] = measure({"trained": trained, "held_out": held_out}, streams, config.eval_pool_bos)
+        splits = _samples(trained, held_out, config.seed)
+        states: dict[tuple[str, Layer], Sides] = {}
+        see_words = keep_words(states, (layer, "output"))
+        alignments, facts["missing_output"] = measure(splits, streams, config.eval_pool_bos, see_words=see_words)
+        facts["baselines"] = judge(splits, states, config.seed)
         facts = training_report.write_report(output, facts, alignments, console)
     state.discard()
     console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
@@ -185,19 +192,32 @@ def _choose_token_norm(config: TrainConfig, checkpoint: Checkpoint, console) -> 
     return dataclasses.replace(config, token_norm=cast(TokenNorm, token_norm))
 
 
+def _samples(trained: DiskBackedPairs, held_out: DiskBackedPairs, seed: int) -> dict[str, DiskBackedPairs]:
+    """The pairs to measure, by split: all, or a random sample of many."""
+    splits = {"trained": trained, "held_out": held_out}
+    return {name: pairs.subset(word_pairs.sample(pairs, seed)) for name, pairs in splits.items() if len(pairs)}
+
+
 def _measure_layers(
-    checkpoint: Checkpoint, pool: Pooling, exact: DeviceConfig, config: TrainConfig, console, splits, streams, pool_bos: bool = False
+    checkpoint: Checkpoint,
+    pool: Pooling,
+    exact: DeviceConfig,
+    config: TrainConfig,
+    console,
+    splits,
+    streams,
+    pool_bos: bool = False,
+    **seen,
 ):
-    """``measure_layers`` with a bar, of the splits' pairs or of a random sample of many."""
-    splits = {name: pairs.subset(word_pairs.sample(pairs, config.seed)) for name, pairs in splits.items() if len(pairs)}
+    """``measure_layers`` with a bar."""
     # the embeddings, each block, and the output
     with layer_bar(console, checkpoint.blocks + 2) as done:
-        return measure_layers(checkpoint, splits, pool, exact, streams, config.prefix, pool_bos, done=done)
+        return measure_layers(checkpoint, splits, pool, exact, streams, config.prefix, pool_bos, done=done, **seen)
 
 
 def _choose_layer(measure: Callable, trained: DiskBackedPairs, seed: int, console) -> int:
     """The layer for ``auto``, chosen by the trained pairs alone: held-out ones must judge the result."""
-    alignments, _ = measure({"trained": trained}, {"before": None})
+    alignments, _ = measure({"trained": trained.subset(word_pairs.sample(trained, seed))}, {"before": None})
     gaps = {layer: alignment.per_pair("gap") for (_, _, layer), alignment in alignments.items()}
     chosen = layer_choice.choose_layer(gaps, next(iter(alignments.values())).clusters, seed)
     console.print(f"layer {chosen}: that is where the trained pairs' gap is surely the largest before training")

@@ -3,7 +3,7 @@
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from tli.metrics.layers import LayerScan, scan_layer
 from tli.metrics.sink import sink_share
 from tli.model.checkpoint import Checkpoint, context_length
 from tli.model.hidden_states import stream_layers
+from tli.model.linear_map import Sides
 from tli.model.lora import Adapter
 from tli.model.pooling import Pooling
 from tli.model.shape import Layer
@@ -40,6 +41,7 @@ def measure_layers(
     layers: Sequence[Layer] | None = None,
     references: bool = False,
     done: Callable[[], None] = lambda: None,
+    see_words: Callable[[Any, Layer, Tensor, Tensor], None] = lambda stream, layer, source, target: None,
 ) -> tuple[dict[tuple[str, Any, Layer], Alignment], str | None]:
     """Measure every split's pairs for each stream at these layers; blocks above the last of them are not read.
 
@@ -54,6 +56,8 @@ def measure_layers(
         layers:         ascending, from 0..N and ``output``; None: all
         references:     measure RefCLIPScore of the pairs that have further accepted glosses
         done:           called after each layer, measured or not
+        see_words:      called with each stream's word states in each layer that is measured, fp32 [B, D] of sources and of targets, the
+                        splits' pairs one behind the other
 
     Returns:
         The alignments by (split, stream, layer), and why the pass ended before ``output``, or None.
@@ -67,8 +71,9 @@ def measure_layers(
     ends = list(itertools.accumulate(map(len, splits.values()), initial=0))
     by_split = list(map(word_pairs.false_negative_pairs, splits.values()))
 
-    def measure_splits(layer: Layer, nodes: Tensor) -> dict[str, Alignment]:
+    def measure_splits(stream: Any, layer: Layer, nodes: Tensor) -> dict[str, Alignment]:
         source, target, further = pooling.for_layer(layer)(nodes, batch).tensor_split([len(pairs), 2 * len(pairs)])
+        see_words(stream, layer, source, target)
         share = sink_share(nodes, batch)[: 2 * len(pairs)].view(2, -1).mean(0).cpu().numpy()
         found = {}
         for split, begin, end, false_negatives in zip(splits, ends, ends[1:], by_split):
@@ -113,13 +118,23 @@ def scan_layers(
     packed = (words.pack(numbers, pool_bos, width) for pool_bos in (False, True))
     batch, with_bos = (to_batch(bins, device_config.dtype, device_config.device) for bins in packed)
 
-    def scan(layer: Layer, nodes: Tensor) -> LayerScan:
+    def scan(stream: str, layer: Layer, nodes: Tensor) -> LayerScan:
         return scan_layer(nodes, batch, with_bos, pooling.for_layer(layer), false_negatives)
 
     scans, reason = _each_layer(checkpoint, batch, words.vocab_ids, device_config, streams, scan, None, done)
     if not scans:
         raise TliError(checkpoint.name, "at least the first block must be there", reason, "download the missing file")
     return scans, reason
+
+
+def keep_words(states: dict[tuple[Any, Layer], Sides], layers: Collection[Layer]) -> Callable[[Any, Layer, Tensor, Tensor], None]:
+    """What ``measure_layers`` takes as ``see_words`` to put the word states of these layers into ``states``."""
+
+    def keep(stream: Any, layer: Layer, source: Tensor, target: Tensor) -> None:
+        if layer in layers:
+            states[stream, layer] = source.cpu().numpy(), target.cpu().numpy()
+
+    return keep
 
 
 class _LastLayer(Exception):
@@ -132,16 +147,16 @@ def _each_layer(
     rows: np.ndarray | None,
     device_config: DeviceConfig,
     streams: Streams,
-    look: Callable[[Layer, Tensor], _Found],
+    look: Callable[[Any, Layer, Tensor], _Found],
     layers: Sequence[Layer] | None,
     done: Callable[[], None],
 ) -> tuple[dict[tuple[Any, Layer], _Found], str | None]:
-    """``look(layer, states [T, D])`` of each stream at these layers, by (stream, layer); and why layers are missing, or None."""
+    """``look(stream, layer, states [T, D])`` of each stream at these layers, by (stream, layer); and why layers are missing, or None."""
     found: dict[tuple[Any, Layer], _Found] = {}
 
     def visit(layer: Layer, states: Sequence[Tensor]) -> None:
         if layers is None or layer in layers:
-            found.update({(stream, layer): look(layer, nodes) for stream, nodes in zip(streams, states, strict=True)})
+            found.update({(stream, layer): look(stream, layer, nodes) for stream, nodes in zip(streams, states, strict=True)})
         done()
         if layers is not None and layer == layers[-1]:
             raise _LastLayer

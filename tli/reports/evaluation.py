@@ -10,6 +10,7 @@ import typing
 
 from tli.metrics.measures import DIFFERENCE, MEASURES, SPLITS, names
 from tli.model.shape import Layer
+from tli.reports.baselines import baseline_table
 from tli.reports.glossary import how_to_read
 from tli.reports.run_tables import cells_of_test
 from tli.reports.tables import Table, as_markdown, once, to_repeat
@@ -30,7 +31,7 @@ _SCORES = {
 }
 # of the tests, those that a console has room for
 _FEW_TESTS = names("judged")[:3]
-_READING = how_to_read("gap", "retrieval", "intervals", "tests", "TOST", "CLIPScore", "RefCLIPScore")
+_READING = how_to_read("gap", "retrieval", "baselines", "intervals", "tests", "TOST", "CLIPScore", "RefCLIPScore")
 
 
 def tables_of_adapters(facts: dict, full: bool = False) -> list[Table]:
@@ -43,6 +44,9 @@ def tables_of_adapters(facts: dict, full: bool = False) -> list[Table]:
         tables.append(_gains(facts, name, splits, of, full))
         if "held_out" in splits:
             tables.append(_between(facts, name, of, full))
+        for layer in facts["layers"]:
+            if (beside := baseline_table(facts, layer, full, name)) is not None:
+                tables.append(beside._replace(title=of + beside.title))
         if facts["harm"]:
             tables.append(_harm(facts, name, of))
     return tables
@@ -87,7 +91,7 @@ def markdown(title: str, tables: list[Table], facts: dict) -> str:
     for table in tables:
         parts += [f"## {table.title}", as_markdown(table)]
     parts += [_READING] if "adapters" in facts else []
-    rest = {key: facts[key] for key in facts if key not in ("measurements", "tests", "harm", "groups", "between")}
+    rest = {key: facts[key] for key in facts if key not in ("measurements", "tests", "baselines", "harm", "groups", "between")}
     return "\n\n".join([*parts, to_repeat(rest)])
 
 

@@ -11,6 +11,10 @@ _TERMS = {
     "directions unless one is named. *Chance* is their value for ranks drawn by lot from as many candidates.",
     "lists": "Trained and held-out lists differ in length, so in chance, too.",
     "sink share": "The *sink share* is the part of a word's states, by norm, that the first position would make up if it were pooled.",
+    "baselines": "What needs no training of the model was fitted on the trained pairs and ranks the held-out ones: the frozen model's "
+    "cosine, closed-form maps of its states, and spelling alone. *Own class* is the MRR among words of one class, *no loans* the same of "
+    "pairs that are no loan words (or not spelt alike, where the list does not say), *whole list* among all words of the list, trained "
+    "ones too. An oracle is told what no aligner is.",
     "intervals": "Brackets are 95 % bootstrap intervals (BCa, 2,000 resamples); they and the sign-flip test take pairs that share a word "
     "together, t and Wilcoxon know of no such ties. An interval without width means that all pairs agree, not that the value is certain.",
     "tests": "Wilcoxon's p asks which way most pairs went, the others where their mean went: a few large gains or losses set them apart. "

@@ -11,7 +11,7 @@ from tli.reports.glossary import how_to_read
 from tli.reports.tables import Table, as_markdown, once
 from tli.reports.wording import find_value, interval, number, number_or_dash, p_value
 
-READING = how_to_read("gap", "retrieval", "lists", "sink share", "intervals", "tests", "control")
+READING = how_to_read("gap", "retrieval", "lists", "sink share", "baselines", "intervals", "tests", "control")
 
 
 def summary(report: dict) -> str:

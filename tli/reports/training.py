@@ -15,11 +15,12 @@ from tli.metrics.alignment import Alignment
 from tli.metrics.comparison import summarize
 from tli.metrics.measures import names
 from tli.model.shape import Layer
+from tli.reports.baselines import baseline_table
 from tli.reports.figures.style import save_figure
 from tli.reports.figures.training import draw_distributions, draw_layers
 from tli.reports.model_card import model_card
 from tli.reports.run_tables import READING, gain_rows, languages, rows_as_markdown, summary, value_rows
-from tli.reports.tables import Table, to_repeat
+from tli.reports.tables import Table, as_markdown, to_repeat
 from tli.reports.tables import show as show_tables
 from tli.reports.verdict import verdict
 from tli.reports.wording import aligned_layer, compared_layers, place_name
@@ -42,7 +43,7 @@ def write_report(
     run          plain JSON values: config (with what its token_norm came to), model {name, family, blocks, width, sha256},
                  pairs {name, sha256, trained, held_out}, adapter {sha256, parameters, bytes}, training {steps, seconds,
                  words_per_second, loss_first, loss_last, chance_loss}, versions, machine, missing_output (None or the reason),
-                 shuffled (bool). chance_loss may be None.
+                 shuffled (bool), and baselines {records, tests} where there are some. chance_loss may be None.
     alignments   by (split, when, layer): "trained" or "held_out", "before" or "after", 0..N or "output". Layer L must be there
                  before and after; other layers go into the curves, ``output`` into the tables, too.
 
@@ -91,6 +92,8 @@ def show(report: dict, console: rich.console.Console) -> None:
         values = shown(f"{name}: mean and 95 % interval", value_rows(report, layer, names("headline"), between))
         gains = shown(f"{name}: gain, after - before (paired t; difference: Welch's; p by Holm)", gain_rows(report, layer))
         show_tables([values, gains], console, padding=int(wide))
+        if (beside := baseline_table(report, layer, intervals=False)) is not None:
+            show_tables([beside], console, padding=int(wide))
     console.print(Text(report["verdict"]))
 
 
@@ -107,8 +110,10 @@ def markdown(report: dict) -> str:
     for layer in compared_layers(report, report["measurements"]):
         parts += [f"## {place_name(layer).capitalize()}", rows_as_markdown(value_rows(report, layer, rows, " "))]
         parts += ["Gain, after - before:", rows_as_markdown(gain_rows(report, layer))]
+        if (beside := baseline_table(report, layer)) is not None:
+            parts += [f"{beside.title}:", as_markdown(beside)]
     parts += [READING, "## Figures", "![Cosines of true and mismatched pairs](distributions.png)", "![Gap and MRR by layer](layers.png)"]
-    facts = {key: report[key] for key in report if key not in ("measurements", "tests", "verdict")}
+    facts = {key: report[key] for key in report if key not in ("measurements", "tests", "baselines", "verdict")}
     machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["machine"].items())
     same = f"The same settings give the same adapter, byte for byte, on the same machine alone: {machine}."
     return "\n\n".join([*parts, to_repeat(facts, same)])

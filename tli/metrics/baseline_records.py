@@ -1,0 +1,127 @@
+"""What the baselines found beside what the adapters found, as flat records: means with intervals, and the adapters' gain over each.
+
+All of it is about held-out pairs. A record names its ``way`` to find a translation: a baseline, or ``plain``, the cosine of the model's
+word states as they are, of the ``stream`` before or after training. Where several adapters are compared, their streams have their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tli.data.pair_store import Pair
+from tli.metrics.baselines import BASELINES, Baselines
+from tli.metrics.candidates import Ranks
+from tli.model.linear_map import Sides
+from tli.model.shape import Layer
+from tli.stats.bootstrap import means_with_intervals, word_clusters
+from tli.stats.tests import add_holm, compare_paired
+
+PLAIN = "plain"
+BEFORE = "before"
+ALL = "all pairs"
+# what a word state after training is judged by beside its plain cosine: maps of the trained model's states
+_AFTER = ("procrustes", "cca")
+_AT_OUTPUT = ("centred", "procrustes", "cca")
+# a pair this alike in spelling counts as a loan where the list does not say
+_ALIKE = 0.5
+_FEWEST = 10
+_FIELD = "field: "
+
+# (way, stream, layer): stream and layer are None of a baseline that looks at no model
+Way = tuple[str, str | None, Layer | None]
+
+
+def judge(splits: Mapping[str, Sequence[Pair]], states: Mapping[tuple[str, Layer], Sides], seed: int) -> dict[str, list[dict]] | None:
+    """Records of all ways, and tests of the trained model's plain cosine against each of those that need no training.
+
+    splits   ``trained`` pairs, and ``held_out`` ones
+    states   by (stream, layer): word states of trained pairs, then of held-out ones; the stream of the frozen model is ``BEFORE``
+
+    Returns:
+        None where fewer than ten pairs are held out.
+        ``records``: way, stream, layer, candidates (``candidates.SETS``), group (all pairs, or a kind of them), metric (mrr or p_at_1),
+        value, low, high, n, clusters, chance.
+        ``tests``: of MRR, stream, way, layer, candidates, group, and what ``compare_paired`` says of the gain over that way; p with Holm's
+        correction over the ways.
+    """
+    if len(splits.get("held_out", ())) < _FEWEST:
+        return None
+    baselines = Baselines(splits["trained"], splits["held_out"], seed)
+    found: dict[Way, dict[str, Ranks]] = {(name, None, None): ranks for name, ranks in baselines.of_words().items()}
+    for (stream, layer), sides in states.items():
+        found[PLAIN, stream, layer] = baselines.plain(*sides)
+        names = _AFTER if stream != BEFORE else tuple(BASELINES) if layer != "output" else _AT_OUTPUT
+        found |= {(name, stream, layer): ranks for name, ranks in baselines.of_states(*sides, names).items()}
+    held_out = [baselines.pairs[number] for number in baselines.judged]
+    inside = np.isin(baselines.false_negatives, baselines.judged).all(1)
+    clusters = word_clusters(len(held_out), baselines.false_negatives[inside] - baselines.judged[0])
+    groups = kinds(held_out)
+    return {"records": list(_records(found, groups, clusters, seed)), "tests": list(_tests(found, groups, clusters, seed))}
+
+
+def kinds(pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
+    """Groups of pairs whose translations may be found for different reasons: name -> bool [B]; of fields those with ten pairs or more."""
+    found = {ALL: np.ones(len(pairs), bool)}
+    told = [pair.loan for pair in pairs]
+    if any(loan is not None for loan in told):
+        found |= {"loan words": np.array([loan is True for loan in told]), "no loan words": np.array([loan is False for loan in told])}
+    else:
+        alike = np.array([_likeness(pair) >= _ALIKE for pair in pairs])
+        found |= {"spelt alike": alike, "not spelt alike": ~alike}
+    fields = np.array([pair.field for pair in pairs])
+    found |= {f"{_FIELD}{field}": fields == field for field in np.unique(fields) if field}
+    return {name: group for name, group in found.items() if name == ALL or group.sum() >= _FEWEST}
+
+
+def _likeness(pair: Pair) -> float:
+    from rapidfuzz.distance import Levenshtein
+
+    return Levenshtein.normalized_similarity(pair.source.casefold(), pair.target.casefold())
+
+
+def _by_group(
+    found: Mapping[Way, Mapping[str, Ranks]], groups: Mapping[str, np.ndarray], clusters: np.ndarray
+) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
+    """Each set of candidates and group of pairs that has an interval: which of the ranked pairs it holds, bool [M], and their clusters."""
+    # whatever ranks them, the same pairs have candidates
+    for candidates, ranks in next(iter(found.values())).items():
+        for group, members in groups.items():
+            inside, own = members[ranks.pairs], clusters[ranks.pairs][members[ranks.pairs]]
+            if len(np.unique(own)) > 1:
+                yield candidates, group, inside, own
+
+
+def _records(found: Mapping[Way, Mapping[str, Ranks]], groups: Mapping[str, np.ndarray], clusters: np.ndarray, seed: int) -> Iterator[dict]:
+    for candidates, group, inside, own in _by_group(found, groups, clusters):
+        # all resampled alike
+        values = np.concatenate([_values(ranks[candidates]) for ranks in found.values()])
+        means = iter(means_with_intervals(values[:, inside], seed, own))
+        for (name, stream, layer), ranks in found.items():
+            ways = ranks[candidates].forward, ranks[candidates].backward
+            chance = np.mean([(way.reciprocal_rank_chance, way.hits_at_chance(1)) for way in ways], axis=0)[:, inside].mean(1)
+            for metric, by_chance in zip(("mrr", "p_at_1"), chance.tolist()):
+                where = {"way": name, "stream": stream, "layer": layer, "candidates": candidates, "group": group, "metric": metric}
+                yield {**where, **next(means), "chance": by_chance}
+
+
+def _tests(found: Mapping[Way, Mapping[str, Ranks]], groups: Mapping[str, np.ndarray], clusters: np.ndarray, seed: int) -> Iterator[dict]:
+    """The gain of plain cosine after training over each way that needs none, in its layer."""
+    groups = {name: members for name, members in groups.items() if not name.startswith(_FIELD)}
+    for trained in [way for way in found if way[0] == PLAIN and way[1] != BEFORE]:
+        _, stream, layer = trained
+        others = [way for way in found if way[1] in (BEFORE, None) and way[2] in (layer, None)]
+        for candidates, group, inside, own in _by_group(found, groups, clusters):
+            after, *before = (_values(found[way][candidates])[0, inside] for way in (trained, *others))
+            changes = compare_paired(np.stack(before), np.stack([after] * len(others)), seed, own)
+            where = {"stream": stream, "layer": layer, "candidates": candidates, "group": group}
+            family: list[dict[str, Any]] = [{"way": way[0], **where, **change} for way, change in zip(others, changes)]
+            add_holm(family, ("p_sign_flip",))
+            yield from family
+
+
+def _values(ranks: Ranks) -> np.ndarray:
+    """float64 [2, M]: each pair's reciprocal rank and whether it is found at once, of both directions the mean."""
+    return np.mean([(way.reciprocal_rank, way.hits_at(1)) for way in (ranks.forward, ranks.backward)], axis=0)
