@@ -104,6 +104,12 @@ class TrainConfig:
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "training", "decay after the warm-up")
     weight_decay: float = option(0.01, "training", "AdamW weight decay")
     clip: float = option(1.0, "training", "largest gradient norm; 0 turns clipping off")
+    text: str | None = option(
+        None,
+        "language model",
+        "running text that shows what training cost the language model (default: a shipped page of Swahili and one of English)",
+    )
+
     checkpointing: bool = option(
         False, "training", "keep of each block only what goes in, and compute it again for the gradients: less memory, more time"
     )

@@ -83,6 +83,13 @@ def test_a_run_leaves_an_adapter_and_a_report_of_it(settings, tmp_path, dtype):
         assert record["n"] == report["pairs"][record["split"]]
     gap = {m["when"]: m["value"] for m in report["measurements"] if (m["split"], m["layer"], m["metric"]) == ("trained", 2, "gap")}
     assert gap["after"] > gap["before"] + 0.01
+    # what needs no training stands beside it, and what it cost
+    ways = {(r["way"], r["stream"], r["layer"]) for r in report["baselines"]["records"]}
+    assert {("cca", "before", 2), ("plain", "after", 2), ("plain", "before", "output"), ("edit_distance", None, None)} <= ways
+    assert {record["n"] for record in report["baselines"]["records"] if record["candidates"] == "list"} <= {report["pairs"]["held_out"]}
+    assert [one["text"]["name"] for one in report["harm"]] == ["running-text-swahili.txt", "running-text-english.txt"]
+    assert all(one["after"][0]["kl"]["value"] > 0 for one in report["harm"])
+    assert report["verdict"].startswith("At layer 2, ")
     # below the trained blocks nothing changes
     below = [m for m in report["measurements"] if m["layer"] == 0 and m["split"] == "held_out" and m["metric"] == "cosine"]
     assert below[0]["value"] == below[1]["value"]
@@ -423,6 +430,8 @@ def test_absent_shards_leave_a_report_of_layer_l_that_says_why(settings, make_mo
     assert {m["layer"] for m in facts["measurements"]} == {0, 1, 2}
     assert "is absent, which holds block 2" in facts["missing_output"]
     assert "The output was not measured" in facts["verdict"]
+    assert facts["harm"] == []
+    assert {record["layer"] for record in facts["baselines"]["records"]} == {2, None}
 
 
 BAD = {

@@ -26,6 +26,7 @@ from tli.data.relatives import has_relative
 from tli.metrics import layer_choice
 from tli.metrics.baseline_records import judge
 from tli.metrics.layer_pass import keep_words, measure_layers
+from tli.metrics.perplexity import TextWindows, harm, predict, read_texts
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint, context_length, model_facts, open_checkpoint
 from tli.model.decoder import build_decoder, require_layer, run, run_hooked
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from tli.model.decoder import Decoder
 
 # options that change nothing about the numbers: a resumed run may differ in them
-_FREE_OPTIONS = ("output", "overwrite", "resume", "no_report", "profile", "tensorboard", "json")
+_FREE_OPTIONS = ("text", "output", "overwrite", "resume", "no_report", "profile", "tensorboard", "json")
 
 
 def train(config: TrainConfig) -> dict:
@@ -85,6 +86,7 @@ def train(config: TrainConfig) -> dict:
 
     checkpoint = open_checkpoint(starter.locate(config.model))
     words = _tokenise(config, checkpoint, [trained, held_out])
+    texts = [] if config.no_report else read_texts(config.text, checkpoint)
     device_config = _resolve_device(config, state, console)
     config = _choose_token_norm(config, checkpoint, console)
     pool = Pooling.from_checkpoint(config.token_norm, checkpoint, device_config.device, device_config.ops)
@@ -128,6 +130,7 @@ def train(config: TrainConfig) -> dict:
         see_words = keep_words(states, (layer, "output"))
         alignments, facts["missing_output"] = measure(splits, streams, config.eval_pool_bos, see_words=see_words)
         facts["baselines"] = judge(splits, states, config.seed)
+        facts["harm"] = _measure_harm(checkpoint, texts, exact, streams["after"], config.seed, console)
         facts = training_report.write_report(output, facts, alignments, console)
     state.discard()
     console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
@@ -213,6 +216,20 @@ def _measure_layers(
     # the embeddings, each block, and the output
     with layer_bar(console, checkpoint.blocks + 2) as done:
         return measure_layers(checkpoint, splits, pool, exact, streams, config.prefix, pool_bos, done=done, **seen)
+
+
+def _measure_harm(
+    checkpoint: Checkpoint, texts: list[TextWindows], exact: DeviceConfig, adapter: lora.Adapter | None, seed: int, console
+) -> list[dict]:
+    """What training cost the language model, text by text; empty where the model's files are not all here."""
+    assert adapter is not None
+    found = []
+    with layer_bar(console, sum(checkpoint.blocks + 2 + len(windows.lengths) for windows in texts), "measuring harm") as done:
+        for windows in texts:
+            predictions, unread = predict(checkpoint, windows, exact, [adapter], done)
+            if unread is None:
+                found.append(harm(predictions, windows, seed))
+    return found
 
 
 def _choose_layer(measure: Callable, trained: DiskBackedPairs, seed: int, console) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tli.data.batch import Batch
 from tli.data.packing import sink_token
+from tli.data.word_pairs import SHIPPED
 from tli.model.checkpoint import Checkpoint, context_length
 from tli.model.hidden_states import stream_layers
 from tli.model.lora import Adapter
@@ -35,6 +36,7 @@ DEFAULT_WIDTH = 256
 # positions whose logits are held at a time
 _CHUNK_POSITIONS = 128
 _HEAD_ROWS = 16384
+_MOST_TOKENS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,19 @@ class TextWindows:
     lengths: np.ndarray
     vocab_ids: np.ndarray
     facts: dict
+
+
+# a page of each language, read where no text is named
+SHIPPED_TEXTS = tuple(SHIPPED.parent / f"running-text-{language}.txt" for language in ("swahili", "english"))
+# short, so that a page has several, over which an interval can be had
+_SHIPPED_WIDTH = 64
+
+
+def read_texts(path: str | os.PathLike | None, checkpoint: Checkpoint) -> list[TextWindows]:
+    """A named text in windows, as by ``read_windows``, no more than 8,192 tokens of it; None: the shipped texts, in short windows."""
+    if path is not None:
+        return [read_windows(path, checkpoint, most_tokens=_MOST_TOKENS)]
+    return [read_windows(text, checkpoint, min(_SHIPPED_WIDTH, context_length(checkpoint))) for text in SHIPPED_TEXTS]
 
 
 def read_windows(path: str | os.PathLike, checkpoint: Checkpoint, width: int | None = None, most_tokens: int | None = None) -> TextWindows:

@@ -12,6 +12,7 @@ from tli.metrics.measures import DIFFERENCE, MEASURES, SPLITS, names
 from tli.model.shape import Layer
 from tli.reports.baselines import baseline_table
 from tli.reports.glossary import how_to_read
+from tli.reports.harm import harm_table
 from tli.reports.run_tables import cells_of_test
 from tli.reports.tables import Table, as_markdown, once, to_repeat
 from tli.reports.wording import UNDEFINED, interval, is_significant, number, number_or_dash, p_value
@@ -38,7 +39,7 @@ def tables_of_adapters(facts: dict, full: bool = False) -> list[Table]:
     """Values and tests by list, what trained and held-out gains have in common, and harm; ``full`` holds every metric and interval."""
     tables = []
     splits = [split for split in _SPLITS if split in facts["pairs"]]
-    for name in [adapter["name"] for adapter in facts["adapters"]]:
+    for index, name in enumerate(adapter["name"] for adapter in facts["adapters"]):
         of = f"{name}: " if len(facts["adapters"]) > 1 else ""
         tables += [_values(facts, name, split, of, full) for split in splits]
         tables.append(_gains(facts, name, splits, of, full))
@@ -48,7 +49,7 @@ def tables_of_adapters(facts: dict, full: bool = False) -> list[Table]:
             if (beside := baseline_table(facts, layer, full, name)) is not None:
                 tables.append(beside._replace(title=of + beside.title))
         if facts["harm"]:
-            tables.append(_harm(facts, name, of))
+            tables.append(harm_table(facts["harm"], index, of))
     return tables
 
 
@@ -217,29 +218,6 @@ def _between(facts: dict, adapter: str, of: str, full: bool) -> Table:
     rows.sort(key=lambda row: [str(layer) for layer in facts["layers"]].index(row[0]))
     title = f"{of}gain of trained pairs minus gain of held-out pairs; alike: by less than {margin:g} (TOST){_over(facts)}"
     return Table(title, ["layer", "", "difference", "95 % interval", "Welch p", "TOST p", "gains"], once(rows))
-
-
-def _harm(facts: dict, adapter: str, of: str) -> Table:
-    harm, text = facts["harm"], facts["harm"]["text"]
-    after = harm["after"][[recorded["name"] for recorded in facts["adapters"]].index(adapter)]
-    part = (
-        f"the first {text['tokens']:,} of {text['tokens_in_file']:,}" if text["tokens"] < text["tokens_in_file"] else f"{text['tokens']:,}"
-    )
-    windows = f"{text['windows']} window{'s' * (text['windows'] > 1)} of {text['width']}"
-    shown = (
-        ("perplexity of the base", harm["before"]["perplexity"], 2),
-        ("perplexity with the adapter", after["perplexity"], 2),
-        ("times the base's", after["perplexity_ratio"], 3),
-        ("KL from the base, nats", after["kl"], 4),
-        ("total variation", after["total_variation"], 4),
-    )
-    rows = []
-    for name, record, digits in shown:
-        # the mean is always there, its interval may be None
-        parts: list[typing.Any] = [None if record[key] is None else f"{record[key]:.{digits}f}" for key in ("value", "low", "high")]
-        value, *ends = parts
-        rows.append([name, value, UNDEFINED if None in ends else f"[{', '.join(ends)}]"])
-    return Table(f"{of}language model on {text['name']}: {part} tokens in {windows}", ["", "mean", "95 % interval"], rows)
 
 
 def _range(record: dict) -> str:

@@ -18,6 +18,7 @@ from tli.model.shape import Layer
 from tli.reports.baselines import baseline_table
 from tli.reports.figures.style import save_figure
 from tli.reports.figures.training import draw_distributions, draw_layers
+from tli.reports.harm import harm_table
 from tli.reports.model_card import model_card
 from tli.reports.run_tables import READING, gain_rows, languages, rows_as_markdown, summary, value_rows
 from tli.reports.tables import Table, as_markdown, to_repeat
@@ -43,7 +44,7 @@ def write_report(
     run          plain JSON values: config (with what its token_norm came to), model {name, family, blocks, width, sha256},
                  pairs {name, sha256, trained, held_out}, adapter {sha256, parameters, bytes}, training {steps, seconds,
                  words_per_second, loss_first, loss_last, chance_loss}, versions, machine, missing_output (None or the reason),
-                 shuffled (bool), and baselines {records, tests} where there are some. chance_loss may be None.
+                 shuffled (bool), and baselines {records, tests} and harm (by text) where they were measured. chance_loss may be None.
     alignments   by (split, when, layer): "trained" or "held_out", "before" or "after", 0..N or "output". Layer L must be there
                  before and after; other layers go into the curves, ``output`` into the tables, too.
 
@@ -94,6 +95,7 @@ def show(report: dict, console: rich.console.Console) -> None:
         show_tables([values, gains], console, padding=int(wide))
         if (beside := baseline_table(report, layer, intervals=False)) is not None:
             show_tables([beside], console, padding=int(wide))
+    show_tables([harm_table(harm) for harm in report.get("harm", [])], console, padding=int(wide))
     console.print(Text(report["verdict"]))
 
 
@@ -112,8 +114,11 @@ def markdown(report: dict) -> str:
         parts += ["Gain, after - before:", rows_as_markdown(gain_rows(report, layer))]
         if (beside := baseline_table(report, layer)) is not None:
             parts += [f"{beside.title}:", as_markdown(beside)]
+    for harm in report.get("harm", []):
+        table = harm_table(harm)
+        parts += [f"{table.title[0].upper()}{table.title[1:]}:", as_markdown(table)]
     parts += [READING, "## Figures", "![Cosines of true and mismatched pairs](distributions.png)", "![Gap and MRR by layer](layers.png)"]
-    facts = {key: report[key] for key in report if key not in ("measurements", "tests", "baselines", "verdict")}
+    facts = {key: report[key] for key in report if key not in ("measurements", "tests", "baselines", "harm", "verdict")}
     machine = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["machine"].items())
     same = f"The same settings give the same adapter, byte for byte, on the same machine alone: {machine}."
     return "\n\n".join([*parts, to_repeat(facts, same)])

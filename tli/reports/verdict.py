@@ -8,6 +8,7 @@ from __future__ import annotations
 from tli.metrics.measures import DIFFERENCE, SINK_ABOVE, SPLITS
 from tli.model.shape import Layer
 from tli.reports.baselines import bought
+from tli.reports.harm import cost
 from tli.reports.wording import (
     compared_layers,
     find_gain,
@@ -29,7 +30,7 @@ _LOSS_AT_CHANCE = 0.99
 def verdict(report: dict) -> str:
     """What the numbers show, in words: a paragraph for layer L and one for ``output``."""
     layer, *deeper = compared_layers(report, report["measurements"])
-    first = [_control(report), bought(report, layer), _loss(report), *_at_layer(report, layer), _sink(report, layer)]
+    first = [_control(report), bought(report, layer), cost(report), _loss(report), *_at_layer(report, layer), _sink(report, layer)]
     last = (
         [bought(report, deeper[0]), *_at_layer(report, deeper[0])]
         if deeper

@@ -56,9 +56,9 @@ def training_bar(console, total: int) -> Iterator[ShowStep]:
 
 
 @contextlib.contextmanager
-def layer_bar(console, total: int) -> Iterator[Callable[[], None]]:
+def layer_bar(console, total: int, name: str = "measuring layers") -> Iterator[Callable[[], None]]:
     """A bar of layers with the time left; yields what to call after each layer."""
-    with _bar(console, "measuring layers") as bar:
+    with _bar(console, name) as bar:
         task = bar.add_task("", total=total)
         yield lambda: bar.advance(task)
 
