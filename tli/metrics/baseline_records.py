@@ -27,7 +27,8 @@ _AFTER = ("procrustes", "cca")
 _AT_OUTPUT = ("centred", "procrustes", "cca")
 # a pair this alike in spelling counts as a loan where the list does not say
 _ALIKE = 0.5
-_FEWEST = 10
+# pairs of a kind, and held-out pairs at all
+_FEWEST, _FEWEST_HELD_OUT = 10, 4
 _FIELD = "field: "
 
 # (way, stream, layer): stream and layer are None of a baseline that looks at no model
@@ -41,13 +42,13 @@ def judge(splits: Mapping[str, Sequence[Pair]], states: Mapping[tuple[str, Layer
     states   by (stream, layer): word states of trained pairs, then of held-out ones; the stream of the frozen model is ``BEFORE``
 
     Returns:
-        None where fewer than ten pairs are held out.
+        None where fewer than four pairs are held out.
         ``records``: way, stream, layer, candidates (``candidates.SETS``), group (all pairs, or a kind of them), metric (mrr or p_at_1),
         value, low, high, n, clusters, chance.
         ``tests``: of MRR, stream, way, layer, candidates, group, and what ``compare_paired`` says of the gain over that way; p with Holm's
         correction over the ways.
     """
-    if len(splits.get("held_out", ())) < _FEWEST:
+    if len(splits.get("held_out", ())) < _FEWEST_HELD_OUT:
         return None
     baselines = Baselines(splits["trained"], splits["held_out"], seed)
     found: dict[Way, dict[str, Ranks]] = {(name, None, None): ranks for name, ranks in baselines.of_words().items()}
