@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import pathlib
 import subprocess
@@ -315,6 +316,11 @@ def test_the_command_writes_what_it_returns(settings, tmp_path):
             assert gap == pytest.approx(true - mismatched, abs=1e-12)
         for name in ("cka", "iso_score", "random_cosine", "centred_gap", "standardised_cosine", "mexa", "auc", "p_at_5_backward"):
             assert by_key[layer, "word", name]["n"] == 60
+    maps = {(r["way"], r["layer"]): r for r in report["maps"]["records"] if r["metric"] == "mrr"}
+    assert maps.keys() == set(itertools.product(("plain", "procrustes", "cca"), (0, 1, 2, 3, 4, "output")))
+    assert {record["n"] for record in maps.values()} == {report["maps"]["judged"]} == {60 - report["maps"]["fitted"]}
+    assert "linear map finds" in report["verdict"]
+    assert f"MRR of {report['maps']['judged']} pairs, maps fitted on" in printed(report)
     # the sample is the same pairs for the same seed, and others for another
     again = [scan_command(ScanConfig(**{**settings, "output": str(tmp_path / f"{n}")}, sample=20, seed=n // 2)) for n in range(3)]
     values = [[record["value"] for record in one["measurements"]] for one in again]

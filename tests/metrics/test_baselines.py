@@ -7,7 +7,7 @@ import pytest
 
 from tli.data.pair_store import Pair
 from tli.metrics import baseline_records
-from tli.metrics.baseline_records import ALL, PLAIN, judge, kinds
+from tli.metrics.baseline_records import ALL, PLAIN, LayerMaps, judge, kinds
 from tli.metrics.baselines import BASELINES, Baselines, word_classes
 
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
@@ -142,6 +142,26 @@ def test_records_and_tests_say_what_the_ranks_are():
     assert {(t["stream"], t["layer"]) for t in tests} == {("after", 2)}
     assert judge({"trained": pairs, "held_out": pairs[:3]}, states, 0) is judge({"trained": pairs}, states, 0) is None
     assert change["p_sign_flip"] <= change["p_sign_flip_holm"] <= 1
+
+
+def test_maps_show_in_which_layer_a_model_holds_what_it_does_not_show():
+    generator, pairs = np.random.default_rng(8), listed(8, 150, unrelated)
+    maps = LayerMaps(pairs, 0, "families")
+    meaning = generator.normal(size=(150, 12))
+    rotation = np.linalg.qr(generator.normal(size=(12, 12)))[0]
+    maps.see("base", 0, *generator.normal(size=(2, 150, 12)))
+    maps.see("base", 1, meaning, meaning @ rotation)
+    maps.see("base", "output", meaning, meaning)
+    found = maps.records()
+    assert (found["fitted"], found["judged"]) == (120, 30)
+    value = {(r["way"], r["layer"]): r["value"] for r in found["records"] if r["metric"] == "mrr"}
+    assert {key for key, mrr in value.items() if mrr > 0.9} == {
+        ("procrustes", 1), ("cca", 1), ("plain", "output"), ("procrustes", "output"), ("cca", "output"),
+    }  # fmt: skip
+    assert all(mrr < 0.35 for (_, layer), mrr in value.items() if layer == 0)
+    assert value["plain", 1] < 0.35
+    # in the order of the list the judged pairs are not the last ones
+    assert sorted(maps.order) == list(range(150)) != maps.order.tolist()
 
 
 def test_a_group_of_one_word_has_no_interval_and_no_record(monkeypatch):

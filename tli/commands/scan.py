@@ -6,19 +6,25 @@ The main columns are of the vectors that training aligns: each token state throu
 them stand the paper's, token states as they are with BOS pooled, so that a reader sees what the pooled sink does to a mean cosine.
 """
 
+import contextlib
 import functools
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 from tli.config import ScanConfig
 from tli.data import word_pairs
 from tli.data.packing import tokenise
-from tli.data.pair_store import DiskBackedPairs
+from tli.data.pair_store import DiskBackedPairs, Pair
 from tli.metrics import layer_choice, layer_pass, layers
+from tli.metrics.baseline_records import LayerMaps
 from tli.model import starter
 from tli.model.checkpoint import context_length, model_facts, open_checkpoint
 from tli.model.pooling import Pooling, resolve_token_norm
+from tli.model.shape import Layer
 from tli.model.trained_adapter import check_compatible, load_adapter
 from tli.reports.figures.scan import draw_scan
 from tli.reports.figures.style import save_figure
@@ -78,9 +84,17 @@ def scan(config: ScanConfig) -> dict:
 
     token_norm = resolve_token_norm(config.token_norm, checkpoint)
     pool = Pooling.from_checkpoint(token_norm, checkpoint, device_config.device, device_config.ops)
+    maps = _layer_maps(pairs, config)
+
+    def see_words(stream: str, layer: Layer, source: Tensor, target: Tensor) -> None:
+        if maps is not None:
+            maps.see(stream, layer, source.cpu().numpy(), target.cpu().numpy())
+
     # the embeddings, each block, and the output
     with layer_bar(console, checkpoint.blocks + 2) as done:
-        scans, missing_output = layer_pass.scan_layers(checkpoint, words, false_negatives, pool, device_config, streams, done)
+        scans, missing_output = layer_pass.scan_layers(
+            checkpoint, words, false_negatives, pool, device_config, streams, done, see_words=see_words
+        )
 
     clusters = word_clusters(len(pairs), false_negatives)
     list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
@@ -99,6 +113,7 @@ def scan(config: ScanConfig) -> dict:
         "versions": environment.versions(),
         "machine": environment.machine(device_config),
         "measurements": layers.records(scans, config.seed),
+        "maps": maps and maps.records(),
         "strata": layers.stratum_records(scans, layers.strata(pairs, words), config.seed),
     }
     report["verdict"] = verdict(report)
@@ -108,6 +123,14 @@ def scan(config: ScanConfig) -> dict:
     show(report, console)
     console.print(f"in {output}: {', '.join(FILES)}")
     return report
+
+
+def _layer_maps(pairs: Sequence[Pair], config: ScanConfig) -> LayerMaps | None:
+    """What fits maps in each layer; None where the pairs are too few, or too closely related, to be split."""
+    for by in dict.fromkeys((config.split_by, "words")):
+        with contextlib.suppress(TliError):
+            return LayerMaps(pairs, config.seed, by)
+    return None
 
 
 def _pairs(config: ScanConfig) -> tuple[DiskBackedPairs, int]:

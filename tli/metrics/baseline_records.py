@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tli.data import word_pairs
 from tli.data.pair_store import Pair
 from tli.metrics.baselines import BASELINES, Baselines
 from tli.metrics.candidates import Ranks
@@ -30,6 +31,8 @@ _ALIKE = 0.5
 # pairs of a kind, and held-out pairs at all
 _FEWEST, _FEWEST_HELD_OUT = 10, 4
 _FIELD = "field: "
+# of the pairs of a scan
+_JUDGED_SHARE = 0.2
 
 # (way, stream, layer): stream and layer are None of a baseline that looks at no model
 Way = tuple[str, str | None, Layer | None]
@@ -57,10 +60,49 @@ def judge(splits: Mapping[str, Sequence[Pair]], states: Mapping[tuple[str, Layer
         names = _AFTER if stream != BEFORE else tuple(BASELINES) if layer != "output" else _AT_OUTPUT
         found |= {(name, stream, layer): ranks for name, ranks in baselines.of_states(*sides, names).items()}
     held_out = [baselines.pairs[number] for number in baselines.judged]
-    inside = np.isin(baselines.false_negatives, baselines.judged).all(1)
-    clusters = word_clusters(len(held_out), baselines.false_negatives[inside] - baselines.judged[0])
-    groups = kinds(held_out)
+    clusters, groups = _clusters(baselines), kinds(held_out)
     return {"records": list(_records(found, groups, clusters, seed)), "tests": list(_tests(found, groups, clusters, seed))}
+
+
+class LayerMaps:
+    """Where a model *holds* translations, not only shows them: closed-form maps fitted in every layer on a part of the pairs.
+
+    pairs   those that are scanned: a fifth of them, in families of their own where that can be, judges what the others fitted
+    seed    draws that fifth, and the resamples
+    by      ``families`` or ``words``, as for ``word_pairs.split_pairs``
+
+    Raises:
+        TliError: so few pairs that they cannot be split.
+    """
+
+    WAYS = ("procrustes", "cca")
+
+    def __init__(self, pairs: Sequence[Pair], seed: int, by: str):
+        known = {pair: number for number, pair in enumerate(pairs)}
+        parts = word_pairs.split_pairs(pairs, _JUDGED_SHARE, seed, by)
+        self.order = np.array([known[pair] for part in parts for pair in part])
+        self.baselines, self.seed = Baselines(*parts, seed), seed
+        self.found: dict[Way, dict[str, Ranks]] = {}
+
+    def see(self, stream: str, layer: Layer, source: np.ndarray, target: np.ndarray) -> None:
+        """Fit and judge one layer's word states, [B, D] in the order of the pairs."""
+        sides = source[self.order], target[self.order]
+        self.found[PLAIN, stream, layer] = self.baselines.plain(*sides)
+        for name, ranks in self.baselines.of_states(*sides, self.WAYS).items():
+            self.found[name, stream, layer] = ranks
+
+    def records(self) -> dict[str, Any]:
+        """How many pairs fitted and judged, and records as of ``judge``, among the judged pairs alone."""
+        counts = {"fitted": len(self.baselines.fitted), "judged": len(self.baselines.judged)}
+        among = {way: {"split": ranks["split"]} for way, ranks in self.found.items()}
+        everyone = {ALL: np.ones(counts["judged"], bool)}
+        return {**counts, "records": list(_records(among, everyone, _clusters(self.baselines), self.seed))}
+
+
+def _clusters(baselines: Baselines) -> np.ndarray:
+    """int64 [J]: ``word_clusters`` of the judged pairs."""
+    inside = np.isin(baselines.false_negatives, baselines.judged).all(1)
+    return word_clusters(len(baselines.judged), baselines.false_negatives[inside] - baselines.judged[0])
 
 
 def kinds(pairs: Sequence[Pair]) -> dict[str, np.ndarray]:

@@ -101,14 +101,13 @@ class Baselines:
     def of_states(self, source: np.ndarray, target: np.ndarray, names: Collection[str] = tuple(BASELINES)) -> dict[str, dict[str, Ranks]]:
         """The same of those in ``names`` that look at a model's word states, [N, D]: trained pairs' first, held-out ones' behind them."""
         states = _reduced(source, self.fitted), _reduced(target, self.fitted)
-        joined = self._beside_ngrams(states)
         own = states[0][self.fitted], states[1][self.fitted]
         fits: dict[str, Callable[[], Scores]] = {
             "centred": lambda: _mapped(states, fit_centred(*own)),
             "procrustes": lambda: _mapped(states, fit_procrustes(*own)),
             "ridge": lambda: _mapped(states, self._best(fit_ridge, states)),
             "cca": lambda: _mapped(states, self._best(fit_cca, states)),
-            "cca_spelling": lambda: _mapped(joined, self._best(fit_cca, joined)),
+            "cca_spelling": lambda: _mapped(joined := self._beside_ngrams(states), self._best(fit_cca, joined)),
         }
         return {name: self._rank(fit()) for name, fit in fits.items() if name in names}
 

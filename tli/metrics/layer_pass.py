@@ -27,7 +27,13 @@ from tli.runtime.device import DeviceConfig
 from tli.runtime.errors import TliError
 
 Streams = Mapping[Any, Adapter | None]
+# stream, layer, and the word states of sources and targets, fp32 [B, D] each
+SeeWords = Callable[[Any, Layer, Tensor, Tensor], None]
 _Found = TypeVar("_Found")
+
+
+def _see_nothing(stream: Any, layer: Layer, source: Tensor, target: Tensor) -> None:
+    """The word states are not wanted."""
 
 
 def measure_layers(
@@ -41,7 +47,7 @@ def measure_layers(
     layers: Sequence[Layer] | None = None,
     references: bool = False,
     done: Callable[[], None] = lambda: None,
-    see_words: Callable[[Any, Layer, Tensor, Tensor], None] = lambda stream, layer, source, target: None,
+    see_words: SeeWords = _see_nothing,
 ) -> tuple[dict[tuple[str, Any, Layer], Alignment], str | None]:
     """Measure every split's pairs for each stream at these layers; blocks above the last of them are not read.
 
@@ -95,6 +101,7 @@ def scan_layers(
     streams: Mapping[str, Adapter | None],
     done: Callable[[], None] = lambda: None,
     width: int = DEFAULT_WIDTH,
+    see_words: SeeWords = _see_nothing,
 ) -> tuple[dict[tuple[str, Layer], LayerScan], str | None]:
     """Measure all that a scan shows at all layers 0..N and ``output``, for each stream.
 
@@ -107,6 +114,7 @@ def scan_layers(
         streams:          name -> adapter, or None for the base
         done:             called when a layer is measured
         width:            of the bins that words are packed in; changes nothing but the time
+        see_words:        called with each stream's word states in each layer, fp32 [B, D] of sources and of targets
 
     Returns:
         The measurements by (stream, layer), and why the pass ended before ``output``, or None.
@@ -119,6 +127,7 @@ def scan_layers(
     batch, with_bos = (to_batch(bins, device_config.dtype, device_config.device) for bins in packed)
 
     def scan(stream: str, layer: Layer, nodes: Tensor) -> LayerScan:
+        see_words(stream, layer, *pooling.for_layer(layer)(nodes, batch).chunk(2))
         return scan_layer(nodes, batch, with_bos, pooling.for_layer(layer), false_negatives)
 
     scans, reason = _each_layer(checkpoint, batch, words.vocab_ids, device_config, streams, scan, None, done)
@@ -127,7 +136,7 @@ def scan_layers(
     return scans, reason
 
 
-def keep_words(states: dict[tuple[Any, Layer], Sides], layers: Collection[Layer]) -> Callable[[Any, Layer, Tensor, Tensor], None]:
+def keep_words(states: dict[tuple[Any, Layer], Sides], layers: Collection[Layer]) -> SeeWords:
     """What ``measure_layers`` takes as ``see_words`` to put the word states of these layers into ``states``."""
 
     def keep(stream: Any, layer: Layer, source: Tensor, target: Tensor) -> None:

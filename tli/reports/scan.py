@@ -8,6 +8,8 @@ from __future__ import annotations
 import shlex
 import typing
 
+from tli.metrics.baseline_records import PLAIN
+from tli.metrics.baselines import BASELINES
 from tli.metrics.measures import MEASURES
 from tli.model.shape import Layer
 from tli.reports.tables import Table
@@ -41,7 +43,9 @@ _SHOWN = (
 def verdict(report: dict) -> str:
     """What the numbers show, in words; each sentence is a rule about numbers in the tables."""
     sinks = [_sink(report, stream) for stream in report["sink_layers"]]
-    return "\n\n".join(filter(None, (_choice(report), _alignment(report), *sinks, _with_adapter(report), _other_options(report))))
+    return "\n\n".join(
+        filter(None, (_choice(report), _alignment(report), _maps(report, "base"), *sinks, _with_adapter(report), _other_options(report)))
+    )
 
 
 def _choice(report: dict) -> str:
@@ -73,6 +77,40 @@ def _alignment(report: dict) -> str:
     loans, others = (f"{number(r['value'], '+', 4)} {interval(r)}" for r in (gaps["loan words"], gaps["no loan words"]))
     spelling = ": spelling may be all of it" * (side(gaps["loan words"]) == "above" != side(gaps["no loan words"]))
     return f"{text} The gap is {loans} among loan words and {others} among the others{spelling}."
+
+
+def _maps(report: dict, stream: str) -> str:
+    """Where a closed-form map finds most, beside the plain cosine there."""
+    found = _maps_by_layer(report, stream)
+    if not found:
+        return ""
+    way, layer = max(((way, layer) for way, layer in found if way != PLAIN), key=lambda key: found[key]["value"])
+    mapped, plain = found[way, layer], found[PLAIN, layer]
+    mrr = [f"{number(record['value'])} {interval(record)}" for record in (mapped, plain)]
+    numbers = f"MRR {mrr[0]} of {mapped['n']:,} pairs that it was not fitted on, where the cosine as it is has {mrr[1]}"
+    if side_of_chance(mapped) != "above":
+        best = f"{BASELINES[way].label} at {place_name(layer)}"
+        return f"No linear map finds translations above chance at any layer (the best: {best}, {numbers})."
+    return f"A linear map finds most at {place_name(layer)}: {BASELINES[way].label}, {numbers} (chance {number(mapped['chance'])})."
+
+
+def _maps_by_layer(report: dict, stream: str) -> dict[tuple[str, Layer], dict]:
+    """The MRR records of the maps, by way and layer; none in scans of versions without them, and where pairs were too few."""
+    records = (report.get("maps") or {}).get("records", [])
+    return {(r["way"], r["layer"]): r for r in records if (r["stream"], r["metric"]) == (stream, "mrr")}
+
+
+def _map_rows(report: dict, stream: str) -> list[list[str]]:
+    found = _maps_by_layer(report, stream)
+    ways = list(dict.fromkeys(way for way, _ in found))
+    heads = ["cosine\nas it is" if way == PLAIN else BASELINES[way].label.replace(" of states", "\nof states") for way in ways]
+    rows = [["layer", *(cell for head in heads for cell in (head, "95 %\ninterval"))]]
+    for layer in dict.fromkeys(layer for _, layer in found):
+        shown = (found[way, layer] for way in ways)
+        rows.append([_marked(report, layer), *(cell for record in shown for cell in (number(record["value"]), interval(record)))])
+    # it depends on the number of candidates alone
+    chance = number(next(iter(found.values()))["chance"])
+    return [*rows, ["chance", *(cell for _ in ways for cell in (chance, ""))]]
 
 
 def _sink(report: dict, stream: str) -> str:
@@ -131,6 +169,9 @@ def show(report: dict, console: rich.console.Console) -> None:
     marks = f"*: the gap's choice, p: the paper's{', both of the base' * (stream == 'adapter')}"
     _print_table(console, f"{about} {marks}", _cosine_rows(report, stream))
     _print_table(console, "Is there alignment? BOS left out", _alignment_rows(report, stream))
+    if _maps_by_layer(report, stream):
+        fitted, judged = report["maps"]["fitted"], report["maps"]["judged"]
+        _print_table(console, f"Is it held there? MRR of {judged:,} pairs, maps fitted on {fitted:,} others", _map_rows(report, stream))
     layer = _surest_layer(report, stream)
     _print_table(console, f"Kinds of pairs at layer {layer}, where the gap is surest; BOS left out", _stratum_rows(report, stream, layer))
     if report["adapter"] is not None:
