@@ -102,6 +102,15 @@ def test_wide_states_are_reduced_and_a_list_of_few_words_has_an_answer(monkeypat
     assert all(np.isfinite(mrr(ranks["split"])) for ranks in found.values())
 
 
+def test_wide_states_lose_nothing_that_their_components_hold(monkeypatch):
+    monkeypatch.setattr("tli.metrics.baselines._STATE_COMPONENTS", 8)
+    generator, pairs = np.random.default_rng(9), listed(9, 200, unrelated)
+    # thirty dimensions, of which six are used
+    meaning = generator.normal(size=(200, 6)) @ generator.normal(size=(6, 30))
+    found = Baselines(pairs[:150], pairs[150:], 0).of_states(meaning, meaning + 5)
+    assert all(mrr(found[name]["split"]) > 0.9 for name in ("centred", "procrustes", "ridge", "cca"))
+
+
 def test_classes_are_known_where_half_the_list_says_them():
     named = [Pair(str(i), str(i), word_class=name) for i, name in enumerate(["noun", "Noun", "", "verb"])]
     assert word_classes(named).tolist() == [0, 0, -1, 1]

@@ -100,10 +100,12 @@ class Baselines:
 
     def of_states(self, source: np.ndarray, target: np.ndarray, names: Collection[str] = tuple(BASELINES)) -> dict[str, dict[str, Ranks]]:
         """The same of those in ``names`` that look at a model's word states, [N, D]: trained pairs' first, held-out ones' behind them."""
-        states = _reduced(source, self.fitted), _reduced(target, self.fitted)
+        whole = np.asarray(source, np.float64), np.asarray(target, np.float64)
+        # each side has axes of its own then, between which only a map can go
+        states = _reduced(whole[0], self.fitted, self.seed), _reduced(whole[1], self.fitted, self.seed)
         own = states[0][self.fitted], states[1][self.fitted]
         fits: dict[str, Callable[[], Scores]] = {
-            "centred": lambda: _mapped(states, fit_centred(*own)),
+            "centred": lambda: _mapped(whole, fit_centred(whole[0][self.fitted], whole[1][self.fitted])),
             "procrustes": lambda: _mapped(states, fit_procrustes(*own)),
             "ridge": lambda: _mapped(states, self._best(fit_ridge, states)),
             "cca": lambda: _mapped(states, self._best(fit_cca, states)),
@@ -205,14 +207,14 @@ def _ngram_components(words: Sequence[str], fitted: np.ndarray, seed: int) -> np
     return TruncatedSVD(max(1, components), n_iter=2, random_state=seed).fit(trained).transform(vectoriser.transform(words))
 
 
-def _reduced(states: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+def _reduced(states: np.ndarray, fitted: np.ndarray, seed: int) -> np.ndarray:
     """Wide states by their principal components among the trained words, as many as there are or as a map can be fitted for."""
-    states = np.asarray(states, np.float64)
+    from sklearn.decomposition import PCA
+
     if states.shape[1] <= _STATE_COMPONENTS:
         return states
-    mean = states[fitted].mean(0)
-    _, _, directions = np.linalg.svd(states[fitted] - mean, full_matrices=False)
-    return (states - mean) @ directions[:_STATE_COMPONENTS].T
+    components = PCA(min(_STATE_COMPONENTS, len(fitted) - 1), svd_solver="randomized", random_state=seed).fit(states[fitted])
+    return components.transform(states)
 
 
 def _scaled(vectors: np.ndarray, fitted: np.ndarray) -> np.ndarray:
