@@ -19,20 +19,49 @@ def test_the_interval_over_seeds_is_students():
     assert seed_interval([0.5]) == {"value": 0.5, "low": None, "high": None, "n": 1}
 
 
-def test_pages_p_is_that_of_all_orders():
-    values = np.array([[0.1, 0.2, 0.4], [0.3, 0.2, 0.5], [0.1, 0.4, 0.3]])
-    weights = np.arange(1, 4)
-    observed = sum(weights @ scipy.stats.rankdata(row) for row in values)
-    orders = list(itertools.permutations((1, 2, 3)))
-    all_of_them = np.array([sum(weights @ np.array(order) for order in chosen) for chosen in itertools.product(orders, repeat=3)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [[0.1, 0.2, 0.4], [0.3, 0.2, 0.5], [0.1, 0.4, 0.3]],
+        # with equal values the orders are those of their mid-ranks
+        [[0.1, 0.1, 0.4], [0.3, 0.3, 0.3], [0.1, 0.4, 0.4]],
+        [[0.2, 0.1, 0.2, 0.2], [0.1, 0.3, 0.3, 0.4]],
+    ],
+    ids=["distinct", "ties", "ties of three"],
+)
+def test_pages_p_is_that_of_all_orders(values):
+    values = np.array(values)
+    weights, placed = np.arange(1, values.shape[1] + 1), scipy.stats.rankdata(values, axis=1)
+    observed = sum(weights @ row for row in placed)
+    orders = [[weights @ np.array(order) for order in itertools.permutations(row)] for row in placed]
+    all_of_them = np.array([sum(chosen) for chosen in itertools.product(*orders)])
+    ranks = [2**power for power in range(values.shape[1])]
     rise, fall = (all_of_them >= observed).mean(), (all_of_them <= observed).mean()
-    found = rank_trend(values, RANKS)
+    found = rank_trend(values, ranks)
     assert found["page"] == observed
     assert found["p_page"] == pytest.approx(min(1, 2 * min(rise, fall)))
     # the other way round: as likely, and the correlation's sign turns
-    turned = rank_trend(values[:, ::-1], RANKS)
+    turned = rank_trend(values[:, ::-1], ranks)
     assert turned["p_page"] == pytest.approx(found["p_page"])
     assert turned["rho"] == pytest.approx(-found["rho"])
+
+
+@pytest.mark.parametrize("columns", [5, 8])
+def test_pages_p_is_scipys_exact_one_where_nothing_is_equal(columns):
+    values = np.random.default_rng(columns).normal(size=(4, columns)) + 0.3 * np.arange(columns)
+    rise = scipy.stats.page_trend_test(values, method="exact")
+    found = rank_trend(values, 2 ** np.arange(columns))
+    assert (found["page"], found["p_page"]) == pytest.approx((rise.statistic, 2 * rise.pvalue))
+
+
+def test_of_many_ranks_pages_p_is_the_normal_distributions_with_equal_values_counted():
+    generator = np.random.default_rng(0)
+    values = generator.integers(0, 4, (3, 13)) + 0.1 * np.arange(13)
+    placed, weights = scipy.stats.rankdata(values.round(), axis=1), np.arange(1, 14)
+    drawn = np.array([sum(generator.permutation(row) @ weights for row in placed) for _ in range(20_000)])
+    found = rank_trend(values.round(), weights)
+    p = 2 * min((drawn >= found["page"]).mean(), (drawn <= found["page"]).mean())
+    assert found["p_page"] == pytest.approx(p, abs=0.02)
 
 
 def test_the_correlation_is_of_all_runs_with_the_ranks():

@@ -4,11 +4,15 @@ A seed draws the split, the order, the adapters' start and the dropout, so its r
 of one seed are compared with one another.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 from tli.stats.tests import paired_differences, paired_t
+
+# for so many all orders are gone through, by the sets of what is placed
+_EXACT_COLUMNS = 12
 
 
 def seed_interval(values: np.ndarray | Sequence[float], level: float = 0.95) -> dict:
@@ -32,7 +36,8 @@ def rank_trend(values: np.ndarray, ranks: Sequence[int]) -> dict:
     Returns:
         ``rho`` and ``p_rho``: Spearman's correlation of all runs' values with log2 R, which takes runs of one seed for independent;
         ``page`` and ``p_page``: Page's L, for which seeds are blocks, and its two-sided p, twice the smaller of those against a rise
-        and a fall. None where there are too few runs, or where all values are equal. Source: Page 1963.
+        and a fall, from all orders of each seed's own values, equal ones among them: exact up to 12 ranks, by the normal distribution of
+        more. None where there are too few runs, or where all values are equal. Source: Page 1963.
     """
     import scipy.stats
 
@@ -43,9 +48,47 @@ def rank_trend(values: np.ndarray, ranks: Sequence[int]) -> dict:
     spearman = scipy.stats.spearmanr(np.tile(np.log2(ranks), len(values)), values.ravel())
     found |= {"rho": float(spearman.statistic), "p_rho": float(spearman.pvalue)}
     if len(values) > 1:
-        rise, fall = (scipy.stats.page_trend_test(ordered) for ordered in (values, values[:, ::-1]))
-        found |= {"page": float(rise.statistic), "p_page": float(min(1.0, 2 * min(rise.pvalue, fall.pvalue)))}
+        placed = scipy.stats.rankdata(values, axis=1)
+        statistic = float((placed @ np.arange(1, values.shape[1] + 1)).sum())
+        found |= {"page": statistic, "p_page": min(1.0, 2 * min(_page_tails(placed, statistic)))}
     return found
+
+
+def _page_tails(placed: np.ndarray, statistic: float) -> tuple[float, float]:
+    """The probabilities of an L as large and of one as small, if the values of each row stood in any order; mid-ranks [rows, columns]."""
+    from scipy.special import ndtr
+
+    rows, columns = placed.shape
+    if columns > _EXACT_COLUMNS:
+        weights = np.arange(columns) - (columns - 1) / 2
+        spread = np.sqrt((placed.var(1) * columns).sum() * (weights**2).sum() / (columns - 1))
+        z = (statistic - rows * columns * (columns + 1) ** 2 / 4) / spread
+        return float(ndtr(-z)), float(ndtr(z))
+    chances = np.ones(1)
+    for row in placed:
+        chances = np.convolve(chances, _chances_of_row(tuple(np.sort(2 * row).astype(int).tolist())))
+    at = round(2 * statistic)
+    return float(chances[at:].sum()), float(chances[: at + 1].sum())
+
+
+@functools.lru_cache(maxsize=64)
+def _chances_of_row(doubled: tuple[int, ...]) -> np.ndarray:
+    """Of each total of ``position · 2·rank``, 0, 1, ..., its probability over all orders of the ranks."""
+    columns = len(doubled)
+    largest = sum(position * rank for position, rank in enumerate(doubled, start=1))
+    # by the set of the ranks that are placed, those in the first positions
+    totals = {0: np.eye(1, largest + 1)[0]}
+    for position in range(1, columns + 1):
+        placed: dict[int, np.ndarray] = {}
+        for chosen, counts in totals.items():
+            for number, rank in enumerate(doubled):
+                if not chosen >> number & 1:
+                    moved = np.roll(counts, position * rank)
+                    more = chosen | 1 << number
+                    placed[more] = placed[more] + moved if more in placed else moved
+        totals = placed
+    (counts,) = totals.values()
+    return counts / counts.sum()
 
 
 def compare_arms(first: Sequence[float], second: Sequence[float]) -> dict:
