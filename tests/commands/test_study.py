@@ -316,8 +316,8 @@ def test_a_cell_with_other_options_is_not_taken_for_this_one(tmp_path):
         Cell("cell", {"rank": 4}).report(tmp_path)
 
 
-def made_up(early: list, full: list, shuffled: float = 0.03) -> dict:
-    """Results of a study of three ranks, as if held-out MRR had been so, by rank and seed."""
+def made_up(early: list, full: list, shuffled: float = 0.03, free: float | None = None) -> dict:
+    """Results of a study of three ranks, as if held-out MRR had been so, by rank and seed; ``free``: what needs no training finds."""
     reports = []
     for arm, by_rank in (("early", early), ("full", full)):
         for rank, by_seed in zip((1, 4, 16), by_rank, strict=True):
@@ -343,10 +343,53 @@ def made_up(early: list, full: list, shuffled: float = 0.03) -> dict:
                         "versions": {},
                         "machine": {},
                     }
+                    if free is not None:
+                        ways = {("cca", "before", 2): free, ("cca", "before", "output"): 0.01, ("ngrams", None, None): 0.02}
+                        ways |= {("class", None, None): 0.9, ("plain", "before", 2): 0.9, ("cca", "after", 2): 0.9}
+                        told = {"candidates": "split", "group": "all pairs", "metric": "mrr"}
+                        records = [
+                            {"way": way, "stream": stream, "layer": layer, **told, "value": value + 0.001 * seed}
+                            for (way, stream, layer), value in ways.items()
+                        ]
+                        report["baselines"] = {"records": records + [{**records[0], "candidates": "list", "value": 0.9}]}
+                        report["harm"] = [{"text": {"name": "a.txt"}, "after": [{"perplexity_ratio": {"value": 1.0 + rank}}]}]
                     reports.append((Cell("", options), report))
     config = {"layer": 2, "search_rank": 16, "jobs": 1, "batch": 4, "alpha_rule": "2R"}
     search = {arm: {"chosen": 1e-3, "tried": []} for arm in ("early", "full")}
     return study_report.assemble(config, search, reports)
+
+
+FREE = "CCA of states without any training: held-out MRR"
+
+
+@pytest.mark.parametrize(
+    ("free", "said"),
+    [
+        (0.02, f"The early arm finds more than {FREE} 0.021 [.019, .023] at layer 2, at ranks 4, 16"),
+        (0.2, f"The early arm finds less than {FREE} 0.201 [.199, .203] at layer 2 (-0.170 at rank 1"),
+        (0.031, "The early arm is not shown to find more, at any rank, than CCA of states"),
+    ],
+)
+def test_a_study_says_what_training_bought_over_what_needs_none(free, said):
+    early = [[0.03, 0.031, 0.032], [0.05, 0.052, 0.051], [0.06, 0.062, 0.061]]
+    if free == 0.031:
+        early = [[0.03, 0.04, 0.03], [0.02, 0.05, 0.03], [0.02, 0.04, 0.035]]
+    results = made_up(early, [[0.02, 0.021, 0.022]] * 3, free=free)
+    text = study_report.in_words(results)
+    assert text.startswith(said)
+    # at the output the words alone find more than a map of the states
+    assert f"than {FREE.replace('CCA of states', 'character n-grams')} 0.021 [.019, .023] at the output" in text
+    cost = next(table for table in study_report.tables(results) if table.title.startswith("Cost"))
+    assert cost.head[-1] == "perplexity,\na"
+    assert [row[-1] for row in cost.rows] == ["2.00", "5.00", "17.00"] * 2
+    labels = {line.get_label() for panel in study_report.draw_ranks(results).axes for line in panel.lines}
+    assert "best without training" in labels
+
+
+def test_a_study_of_reports_without_baselines_says_nothing_of_them():
+    results = made_up([[0.03, 0.031, 0.032]] * 3, [[0.02, 0.021, 0.022]] * 3)
+    assert "without any training" not in study_report.in_words(results)
+    assert all(len(row) == 5 for row in next(t for t in study_report.tables(results) if t.title.startswith("Cost")).rows)
 
 
 SAME = [[0.100, 0.110, 0.105]] * 3

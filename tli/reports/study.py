@@ -11,6 +11,8 @@ import typing
 
 import numpy as np
 
+from tli.metrics.baseline_records import ALL, BEFORE, PLAIN
+from tli.metrics.baselines import BASELINES
 from tli.metrics.measures import MEASURES, names
 from tli.model.shape import Layer
 from tli.reports.figures.study import draw_costs, draw_ranks
@@ -98,6 +100,7 @@ def assemble(config: dict, search: dict[str, dict], reports: list[tuple[Cell, di
     trends = [
         {"arm": arm, "layer": place, "metric": metric, **rank_trend(of_runs, ranks)} for (arm, place, metric), of_runs in held_out.items()
     ]
+    free = _without_training([runs[*cells[0], seed] for seed in seeds], places)
     return {
         "schema": SCHEMA,
         "config": config,
@@ -109,12 +112,44 @@ def assemble(config: dict, search: dict[str, dict], reports: list[tuple[Cell, di
         "search": search,
         "values": values,
         "trends": trends,
+        "without_training": free,
+        "bought": _bought(held_out, free, arms, ranks, config["layer"]),
         "comparisons": _compare(held_out, arms, ranks, (*places, ALIGNED)),
         "controls": _control(runs, arms, seeds, config["search_rank"], over_seeds, (*places, ALIGNED)),
         "costs": [_cost(arm, rank, [runs[arm, rank, shuffled, seed] for seed in seeds]) for arm, rank, shuffled in cells if not shuffled],
         "versions": first["versions"],
         "machine": first["machine"] | {"processor": cpu.name()},
     }
+
+
+def _without_training(reports: list[dict], places: list[Layer]) -> list[dict]:
+    """Held-out MRR of what needs no training, over seeds; of each layer the best, oracles left out. Any cell of a seed knows it."""
+    found = []
+    for place in places:
+        by_way: dict[str, list[float]] = {}
+        for report in reports:
+            for record in (report.get("baselines") or {}).get("records", []):
+                told = (record["candidates"], record["group"], record["metric"]) == ("split", ALL, "mrr")
+                is_free = record["stream"] in (BEFORE, None) and record["layer"] in (place, None) and record["way"] != PLAIN
+                if told and is_free and not BASELINES[record["way"]].oracle:
+                    by_way.setdefault(record["way"], []).append(record["value"])
+        if by_way:
+            best = max(by_way, key=lambda way: float(np.mean(by_way[way])))
+            found.append({"layer": place, "way": best, **seed_interval(by_way[best]), "by_seed": by_way[best]})
+    return found
+
+
+def _bought(held_out: dict, free: list[dict], arms: list[str], ranks: list[int], layer: int) -> list[dict]:
+    """Held-out MRR of each rank minus the best without training where the arm's loss was; Holm's correction over the ranks."""
+    found = []
+    for arm in arms:
+        place: Layer = "output" if arm == "full" else layer
+        for best in (one for one in free if one["layer"] == place):
+            columns = held_out[arm, ALIGNED, "mrr"].T
+            family = [{"arm": arm, "rank": rank, **compare_arms(column, best["by_seed"])} for rank, column in zip(ranks, columns)]
+            add_holm(family, ("p",))
+            found += family
+    return found
 
 
 def _compare(held_out: dict, arms: list[str], ranks: list[int], places: tuple) -> list[dict]:
@@ -161,7 +196,17 @@ def _cost(arm: str, rank: int, reports: list[dict]) -> dict:
         "peak_bytes": int(np.median([report["training"]["peak_bytes"] for report in reports])),
         "loss_last": float(np.median([report["training"]["loss_last"] for report in reports])),
         "loss_chance": reports[0]["training"]["chance_loss"],
+        "perplexity_ratio": _perplexity_ratios(reports),
     }
+
+
+def _perplexity_ratios(reports: list[dict]) -> dict[str, float]:
+    """How many times the base's perplexity the trained model's is, by text: medians over seeds."""
+    by_text: dict[str, list[float]] = {}
+    for report in reports:
+        for one in report.get("harm") or []:
+            by_text.setdefault(one["text"]["name"], []).append(one["after"][0]["perplexity_ratio"]["value"])
+    return {name: float(np.median(ratios)) for name, ratios in by_text.items()}
 
 
 def find(results: dict, arm: str, rank: int, layer: Layer, metric: str, split: str = "held_out", shuffled: bool = False) -> dict:
@@ -186,13 +231,32 @@ def _place(results: dict, arm: str, layer: Layer) -> Layer:
 def in_words(results: dict) -> str:
     """One paragraph, every sentence a rule about numbers in the tables."""
     search = results["search"]
-    sentences = [_trend_sentence(results, arm) for arm in search]
+    sentences = [_bought_sentence(results, arm) for arm in search] + [_trend_sentence(results, arm) for arm in search]
     if len(search) > 1:
         sentences += [_arms_sentence(results, place) for place in (ALIGNED, "output") if place == ALIGNED or place in results["layers"]]
     sentences += [_control_sentence(results, arm) for arm in search]
     sentences += [said for arm in search for said in (_loss_sentence(results, arm), _search_sentence(results, arm))]
     sentences += [_cost_sentence(results), _power_sentence(results)]
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _bought_sentence(results: dict, arm: str) -> str:
+    """What the arm bought over the best that needs no training."""
+    layer = _place(results, arm, ALIGNED)
+    best = next((one for one in results.get("without_training", []) if one["layer"] == layer), None)
+    family = [test for test in results.get("bought", []) if test["arm"] == arm]
+    if best is None or not family:
+        return ""
+    name = f"{BASELINES[best['way']].label} without any training: held-out MRR {_with_interval(best)} at {place_name(layer)}"
+    clear = [test for test in family if test["p_holm"] is not None and is_significant(test["p_holm"])]
+    above, below = ([test["rank"] for test in clear if test["difference"] * sign > 0] for sign in (1, -1))
+    if above:
+        ranks = f"rank{'s' * (len(above) > 1)} {', '.join(map(str, above))}"
+        return f"The {_ARMS[arm]} finds more than {name}, at {ranks} (p after Holm below .05)."
+    differences = ", ".join(f"{number(test['difference'], '+')} at rank {test['rank']}" for test in (family[0], family[-1]))
+    if below:
+        return f"The {_ARMS[arm]} finds less than {name} ({differences}; p after Holm below .05 at {len(below)} of {len(family)} ranks)."
+    return f"The {_ARMS[arm]} is not shown to find more, at any rank, than {name} ({differences})."
 
 
 def _trend_sentence(results: dict, arm: str) -> str:
@@ -351,12 +415,18 @@ def _cost_table(results: dict) -> Table:
             f"{cost['adapter_bytes'] / 1e6:.2f} MB",
             f"{cost['training_seconds']:.0f} s",
             f"{cost['peak_bytes'] / 2**30:.2f} GiB",
+            *(f"{ratio:.2f}" for ratio in cost.get("perplexity_ratio", {}).values()),
         ]
         for cost in sorted(results["costs"], key=lambda cost: (list(results["search"]).index(cost["arm"]), cost["rank"]))
     ]
     jobs = results["config"]["jobs"]
     title = f"Cost of a run of {results['steps']} steps (median over seeds; {jobs} at a time)" if jobs > 1 else "Cost of a run"
-    return Table(title, ["arm, rank", "parameters", "adapter", "training", "peak memory"], rows)
+    texts = [
+        f"perplexity,\n{name.removesuffix('.txt').removeprefix('running-text-')}"
+        for name in results["costs"][0].get("perplexity_ratio", {})
+    ]
+    title += "; perplexity in times the base's" * bool(texts)
+    return Table(title, ["arm, rank", "parameters", "adapter", "training", "peak memory", *texts], rows)
 
 
 def _search_table(results: dict) -> Table:

@@ -40,6 +40,9 @@ def draw_ranks(results: dict) -> matplotlib.figure.Figure:
                     _curve(panel, results, arm, layer, "clipscore_mismatched", f"{arm} arm, mismatched pairs", faint=True)
             before = next(v for v in results["values"] if _key(v) == ("before", layer, metric, "held_out"))
             panel.axhline(before["value"], color="0.35", linewidth=1.2, linestyle=(0, (8, 3, 1, 3)), label="before training")
+            free = next((one for one in results.get("without_training", []) if (one["layer"], metric) == (layer, "mrr")), None)
+            if free is not None:
+                panel.axhline(free["value"], color="0.35", linewidth=2.4, linestyle=(0, (2, 1)), label="best without training")
             if before["chance"] is not None:
                 panel.axhline(before["chance"], color="black", linewidth=1.4, linestyle=DOTTED, label="chance")
             panel.set_xscale("log", base=2)
