@@ -13,9 +13,9 @@ import tli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # these run the starter model
-ON_THE_STARTER = ("train", "scan", "evaluate", "export", "embed", "load_adapter")
+ON_THE_STARTER = ("train", "scan", "evaluate", "export", "embed", "fit_map", "load_adapter")
 # a command's options are documented field by field in its --help, and have their examples in the module's docstring
-OPTIONS = ("TrainConfig", "ScanConfig", "EvaluateConfig", "ExportConfig")
+OPTIONS = ("TrainConfig", "ScanConfig", "EvaluateConfig", "ExportConfig", "MapConfig")
 DOCUMENTED = [name for name in tli.__all__ if name not in (*OPTIONS, "__version__")]
 
 

@@ -1,6 +1,7 @@
 """tli: align the words of two languages at an early layer of a language model with LoRA, and measure what is real.
 
-    train, scan, evaluate, export      one function per command: frozen options in, files and the report, a dict, out
+    train, scan, fit_map, evaluate, export
+                                       one function per command: frozen options in, files and the report, a dict, out
     TrainConfig, ScanConfig, ...       the options: the command's flags, with the same names, defaults and checks
     embed, read_pairs, load_adapter    word vectors, word lists and trained adapters
     TliError                           every error that a user can cause
@@ -15,6 +16,8 @@ Options are checked when they are made, and fill in what depends on others. They
 0.4
 >>> tli.ScanConfig(model="path/to/model").output
 'runs/scan-model'
+>>> tli.MapConfig(seed=3).output
+'runs/map-starter-seed3'
 >>> tli.EvaluateConfig(adapters=("runs/default-layer2-rank8-seed0",)).layers is None
 True
 >>> tli.ExportConfig(adapter="runs/default-layer2-rank8-seed0", output="merged", dtype="float8").dtype
@@ -36,6 +39,7 @@ import typing
 __all__ = [
     "EvaluateConfig",
     "ExportConfig",
+    "MapConfig",
     "ScanConfig",
     "TliError",
     "TrainConfig",
@@ -43,6 +47,7 @@ __all__ = [
     "embed",
     "evaluate",
     "export",
+    "fit_map",
     "load_adapter",
     "read_pairs",
     "scan",
@@ -54,9 +59,10 @@ if typing.TYPE_CHECKING:
     from tli.commands.embed import embed
     from tli.commands.evaluate import evaluate
     from tli.commands.export import export
+    from tli.commands.map import fit_map
     from tli.commands.scan import scan
     from tli.commands.train import train
-    from tli.config import EvaluateConfig, ExportConfig, ScanConfig, TrainConfig
+    from tli.config import EvaluateConfig, ExportConfig, MapConfig, ScanConfig, TrainConfig
     from tli.data.word_pairs import read_pairs
     from tli.model.trained_adapter import load_adapter
     from tli.runtime.errors import TliError
@@ -76,12 +82,14 @@ def __dir__() -> list[str]:
 _MODULES = {
     "EvaluateConfig": "tli.config",
     "ExportConfig": "tli.config",
+    "MapConfig": "tli.config",
     "ScanConfig": "tli.config",
     "TliError": "tli.runtime.errors",
     "TrainConfig": "tli.config",
     "embed": "tli.commands.embed",
     "evaluate": "tli.commands.evaluate",
     "export": "tli.commands.export",
+    "fit_map": "tli.commands.map",
     "load_adapter": "tli.model.trained_adapter",
     "read_pairs": "tli.data.word_pairs",
     "scan": "tli.commands.scan",

@@ -12,6 +12,7 @@ from tli.runtime.errors import TliError, run_command
 COMMANDS = {
     "train": config.TrainConfig,
     "scan": config.ScanConfig,
+    "map": config.MapConfig,
     "evaluate": config.EvaluateConfig,
     "study": config.StudyConfig,
     "export": config.ExportConfig,

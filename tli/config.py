@@ -245,6 +245,43 @@ class ScanConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MapConfig:
+    """Fit the best closed-form map between the word states of two languages, in seconds and without training the model."""
+
+    EXAMPLE: ClassVar[str] = "{prog} --layer auto"
+
+    model: str | None = _as_in_training("model")
+    layer: int | Literal["auto", "output"] = option(
+        "auto", "model", "hidden state to map; auto takes the one whose map finds most of a part of the trained pairs"
+    )
+    weights: Weights = _as_in_training("weights")
+    dtype: DType = _as_in_training("dtype")
+    device: str = _as_in_training("device")
+    impl: Impl = _as_in_training("impl")
+
+    pairs: str | None = _as_in_training("pairs")
+    source: str = _as_in_training("source")
+    target: str = _as_in_training("target")
+    prefix: str = _as_in_training("prefix")
+    held_out: float = _as_in_training("held_out", help="share of the pairs kept out of the fit, to judge it by")
+    split: Split = _as_in_training("split")
+    seed: int = option(0, "words", "fixes the split, the part that chooses, and the intervals", least=0)
+
+    token_norm: TokenNorm = _as_in_training("token_norm", group="vectors")
+
+    output: str = option(None, "output", "folder for map.safetensors and map.json (default: runs/map-<model>-seed<S>)")
+    overwrite: bool = _as_in_training("overwrite")
+    json: bool = _as_in_training("json")
+
+    def __post_init__(self):
+        check(self)
+        if self.layer not in ("auto", "output") and not isinstance(self.layer, int):
+            raise TliError("--layer", "the layer must be a whole number, output or auto", repr(self.layer), "choose one of these")
+        if self.output is None:
+            object.__setattr__(self, "output", f"runs/map-{_named_after(self.model)}-seed{self.seed}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Compare adapters with the base model, on trained and held-out words; or test a table of values from any source (--from-csv)."""
 

@@ -13,6 +13,7 @@ from tli.data.packing import tokenise
 from tli.model import starter
 from tli.model.checkpoint import context_length, open_checkpoint
 from tli.model.decoder import load_full_decoder, load_truncated_decoder, run
+from tli.model.linear_map import load_map
 from tli.model.pooling import Pooling, resolve_token_norm
 from tli.model.shape import Layer
 from tli.model.trained_adapter import check_compatible, load_adapter
@@ -28,6 +29,8 @@ def embed(
     layer: Layer | None = None,
     model: str | None = None,
     device: str = "auto",
+    map: str | os.PathLike | None = None,
+    language: str | None = None,
 ) -> Tensor:
     """u_b = normalise(mean over the word's own tokens of norm(h_t)): embeddings of words at a hidden layer.
 
@@ -40,12 +43,16 @@ def embed(
         layer:    hidden state L, or "output" for the last one after the final norm (default: where the adapter was trained, else 2)
         model:    local folder or hub name (default: the adapter's own, else the starter)
         device:   cpu, cuda, cuda:N; auto: a GPU if there is one
+        map:      folder of a map from ``fit_map``, by which the base model's states of two languages are made alike; in place of an adapter
+                  and a layer, which it decides
+        language: with a map, the language of these words: one of the two names that it was fitted with
 
     Returns:
-        fp32 [B, D] unit rows on the CPU, in the order of the words; their dot products are cosines.
+        fp32 [B, D] unit rows on the CPU, in the order of the words; their dot products are cosines. With a map [B, K], its dimensions.
 
     Raises:
-        TliError: no words, a word without tokens or longer than the context, an adapter that does not fit the model, a layer out of range.
+        TliError: no words, a word without tokens or longer than the context, an adapter or a map that does not fit the model, a layer out
+            of range, a map with an adapter or without a language.
 
     Example:
         >>> import tli
@@ -56,18 +63,31 @@ def embed(
     if isinstance(words, str) or not len(words):
         raise TliError("embed", "the words must be a list of one word or more", repr(words), "give a list")
     trained = None if adapter is None else load_adapter(adapter)
+    fitted = None if map is None else load_map(map)
     defaults = TrainConfig()
 
     def option(name: str):
         default = getattr(defaults, name)
+        if fitted is not None:
+            return fitted.report["config"].get(name, default)
         return default if trained is None else trained.option(name, default)
 
+    if fitted is not None:
+        if trained is not None or layer is not None:
+            raise TliError("embed", "a map decides layer and model", "an adapter or a layer beside it", "leave these out")
+        if language not in (option("source"), option("target")):
+            must = f"the language of words for a map must be {option('source')} or {option('target')}"
+            raise TliError("embed", must, repr(language), "name one with language=")
+        layer, model = fitted.report["map"]["layer"], model or option("model")
     if layer is None:
         layer = defaults.layer if trained is None else "output" if option("arm") == "full" else trained.layer
     checkpoint = open_checkpoint(starter.locate(model or (starter.NAME if trained is None else trained.model_name())))
     device_config = resolve_device(device, "auto", option("weights"), "auto")
     if trained is not None:
         check_compatible(trained, checkpoint, device_config, checkpoint.sha256)
+    if fitted is not None and fitted.report["model"]["sha256"] != checkpoint.sha256(checkpoint.blocks if layer == "output" else int(layer)):
+        must = f"the model must be the one that the map was fitted on, {fitted.report['model']['name']}"
+        raise TliError(checkpoint.name, must, "other weights", "name that one with model=, or fit a map for this one")
     tokens = tokenise(checkpoint.tokenizer(), words, context_length(checkpoint), option("prefix"))
     at_output = layer == "output"
     decoder = (
@@ -85,4 +105,8 @@ def embed(
         # not around the whole function: what the processor can do is tried with a backward pass, too
         with torch.no_grad():
             vectors.append(pool(run(decoder, batch), batch).cpu())
-    return torch.cat(vectors)
+    found = torch.cat(vectors)
+    if fitted is None:
+        return found
+    side = fitted.linear.of_source if language == option("source") else fitted.linear.of_target
+    return torch.nn.functional.normalize(torch.from_numpy(side(found.double().numpy())), dim=1).float()

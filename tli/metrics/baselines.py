@@ -28,7 +28,7 @@ import numpy as np
 from tli.data.pair_store import Pair, alphanumeric, normalise_word
 from tli.data.word_pairs import false_negative_pairs, split_pairs
 from tli.metrics.candidates import Ranks, Scores, cosine_scores, rank
-from tli.model.linear_map import LinearMap, Sides, fit_cca, fit_centred, fit_procrustes, fit_ridge
+from tli.model.linear_map import Axes, LinearMap, Sides, fit_cca, fit_centred, fit_procrustes, fit_ridge
 from tli.runtime.errors import TliError
 
 # shares of the mean variance that are mixed into a covariance; of ridge, times the mean square
@@ -73,6 +73,16 @@ BASELINES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A map, and what chose it: ``procrustes`` or ``cca``, its shrinkage (None of a rotation), and the dev part's MRR."""
+
+    way: str
+    shrinkage: float | None
+    mrr: float
+    linear: LinearMap
+
+
 class Baselines:
     """All baselines of one split: fitted on its trained pairs, judged by its held-out ones.
 
@@ -95,21 +105,22 @@ class Baselines:
         scores = {"length": self._length(), "edit_distance": self._edit_distance(), "ngrams": self._shared_ngrams()}
         if self.classes is not None:
             scores["class"] = self._class(self.classes)
-        scores["ngram_map"] = _mapped(self.ngrams, self._best(fit_cca, self.ngrams))
+        scores["ngram_map"] = _mapped(self.ngrams, self._best(fit_cca, self.ngrams).linear)
         return {name: self._rank(scores[name]) for name in BASELINES if name in scores}
 
     def of_states(self, source: np.ndarray, target: np.ndarray, names: Collection[str] = tuple(BASELINES)) -> dict[str, dict[str, Ranks]]:
         """The same of those in ``names`` that look at a model's word states, [N, D]: trained pairs' first, held-out ones' behind them."""
         whole = np.asarray(source, np.float64), np.asarray(target, np.float64)
         # each side has axes of its own then, between which only a map can go
-        states = _reduced(whole[0], self.fitted, self.seed), _reduced(whole[1], self.fitted, self.seed)
+        source, target = (_along(_axes(side, self.fitted, self.seed), side) for side in whole)
+        states = source, target
         own = states[0][self.fitted], states[1][self.fitted]
         fits: dict[str, Callable[[], Scores]] = {
             "centred": lambda: _mapped(whole, fit_centred(whole[0][self.fitted], whole[1][self.fitted])),
             "procrustes": lambda: _mapped(states, fit_procrustes(*own)),
-            "ridge": lambda: _mapped(states, self._best(fit_ridge, states)),
-            "cca": lambda: _mapped(states, self._best(fit_cca, states)),
-            "cca_spelling": lambda: _mapped(joined := self._beside_ngrams(states), self._best(fit_cca, joined)),
+            "ridge": lambda: _mapped(states, self._best(fit_ridge, states).linear),
+            "cca": lambda: _mapped(states, self._best(fit_cca, states).linear),
+            "cca_spelling": lambda: _mapped(joined := self._beside_ngrams(states), self._best(fit_cca, joined).linear),
         }
         return {name: self._rank(fit()) for name, fit in fits.items() if name in names}
 
@@ -136,15 +147,25 @@ class Baselines:
         source, target = (np.hstack([_scaled(one, self.fitted), _scaled(other, self.fitted)]) for one, other in zip(states, self.ngrams))
         return source, target
 
-    def _best(self, fit: Callable[[np.ndarray, np.ndarray], Callable[[float], LinearMap]], sides: Sides) -> LinearMap:
+    def best_map(self, source: np.ndarray, target: np.ndarray) -> Choice:
+        """The map of word states, as for ``of_states``, that finds the dev part of the trained pairs best, fitted on all of them."""
+        whole = np.asarray(source, np.float64), np.asarray(target, np.float64)
+        axes = [_axes(side, self.fitted, self.seed) for side in whole]
+        states = _along(axes[0], whole[0]), _along(axes[1], whole[1])
+        rotation = dataclasses.replace(self._best(_without_shrinkage, states), way="procrustes", shrinkage=None)
+        best = max(rotation, self._best(fit_cca, states), key=lambda choice: choice.mrr)
+        return dataclasses.replace(best, linear=best.linear.behind(*axes))
+
+    def _best(self, fit: Callable[[np.ndarray, np.ndarray], Callable[[float], LinearMap]], sides: Sides) -> Choice:
         """The map on all trained pairs, with the shrinkage under which the dev part is found best."""
         source, target = sides
         trial, mrr = fit(source[self.fit_part], target[self.fit_part]), {}
-        for shrinkage in SHRINKAGES:
+        for shrinkage in SHRINKAGES if fit is not _without_shrinkage else SHRINKAGES[:1]:
             scores = _mapped((source[self.dev_part], target[self.dev_part]), trial(shrinkage))
             ranks = rank(scores, np.arange(len(self.dev_part)), self.dev_false_negatives, None)["split"]
-            mrr[shrinkage] = ranks.forward.reciprocal_rank.mean() + ranks.backward.reciprocal_rank.mean()
-        return fit(source[self.fitted], target[self.fitted])(max(mrr, key=lambda shrinkage: mrr[shrinkage]))
+            mrr[shrinkage] = float(ranks.forward.reciprocal_rank.mean() + ranks.backward.reciprocal_rank.mean()) / 2
+        chosen = max(mrr, key=lambda shrinkage: mrr[shrinkage])
+        return Choice("cca", chosen, mrr[chosen], fit(source[self.fitted], target[self.fitted])(chosen))
 
     def _length(self) -> Scores:
         source, target = (np.array([len(alphanumeric(word)) for word in side], float) for side in (self.source, self.target))
@@ -207,14 +228,23 @@ def _ngram_components(words: Sequence[str], fitted: np.ndarray, seed: int) -> np
     return TruncatedSVD(max(1, components), n_iter=2, random_state=seed).fit(trained).transform(vectoriser.transform(words))
 
 
-def _reduced(states: np.ndarray, fitted: np.ndarray, seed: int) -> np.ndarray:
-    """Wide states by their principal components among the trained words, as many as there are or as a map can be fitted for."""
+def _without_shrinkage(source: np.ndarray, target: np.ndarray) -> Callable[[float], LinearMap]:
+    rotation = fit_procrustes(source, target)
+    return lambda shrinkage: rotation
+
+
+def _axes(states: np.ndarray, fitted: np.ndarray, seed: int) -> Axes | None:
+    """The principal axes of wide states among the trained words, as many as there are or as a map can be fitted for; None: keep all."""
     from sklearn.decomposition import PCA
 
     if states.shape[1] <= _STATE_COMPONENTS:
-        return states
-    components = PCA(min(_STATE_COMPONENTS, len(fitted) - 1), svd_solver="randomized", random_state=seed).fit(states[fitted])
-    return components.transform(states)
+        return None
+    found = PCA(min(_STATE_COMPONENTS, len(fitted) - 1), svd_solver="randomized", random_state=seed).fit(states[fitted])
+    return Axes(found.mean_, found.components_.T)
+
+
+def _along(axes: Axes | None, states: np.ndarray) -> np.ndarray:
+    return states if axes is None else axes(states)
 
 
 def _scaled(vectors: np.ndarray, fitted: np.ndarray) -> np.ndarray:

@@ -136,6 +136,30 @@ def scan_layers(
     return scans, reason
 
 
+def see_layers(
+    checkpoint: Checkpoint,
+    pairs: Sequence[Pair],
+    pooling: Pooling,
+    device_config: DeviceConfig,
+    prefix: str,
+    layers: Sequence[Layer] | None,
+    see_words: SeeWords,
+    done: Callable[[], None] = lambda: None,
+) -> str | None:
+    """Hand the base model's word states in each of these layers to ``see_words``, and measure nothing; arguments as for ``measure_layers``.
+
+    Returns:
+        Why the pass ended before ``output``, or None.
+    """
+    words = tokenise(checkpoint.tokenizer(), word_pairs.words_of(pairs), context_length(checkpoint), prefix)
+    batch = to_batch(words.pack(np.arange(len(words)), False), device_config.dtype, device_config.device)
+
+    def look(stream: str, layer: Layer, nodes: Tensor) -> None:
+        see_words(stream, layer, *pooling.for_layer(layer)(nodes, batch).chunk(2))
+
+    return _each_layer(checkpoint, batch, words.vocab_ids, device_config, {"before": None}, look, layers, done)[1]
+
+
 def keep_words(states: dict[tuple[Any, Layer], Sides], layers: Collection[Layer]) -> SeeWords:
     """What ``measure_layers`` takes as ``see_words`` to put the word states of these layers into ``states``."""
 

@@ -1,16 +1,23 @@
 """Closed-form linear maps that carry two languages' word vectors into one space.
 
 Sources: Mikolov et al. 2013 (arXiv 1309.4168) for a map between languages, Conneau et al. 2018 (arXiv 1710.04087) for Procrustes, Faruqui
-and Dyer 2014 ("Improving vector space word representations using multilingual correlation") for CCA. NumPy and SciPy only.
+and Dyer 2014 ("Improving vector space word representations using multilingual correlation") for CCA. Imports no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import pathlib
 from collections.abc import Callable
 
 import numpy as np
 
+from tli.runtime.errors import TliError, one_line
+from tli.runtime.files import atomic_write, sha256, write_json
+
+MAP_FILE, REPORT_FILE = "map.safetensors", "map.json"
 # vectors of source words and of target words, [B, D] each; row i of one translates row i of the other
 Sides = tuple[np.ndarray, np.ndarray]
 
@@ -28,8 +35,73 @@ class LinearMap:
     source_matrix: np.ndarray
     target_matrix: np.ndarray
 
-    def __call__(self, source: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return (source - self.source_mean) @ self.source_matrix, (target - self.target_mean) @ self.target_matrix
+    def __call__(self, source: np.ndarray, target: np.ndarray) -> Sides:
+        return self.of_source(source), self.of_target(target)
+
+    def of_source(self, vectors: np.ndarray) -> np.ndarray:
+        return (vectors - self.source_mean) @ self.source_matrix
+
+    def of_target(self, vectors: np.ndarray) -> np.ndarray:
+        return (vectors - self.target_mean) @ self.target_matrix
+
+    def behind(self, source: Axes | None, target: Axes | None) -> LinearMap:
+        """The map of whole vectors, where this one is of their components along orthogonal axes; None: of whole ones already."""
+        sides = [(self.source_mean, self.source_matrix, source), (self.target_mean, self.target_matrix, target)]
+        means, matrices = [], []
+        for mean, matrix, axes in sides:
+            means.append(mean if axes is None else axes.mean + axes.matrix @ mean)
+            matrices.append(matrix if axes is None else axes.matrix @ matrix)
+        return LinearMap(*means, *matrices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Orthogonal axes through a mean: ``(x - mean) @ matrix``, of which the columns, float64 [D, K], have unit length."""
+
+    mean: np.ndarray
+    matrix: np.ndarray
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        return (vectors - self.mean) @ self.matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedMap:
+    """A map off the disk, with what ``map.json`` says of it: ``config``, ``model``, ``map`` (way, layer, shrinkage), ``baselines``, ..."""
+
+    linear: LinearMap
+    report: dict
+
+
+def save_map(folder: pathlib.Path, linear: LinearMap, report: dict) -> None:
+    """Write ``map.safetensors``, fp32 tensors named as the map's fields, and then ``map.json``; each is complete or absent."""
+    from safetensors.numpy import save_file
+
+    tensors = {field.name: getattr(linear, field.name).astype(np.float32) for field in dataclasses.fields(linear)}
+    with atomic_write(folder / MAP_FILE) as temporary:
+        save_file(tensors, temporary)
+    write_json(folder / REPORT_FILE, {**report, "sha256": sha256(folder / MAP_FILE)})
+
+
+def load_map(folder: str | os.PathLike) -> FittedMap:
+    """Load a map that ``tli.map`` wrote.
+
+    Raises:
+        TliError: a folder without a map, files that cannot be read or do not belong together.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    folder = pathlib.Path(folder).expanduser()
+    names = {field.name for field in dataclasses.fields(LinearMap)}
+    try:
+        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / MAP_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise TliError(folder, f"the folder must hold {MAP_FILE} and {REPORT_FILE}", one_line(error), "name a folder of tli map") from error
+    if not isinstance(report, dict) or tensors.keys() != names or report.get("sha256") != sha256(folder / MAP_FILE):
+        raise TliError(folder, f"{REPORT_FILE} must speak of the {MAP_FILE} beside it", "another's", "make the map again")
+    return FittedMap(LinearMap(**{name: tensor.astype(np.float64) for name, tensor in tensors.items()}), report)
 
 
 def fit_centred(source: np.ndarray, target: np.ndarray) -> LinearMap:

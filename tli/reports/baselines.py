@@ -37,7 +37,8 @@ def baseline_table(report: dict, layer: Layer, intervals: bool = True, stream: s
     chance, *chances = (found.get((ways[0], *key)) for key in keys)
     rows.append(["chance", *("" if record is None else number(record["chance"]) for record in (chance, None, *chances))])
     n = found[ways[0], "split", "mrr", ALL]["n"]
-    title = f"{place_name(layer).capitalize()}: what finds the held-out pairs (n={n}), with training and without"
+    how = "without training" if stream == BEFORE else "with training and without"
+    title = f"{place_name(layer).capitalize()}: what finds the held-out pairs (n={n}), {how}"
     return Table(title, ["", "MRR", "95 % interval", "P@1", "own\nclass", _OTHERS.get(others, "own\nclass"), "whole\nlist"], rows)
 
 

@@ -1,0 +1,135 @@
+"""``python -m tli.map``: the best closed-form map between two languages' word states, without training the model.
+
+Reads top to bottom: pairs -> tokens -> one pass over the blocks, one in memory at a time, with a map fitted in each -> the best of them,
+map.safetensors -> the held-out pairs through it, beside everything else that needs no training -> map.json.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+
+from torch import Tensor
+
+from tli.config import MapConfig
+from tli.data import word_pairs
+from tli.data.relatives import has_relative
+from tli.metrics import baseline_records
+from tli.metrics.baselines import Baselines, Choice
+from tli.metrics.layer_pass import see_layers
+from tli.model import starter
+from tli.model.checkpoint import model_facts, open_checkpoint
+from tli.model.linear_map import Sides, save_map
+from tli.model.pooling import Pooling, resolve_token_norm
+from tli.model.shape import Layer
+from tli.reports.map import show, verdict
+from tli.runtime import environment
+from tli.runtime.cli import as_dict
+from tli.runtime.console import layer_bar
+from tli.runtime.device import resolve_device
+from tli.runtime.errors import TliError
+from tli.runtime.files import SCHEMA, prepare_output_dir, sha256
+
+
+def fit_map(config: MapConfig) -> dict:
+    """Fit the best closed-form map between two languages' word states and write it to ``config.output``.
+
+    Args:
+        config:  model, layer and word list; every field is a flag of ``python -m tli.map``
+
+    Returns:
+        What ``map.json`` holds, as plain JSON values: ``map`` (way, layer, shrinkage, MRR of the part of the pairs that chose them),
+        ``by_layer`` (the best of each layer), ``baselines`` (what finds the held-out pairs: this map, its rivals and their chance).
+
+    Raises:
+        TliError: for whatever a user can cause; nothing that existed before is lost.
+
+    Example:
+        >>> from tli import MapConfig, embed, fit_map
+        >>> found = fit_map(MapConfig(layer=1, output="map"))
+        >>> found["map"]["layer"], found["map"]["way"] in ("procrustes", "cca")
+        (1, True)
+        >>> source = embed(["maji"], map="map", language="swahili")
+        >>> target = embed(["water", "fire"], map="map", language="english")
+        >>> (source @ target.T).shape
+        torch.Size([1, 2])
+    """
+    from rich.console import Console
+
+    began = time.monotonic()
+    console = Console(stderr=True, highlight=False)
+    output = pathlib.Path(config.output).expanduser()
+    pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
+    names = ("trained", "held_out")
+    whole = dict(zip(names, word_pairs.split_pairs(pairs, config.held_out, config.seed, config.split), strict=True))
+    splits = {name: part.subset(word_pairs.sample(part, config.seed)) for name, part in whole.items()}
+    checkpoint = open_checkpoint(starter.locate(config.model))
+    hashed = functools.cache(checkpoint.sha256)
+    device_config = resolve_device(config.device, config.dtype, config.weights, config.impl)
+    token_norm = resolve_token_norm(config.token_norm, checkpoint)
+    pool = Pooling.from_checkpoint(token_norm, checkpoint, device_config.device, device_config.ops)
+    layers = _layers(config.layer, checkpoint.blocks)
+    prepare_output_dir(output, config.overwrite)
+    console.print(device_config.ops.description)
+
+    baselines = Baselines(splits["trained"], splits["held_out"], config.seed)
+    choices: dict[Layer, Choice] = {}
+    best: dict[tuple[str, Layer], Sides] = {}
+
+    def see_words(stream: str, layer: Layer, source: Tensor, target: Tensor) -> None:
+        if layer == 0:
+            # no block has seen the word
+            return
+        sides = source.cpu().numpy(), target.cpu().numpy()
+        choice = baselines.best_map(*sides)
+        # of all layers' states only the best one's are kept
+        if all(choice.mrr > other.mrr for other in choices.values()):
+            best.clear()
+            best[stream, layer] = sides
+        choices[layer] = choice
+
+    with layer_bar(console, checkpoint.blocks + 2, "fitting maps") as done:
+        missing = see_layers(checkpoint, baselines.pairs, pool, device_config, config.prefix, layers, see_words, done)
+    if not choices:
+        raise TliError("--layer", "the blocks must be there", missing, "put the missing shard there, or ask for a lower layer")
+    ((stream, layer),) = best
+    choice = choices[layer]
+
+    list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
+    report = {
+        "schema": SCHEMA,
+        "config": {**as_dict(config), "token_norm": token_norm},
+        "model": model_facts(config.model or starter.NAME, checkpoint, hashed(checkpoint.blocks if layer == "output" else int(layer))),
+        "pairs": {
+            **{name: len(part) for name, part in whole.items()},
+            "with_relative": int(has_relative(whole["held_out"], whole["trained"]).sum()),
+            "name": list_file.name,
+            "sha256": sha256(list_file),
+        },
+        "map": {"layer": layer, **_facts(choice), "dimensions": choice.linear.source_matrix.shape[1]},
+        "by_layer": [{"layer": of, **_facts(each)} for of, each in choices.items()],
+        "missing": missing,
+        "baselines": baseline_records.judge(splits, best, config.seed),
+        "versions": environment.versions(),
+        "machine": environment.machine(device_config),
+        "seconds": time.monotonic() - began,
+    }
+    report["verdict"] = verdict(report)
+    save_map(output, choice.linear, report)
+    show(report, console)
+    console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+    return report
+
+
+def _layers(layer: Layer, blocks: int) -> list[Layer] | None:
+    """The layers to fit maps in, in order; None: all."""
+    if layer == "auto":
+        return None
+    if layer != "output" and not 1 <= int(layer) <= blocks:
+        must = f"the layer must be from 1 to {blocks}, the model's number of blocks, output or auto"
+        raise TliError("--layer", must, layer, "choose one in this range")
+    return [layer]
+
+
+def _facts(choice: Choice) -> dict:
+    return {field.name: getattr(choice, field.name) for field in dataclasses.fields(choice) if field.name != "linear"}
