@@ -61,7 +61,7 @@ def test_a_file_that_is_no_log_is_refused_and_left_as_it_is(tmp_path, text):
 
 def test_a_folder_of_logs_alone_is_told_from_others(tmp_path):
     assert holds_only_logs(tmp_path / "absent")
-    for name in ("metrics.jsonl", ".metrics.jsonl.x7.jsonl", "events.out.tfevents.17.host"):
+    for name in ("metrics.jsonl", "events.out.tfevents.17.host"):
         (tmp_path / name).touch()
         assert holds_only_logs(tmp_path)
     (tmp_path / "mine.txt").touch()
