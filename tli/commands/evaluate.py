@@ -44,7 +44,8 @@ def evaluate(config: EvaluateConfig) -> dict:
     Returns:
         What ``evaluation.json`` holds, as plain JSON values: ``measurements`` (mean and 95 % interval of each metric by split, adapter and
         layer), ``tests`` (paired gains: t, Wilcoxon and sign-flip, as they are and after Holm), ``differences`` (trained against held-out
-        gains) and ``harm`` (perplexity, with ``text``). The tables are printed on standard error.
+        gains), ``baselines`` (what finds the held-out pairs without training) and ``harm`` (perplexity, with ``text``). The tables are
+        printed on standard error.
 
     Raises:
         TliError: for whatever a user can cause; nothing that existed before is lost.

@@ -49,7 +49,7 @@ def scan(config: ScanConfig) -> dict:
     Returns:
         What ``scan.json`` holds, as plain JSON values: ``measurements`` (mean and 95 % interval of each metric by layer: 0 for the
         embeddings, "output" for the last one after the final norm), ``choice`` (the layer that each of two rules would align),
-        ``sink_layers``, ``strata``, ``seconds``, ``peak_bytes``.
+        ``sink_layers``, ``strata``, ``maps`` (what closed-form maps find in each layer), ``seconds``, ``peak_bytes``.
 
     Raises:
         TliError: for whatever a user can cause; nothing that existed before is lost.

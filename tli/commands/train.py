@@ -64,8 +64,10 @@ def train(config: TrainConfig) -> dict:
 
     Returns:
         What ``report.json`` holds, as plain JSON values: ``adapter`` (sha256, parameters, bytes), ``training`` (steps, seconds, loss in
-        nats for InfoNCE, peak_bytes), ``measurements`` (mean and 95 % interval of each metric by split, layer, before and after) and
-        ``tests``. With ``no_report`` the facts of the run without measurements. The folder also holds the adapter in PEFT's format.
+        nats for InfoNCE, peak_bytes), ``measurements`` (mean and 95 % interval of each metric by split, layer, before and after),
+        ``tests``, ``baselines`` (what finds the held-out pairs without training, and the adapters' gain over it) and ``harm`` (what
+        training cost the language model, text by text). With ``no_report`` the facts of the run without measurements. The folder also
+        holds the adapter in PEFT's format.
 
     Raises:
         TliError: for whatever a user can cause; an adapter and a report that existed before are not lost.
