@@ -6,6 +6,9 @@ word states as they are, of the ``stream`` before or after training. Where sever
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +16,7 @@ import numpy as np
 
 from tli.data import word_pairs
 from tli.data.pair_store import Pair
+from tli.metrics.baseline_cache import cached
 from tli.metrics.baselines import BASELINES, Baselines
 from tli.metrics.candidates import Ranks
 from tli.model.linear_map import Sides
@@ -54,11 +58,18 @@ def judge(splits: Mapping[str, Sequence[Pair]], states: Mapping[tuple[str, Layer
     if len(splits.get("held_out", ())) < _FEWEST_HELD_OUT:
         return None
     baselines = Baselines(splits["trained"], splits["held_out"], seed)
-    found: dict[Way, dict[str, Ranks]] = {(name, None, None): ranks for name, ranks in baselines.of_words().items()}
+    # all that their ranks depend on beside the states
+    words = json.dumps([len(splits["trained"]), seed, list(map(dataclasses.astuple, baselines.pairs))]).encode()
+    of_words = cached(len(baselines.pairs), [words], baselines.of_words)
+    found: dict[Way, Mapping[str, Ranks]] = {(name, None, None): ranks for name, ranks in of_words.items()}
     for (stream, layer), sides in states.items():
         found[PLAIN, stream, layer] = baselines.plain(*sides)
         names = _AFTER if stream != BEFORE else tuple(BASELINES) if layer != "output" else _AT_OUTPUT
-        found |= {(name, stream, layer): ranks for name, ranks in baselines.of_states(*sides, names).items()}
+        compute = functools.partial(baselines.of_states, *sides, names)
+        parts = [words, repr(names).encode(), *(np.ascontiguousarray(side).tobytes() for side in sides)]
+        # trained states are another run's never
+        of_states = cached(len(baselines.pairs), parts, compute) if stream == BEFORE else compute()
+        found |= {(name, stream, layer): ranks for name, ranks in of_states.items()}
     held_out = [baselines.pairs[number] for number in baselines.judged]
     clusters, groups = _clusters(baselines), kinds(held_out)
     return {"records": list(_records(found, groups, clusters, seed)), "tests": list(_tests(found, groups, clusters, seed))}
@@ -82,7 +93,7 @@ class LayerMaps:
         parts = word_pairs.split_pairs(pairs, _JUDGED_SHARE, seed, by)
         self.order = np.array([known[pair] for part in parts for pair in part])
         self.baselines, self.seed = Baselines(*parts, seed), seed
-        self.found: dict[Way, dict[str, Ranks]] = {}
+        self.found: dict[Way, Mapping[str, Ranks]] = {}
 
     def see(self, stream: str, layer: Layer, source: np.ndarray, target: np.ndarray) -> None:
         """Fit and judge one layer's word states, [B, D] in the order of the pairs."""

@@ -21,6 +21,7 @@ The maps are in ``tli/model/linear_map.py``. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -98,7 +99,10 @@ class Baselines:
         self.source, self.target = ([normalise_word(word) for word in side] for side in zip(*((p.source, p.target) for p in self.pairs)))
         self.fit_part, self.dev_part = self._dev_split(trained)
         self.dev_false_negatives = false_negative_pairs([self.pairs[number] for number in self.dev_part])
-        self.ngrams = _ngram_components(self.source, self.fitted, seed), _ngram_components(self.target, self.fitted, seed)
+
+    @functools.cached_property
+    def ngrams(self) -> Sides:
+        return _ngram_components(self.source, self.fitted, self.seed), _ngram_components(self.target, self.fitted, self.seed)
 
     def of_words(self) -> dict[str, dict[str, Ranks]]:
         """The ranks of the held-out pairs, by baseline and set of candidates, of those that look at no model."""
