@@ -87,6 +87,7 @@ def test_a_run_leaves_an_adapter_and_a_report_of_it(settings, tmp_path, dtype):
     ways = {(r["way"], r["stream"], r["layer"]) for r in report["baselines"]["records"]}
     assert {("cca", "before", 2), ("plain", "after", 2), ("plain", "before", "output"), ("edit_distance", None, None)} <= ways
     assert {record["n"] for record in report["baselines"]["records"] if record["candidates"] == "list"} <= {report["pairs"]["held_out"]}
+    assert (report["probe"]["shots"], report["probe"]["asked"]) == (16, report["pairs"]["held_out"])
     assert [one["text"]["name"] for one in report["harm"]] == ["running-text-swahili.txt", "running-text-english.txt"]
     assert all(one["after"][0]["kl"]["value"] > 0 for one in report["harm"])
     assert report["verdict"].startswith("At layer 2, ")
@@ -431,6 +432,7 @@ def test_absent_shards_leave_a_report_of_layer_l_that_says_why(settings, make_mo
     assert "is absent, which holds block 2" in facts["missing_output"]
     assert "The output was not measured" in facts["verdict"]
     assert facts["harm"] == []
+    assert facts["probe"] is None
     assert {record["layer"] for record in facts["baselines"]["records"]} == {2, None}
 
 

@@ -118,6 +118,20 @@ def test_the_sink_is_named_where_it_was_pooled(kind, said):
     assert "sink" not in small
 
 
+@pytest.mark.parametrize(
+    ("right", "high", "said"),
+    [
+        (0, 0.056, "the base model gives 0 right [.000, .056]: it hardly knows these words"),
+        (32, 0.62, "the base model gives 32 right, 50% [.000, .620]."),
+    ],
+)
+def test_whether_the_model_knows_the_words_is_said(right, high, said):
+    facts, alignments = run_of((WEAK, STRONG), (WEAK, STRONG))
+    facts["probe"] = {"shots": 16, "asked": 64, "right": right, "value": right / 64, "low": 0.0, "high": high}
+    assert f"Asked for 64 held-out translations after 16 examples, {said}" in assemble(facts, alignments)["verdict"]
+    assert "Asked for" not in assemble({**facts, "probe": None}, alignments)["verdict"]
+
+
 def test_the_control_run_the_collapsed_loss_and_the_missing_output_are_stated():
     text = assemble(*run_of((WEAK, STRONG), (WEAK, STRONG), shuffle_pairs=True, loss_last=5.49))["verdict"]
     assert text.startswith("This is the control run")

@@ -23,7 +23,7 @@ from tli.data.loader import BatchLoader
 from tli.data.packing import TokenisedWords, tokenise
 from tli.data.pair_store import DiskBackedPairs
 from tli.data.relatives import has_relative
-from tli.metrics import layer_choice
+from tli.metrics import layer_choice, probe
 from tli.metrics.baseline_records import judge
 from tli.metrics.layer_pass import keep_words, measure_layers
 from tli.metrics.perplexity import TextWindows, harm, predict, read_texts
@@ -132,6 +132,7 @@ def train(config: TrainConfig) -> dict:
         see_words = keep_words(states, (layer, "output"))
         alignments, facts["missing_output"] = measure(splits, streams, config.eval_pool_bos, see_words=see_words)
         facts["baselines"] = judge(splits, states, config.seed)
+        facts["probe"] = _probe(config, checkpoint, exact, splits, console)
         facts["harm"] = _measure_harm(checkpoint, texts, exact, streams["after"], config.seed, console)
         facts = training_report.write_report(output, facts, alignments, console)
     state.discard()
@@ -218,6 +219,16 @@ def _measure_layers(
     # the embeddings, each block, and the output
     with layer_bar(console, checkpoint.blocks + 2) as done:
         return measure_layers(checkpoint, splits, pool, exact, streams, config.prefix, pool_bos, done=done, **seen)
+
+
+def _probe(config: TrainConfig, checkpoint: Checkpoint, exact: DeviceConfig, splits: dict[str, DiskBackedPairs], console) -> dict | None:
+    """What the base model itself says when it is asked for translations of held-out words; None where it cannot be asked."""
+    examples, asked = probe.draw(splits["trained"], splits.get("held_out", ()), config.seed)
+    if not asked:
+        return None
+    with layer_bar(console, checkpoint.blocks + 2, "asking the model") as done:
+        given = probe.probe(checkpoint, examples, asked, config.source, config.target, exact, done)
+    return None if given is None else probe.rate(given)
 
 
 def _measure_harm(

@@ -157,7 +157,7 @@ def predict(
     reason = stream_layers(checkpoint, _batch(windows, device_config), windows.vocab_ids, device_config, [None, *adapters], visit)
     if reason is not None:
         return [], reason
-    head, cap = _head(checkpoint, device_config), getattr(checkpoint.config, "final_logit_softcapping", None)
+    head, cap = read_head(checkpoint, device_config), getattr(checkpoint.config, "final_logit_softcapping", None)
     width = windows.tokens.shape[1]
     parts: list[list[Tensor]] = [[] for _ in outputs]
     for window, length in enumerate(windows.lengths):
@@ -166,7 +166,7 @@ def predict(
         for at, truth in zip(positions.split(_CHUNK_POSITIONS), following.split(_CHUNK_POSITIONS)):
             base = probabilities = None
             for stream, states in zip(parts, outputs):
-                logs = _log_probabilities(states[at], head, cap, device_config.ops.linear)
+                logs = log_probabilities(states[at], head, cap, device_config.ops.linear)
                 if base is None or probabilities is None:
                     base, probabilities = logs, logs.exp()
                 moved = (probabilities * (base - logs)).sum(1), (probabilities - logs.exp()).abs().sum(1) / 2
@@ -228,7 +228,7 @@ def _batch(windows: TextWindows, device_config: DeviceConfig) -> Batch:
     )
 
 
-def _head(checkpoint: Checkpoint, device_config: DeviceConfig) -> Tensor:
+def read_head(checkpoint: Checkpoint, device_config: DeviceConfig) -> Tensor:
     """The weight [V, D] that turns normed states into logits: the embedding table where the two are tied."""
     if checkpoint.config.tie_word_embeddings:
         weight = checkpoint.embedding_rows(None)
@@ -245,7 +245,7 @@ def _head(checkpoint: Checkpoint, device_config: DeviceConfig) -> Tensor:
     return weight.to(device_config.device, device_config.dtype)
 
 
-def _log_probabilities(states: Tensor, head: Tensor, cap: float | None, linear: Callable[..., Tensor]) -> Tensor:
+def log_probabilities(states: Tensor, head: Tensor, cap: float | None, linear: Callable[..., Tensor]) -> Tensor:
     """log softmax of the logits, fp32 [positions, V]; ``cap`` is Gemma 2's soft-capping."""
     logits = torch.cat([linear(states.float(), rows.float()) for rows in head.split(_HEAD_ROWS)], dim=1)
     if cap is not None:

@@ -44,7 +44,7 @@ def write_report(
     run          plain JSON values: config (with what its token_norm came to), model {name, family, blocks, width, sha256},
                  pairs {name, sha256, trained, held_out}, adapter {sha256, parameters, bytes}, training {steps, seconds,
                  words_per_second, loss_first, loss_last, chance_loss}, versions, machine, missing_output (None or the reason),
-                 shuffled (bool), and baselines {records, tests} and harm (by text) where they were measured. chance_loss may be None.
+                 shuffled (bool), and baselines {records, tests}, probe and harm (by text) if measured. chance_loss may be None.
     alignments   by (split, when, layer): "trained" or "held_out", "before" or "after", 0..N or "output". Layer L must be there
                  before and after; other layers go into the curves, ``output`` into the tables, too.
 

@@ -25,12 +25,22 @@ from tli.reports.wording import (
 
 _FEW_PAIRS = 30
 _LOSS_AT_CHANCE = 0.99
+# if surely fewer translations than this are right
+_KNOWS_NOTHING = 0.1
 
 
 def verdict(report: dict) -> str:
     """What the numbers show, in words: a paragraph for layer L and one for ``output``."""
     layer, *deeper = compared_layers(report, report["measurements"])
-    first = [_control(report), bought(report, layer), cost(report), _loss(report), *_at_layer(report, layer), _sink(report, layer)]
+    first = [
+        _control(report),
+        bought(report, layer),
+        cost(report),
+        _knows(report),
+        _loss(report),
+        *_at_layer(report, layer),
+        _sink(report, layer),
+    ]
     last = (
         [bought(report, deeper[0]), *_at_layer(report, deeper[0])]
         if deeper
@@ -48,6 +58,17 @@ def _control(report: dict) -> str:
     if not report["shuffled"]:
         return ""
     return "This is the control run: it was trained on shuffled pairs, so whatever rises here is not alignment."
+
+
+def _knows(report: dict) -> str:
+    """Whether the base model can translate these words at all, when asked."""
+    found = report.get("probe")
+    if not found:
+        return ""
+    said = f"Asked for {found['asked']} held-out translations after {found['shots']} examples, the base model gives {found['right']} right"
+    if found["high"] < _KNOWS_NOTHING:
+        return f"{said} {interval(found)}: it hardly knows these words, and vectors of what it does not know can only be aligned by rote."
+    return f"{said}, {found['value']:.0%} {interval(found)}."
 
 
 def _loss(report: dict) -> str:
