@@ -75,6 +75,7 @@ def test_the_shell_completes_commands_and_their_flags(shell, tmp_path):
 
 GIVEN = {
     "train": ["--recipe=paper", "--layer=auto", "--prefix=", "--alpha=5", "--micro-batch=4", "--overwrite", "--no-pool-bos"],
+    "map": ["--layer=output", "--split=words", "--seed=4"],
     "scan": ["--adapter=somewhere", "--sample=12", "--recipe=paper"],
     "evaluate": ["one", "two", "--layers=all", "--margin=0.1", "--seed=3", "--prefix= "],
     "study": ["--ranks=1,2", "--rates=1e-3", "--cells=1/4"],

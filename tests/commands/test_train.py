@@ -87,7 +87,8 @@ def test_a_run_leaves_an_adapter_and_a_report_of_it(settings, tmp_path, dtype):
     ways = {(r["way"], r["stream"], r["layer"]) for r in report["baselines"]["records"]}
     assert {("cca", "before", 2), ("plain", "after", 2), ("plain", "before", "output"), ("edit_distance", None, None)} <= ways
     assert {record["n"] for record in report["baselines"]["records"] if record["candidates"] == "list"} <= {report["pairs"]["held_out"]}
-    assert (report["probe"]["shots"], report["probe"]["asked"]) == (16, report["pairs"]["held_out"])
+    # its context is too short for sixteen examples
+    assert report["probe"] is None
     assert [one["text"]["name"] for one in report["harm"]] == ["running-text-swahili.txt", "running-text-english.txt"]
     assert all(one["after"][0]["kl"]["value"] > 0 for one in report["harm"])
     assert report["verdict"].startswith("At layer 2, ")
