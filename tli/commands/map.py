@@ -16,7 +16,8 @@ from tli.data import word_pairs
 from tli.data.relatives import has_relative
 from tli.metrics import baseline_records
 from tli.metrics.baselines import Baselines, Choice
-from tli.metrics.layer_pass import see_layers
+from tli.metrics.layer_choice import choose_layer_by_maps
+from tli.metrics.layer_pass import keep_words, see_layers
 from tli.model import starter
 from tli.model.checkpoint import model_facts, open_checkpoint
 from tli.model.linear_map import Sides, save_map
@@ -74,26 +75,22 @@ def fit_map(config: MapConfig) -> dict:
 
     baselines = Baselines(splits["trained"], splits["held_out"], config.seed)
     choices: dict[Layer, Choice] = {}
-    best: dict[tuple[str, Layer], Sides] = {}
 
     def see_words(stream: str, layer: Layer, source: Tensor, target: Tensor) -> None:
-        if layer == 0:
-            # no block has seen the word
-            return
-        sides = source.cpu().numpy(), target.cpu().numpy()
-        choice = baselines.best_map(*sides)
-        # of all layers' states only the best one's are kept
-        if all(choice.mrr > other.mrr for other in choices.values()):
-            best.clear()
-            best[stream, layer] = sides
-        choices[layer] = choice
+        # at 0 no block has seen the word
+        if layer != 0:
+            choices[layer] = baselines.best_map(source.cpu().numpy(), target.cpu().numpy())
 
+    look = functools.partial(see_layers, checkpoint, baselines.pairs, pool, device_config, config.prefix)
     with layer_bar(console, checkpoint.blocks + 2, "fitting maps") as done:
-        missing = see_layers(checkpoint, baselines.pairs, pool, device_config, config.prefix, layers, see_words, done)
+        missing = look(layers, see_words, done)
     if not choices:
         raise TliError("--layer", "the blocks must be there", missing, "put the missing shard there, or ask for a lower layer")
-    ((stream, layer),) = best
+    layer = choose_layer_by_maps(choices)
     choice = choices[layer]
+    # the states of all layers would take too much memory
+    states: dict[tuple[str, Layer], Sides] = {}
+    look([layer], keep_words(states, [layer]))
 
     list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
     report = {
@@ -109,7 +106,7 @@ def fit_map(config: MapConfig) -> dict:
         "map": {"layer": layer, **_facts(choice), "dimensions": choice.linear.source_matrix.shape[1]},
         "by_layer": [{"layer": of, **_facts(each)} for of, each in choices.items()],
         "missing": missing,
-        "baselines": baseline_records.judge(splits, best, config.seed),
+        "baselines": baseline_records.judge(splits, states, config.seed),
         "versions": environment.versions(),
         "machine": environment.machine(device_config),
         "seconds": time.monotonic() - began,

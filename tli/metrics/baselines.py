@@ -76,11 +76,12 @@ BASELINES = {
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A map, and what chose it: ``procrustes`` or ``cca``, its shrinkage (None of a rotation), and the dev part's MRR."""
+    """A map, and what chose it: ``procrustes`` or ``cca``, shrinkage (None of a rotation), the MRR of the dev part and its error."""
 
     way: str
     shrinkage: float | None
     mrr: float
+    error: float
     linear: LinearMap
 
 
@@ -163,13 +164,15 @@ class Baselines:
     def _best(self, fit: Callable[[np.ndarray, np.ndarray], Callable[[float], LinearMap]], sides: Sides) -> Choice:
         """The map on all trained pairs, with the shrinkage under which the dev part is found best."""
         source, target = sides
-        trial, mrr = fit(source[self.fit_part], target[self.fit_part]), {}
+        trial, found = fit(source[self.fit_part], target[self.fit_part]), {}
         for shrinkage in SHRINKAGES if fit is not _without_shrinkage else SHRINKAGES[:1]:
             scores = _mapped((source[self.dev_part], target[self.dev_part]), trial(shrinkage))
             ranks = rank(scores, np.arange(len(self.dev_part)), self.dev_false_negatives, None)["split"]
-            mrr[shrinkage] = float(ranks.forward.reciprocal_rank.mean() + ranks.backward.reciprocal_rank.mean()) / 2
-        chosen = max(mrr, key=lambda shrinkage: mrr[shrinkage])
-        return Choice("cca", chosen, mrr[chosen], fit(source[self.fitted], target[self.fitted])(chosen))
+            found[shrinkage] = (ranks.forward.reciprocal_rank + ranks.backward.reciprocal_rank) / 2
+        chosen = max(found, key=lambda shrinkage: found[shrinkage].mean())
+        error = float(found[chosen].std() / np.sqrt(len(found[chosen])))
+        linear = fit(source[self.fitted], target[self.fitted])(chosen)
+        return Choice("cca", chosen, float(found[chosen].mean()), error, linear)
 
     def _length(self) -> Scores:
         source, target = (np.array([len(alphanumeric(word)) for word in side], float) for side in (self.source, self.target))

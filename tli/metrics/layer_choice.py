@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from tli.metrics.baselines import Choice
 from tli.metrics.layers import LayerScan
 from tli.metrics.measures import SINK_ABOVE
 from tli.model.shape import Layer
@@ -32,6 +33,17 @@ def choose_layer(gaps: Mapping[Layer, np.ndarray], clusters: np.ndarray, seed: i
 def choose_layer_by_cosine(cosine: Mapping[Layer, np.ndarray]) -> int:
     """The paper's rule: the layer 1..N with the highest mean cosine of true pairs, of ``raw_bos`` vectors; no control asked for."""
     return max(sorted(layer for layer in cosine if isinstance(layer, int) and layer > 0), key=lambda layer: cosine[layer].mean())
+
+
+def choose_layer_by_maps(choices: Mapping[Layer, Choice]) -> Layer:
+    """The first layer whose map is within a standard error of the best one's MRR: a part of a list can't tell layers apart any better.
+
+    choices   layer -> the best map there, in the order of the layers
+
+    Source: the one-standard-error rule of Breiman et al. 1984, "Classification and regression trees"; the first layer costs least.
+    """
+    best = max(choices.values(), key=lambda choice: choice.mrr)
+    return next(layer for layer, choice in choices.items() if choice.mrr >= best.mrr - best.error)
 
 
 def sink_layers(scans: Mapping[tuple[str, Layer], LayerScan], stream: str) -> list[Layer]:

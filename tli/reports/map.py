@@ -21,7 +21,12 @@ def verdict(report: dict) -> str:
     shrinkage = "" if chosen["shrinkage"] is None else f" with shrinkage {chosen['shrinkage']:g}"
     of = f" of {len(report['by_layer'])} layers" * (len(report["by_layer"]) > 1)
     name = f"{BASELINES[chosen['way']].label} at {place_name(chosen['layer'])}{shrinkage}"
-    text = f"The best map{of} by a part of the trained pairs is {name} (MRR {number(chosen['mrr'])} there)."
+    text = f"Chosen by a part of the trained pairs: {name} (MRR {number(chosen['mrr'])} there"
+    best = max(report["by_layer"], key=lambda one: one["mrr"])
+    if best["layer"] != chosen["layer"]:
+        best_named = f"{place_name(best['layer'])} with {number(best['mrr'])}"
+        text += f"; the first{of} within a standard error, {number(best['error'])}, of the best, {best_named}"
+    text += ")."
     if report["baselines"] is None:
         return f"{text} Too few pairs are held out to judge it by."
     found = {
