@@ -32,6 +32,25 @@ def test_procrustes_finds_a_rotation_again_and_is_orthogonal():
     np.testing.assert_allclose(noisy @ noisy.T, np.eye(6), atol=1e-10)
 
 
+def test_procrustes_is_scipys():
+    source, target = related(7)
+    expected, _ = scipy.linalg.orthogonal_procrustes(source - source.mean(0), target - target.mean(0))
+    np.testing.assert_allclose(fit_procrustes(source, target).source_matrix, expected, atol=1e-10)
+
+
+def test_where_divide_and_conquer_gives_up_qr_iteration_goes_on(monkeypatch):
+    source, target = related(8)
+    expected = [fit_procrustes(source, target), fit_cca(source, target)(0.1)]
+
+    def gives_up(*arguments, **options):
+        raise np.linalg.LinAlgError("SVD did not converge")
+
+    monkeypatch.setattr(np.linalg, "svd", gives_up)
+    for one, other in zip([fit_procrustes(source, target), fit_cca(source, target)(0.1)], expected):
+        first, second = (linear(source, target) for linear in (one, other))
+        np.testing.assert_allclose(first[0] @ first[1].T, second[0] @ second[1].T, atol=1e-8)
+
+
 @pytest.mark.parametrize("shrinkage", [0.03, 0.9])
 def test_ridge_is_scikit_learns(shrinkage):
     source, target = related(4)

@@ -244,9 +244,10 @@ def _axes(states: np.ndarray, fitted: np.ndarray, seed: int) -> Axes | None:
     """The principal axes of wide states among the trained words, as many as there are or as a map can be fitted for; None: keep all."""
     from sklearn.decomposition import PCA
 
-    if states.shape[1] <= _STATE_COMPONENTS:
+    most = min(_STATE_COMPONENTS, len(fitted) - 1)
+    if states.shape[1] <= most:
         return None
-    found = PCA(min(_STATE_COMPONENTS, len(fitted) - 1), svd_solver="randomized", random_state=seed).fit(states[fitted])
+    found = PCA(most, svd_solver="randomized", random_state=seed).fit(states[fitted])
     return Axes(found.mean_, found.components_.T)
 
 

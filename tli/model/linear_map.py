@@ -111,11 +111,19 @@ def fit_centred(source: np.ndarray, target: np.ndarray) -> LinearMap:
 
 def fit_procrustes(source: np.ndarray, target: np.ndarray) -> LinearMap:
     """The orthogonal matrix Q with the least ``|S Q - T|``, of centred vectors."""
-    from scipy.linalg import orthogonal_procrustes
-
     means = source.mean(0), target.mean(0)
-    rotation, _ = orthogonal_procrustes(source - means[0], target - means[1])
-    return LinearMap(*means, rotation, np.eye(target.shape[1]))
+    left, _, right = _svd((source - means[0]).T @ (target - means[1]))
+    return LinearMap(*means, left @ right, np.eye(target.shape[1]))
+
+
+def _svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The thin SVD. LAPACK's divide and conquer, the fast one, now and then gives up on a matrix of low rank; QR iteration does not."""
+    try:
+        return np.linalg.svd(matrix, full_matrices=False)
+    except np.linalg.LinAlgError:
+        import scipy.linalg
+
+        return scipy.linalg.svd(matrix, full_matrices=False, lapack_driver="gesvd")
 
 
 def fit_ridge(source: np.ndarray, target: np.ndarray) -> Callable[[float], LinearMap]:
@@ -145,7 +153,7 @@ def fit_cca(source: np.ndarray, target: np.ndarray) -> Callable[[float], LinearM
 
     def at(shrinkage: float) -> LinearMap:
         x_scale, y_scale = (1 / np.sqrt((1 - shrinkage) * np.maximum(v, 0) + shrinkage * v.mean()) for v in (x_values, y_values))
-        left, correlations, right = np.linalg.svd(x_scale[:, None] * cross * y_scale, full_matrices=False)
+        left, correlations, right = _svd(x_scale[:, None] * cross * y_scale)
         roots = np.sqrt(correlations)
         return LinearMap(*means, (x_axes * x_scale) @ (left * roots), (y_axes * y_scale) @ (right.T * roots))
 
