@@ -110,7 +110,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     pool_bos = common_option(known, "eval_pool_bos", False) if config.sink is None else config.sink == "in"
     seed = known[0].option("seed", 0) if config.seed is None else config.seed
     splits, lists = _read_lists(config, known)
-    splits = {split: pairs.subset(word_pairs.sample(pairs, seed)) for split, pairs in splits.items()}
+    splits = word_pairs.sample_splits(splits, seed)
     models = dict.fromkeys([config.model] if config.model else [recorded.model_name() for recorded in known])
     if len(models) > 1:
         raise TliError(

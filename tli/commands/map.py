@@ -63,7 +63,7 @@ def fit_map(config: MapConfig) -> dict:
     pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     names = ("trained", "held_out")
     whole = dict(zip(names, word_pairs.split_pairs(pairs, config.held_out, config.seed, config.split), strict=True))
-    splits = {name: part.subset(word_pairs.sample(part, config.seed)) for name, part in whole.items()}
+    splits = word_pairs.sample_splits(whole, config.seed)
     checkpoint = open_checkpoint(starter.locate(config.model))
     hashed = functools.cache(checkpoint.sha256)
     device_config = resolve_device(config.device, config.dtype, config.weights, config.impl)

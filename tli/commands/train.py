@@ -127,7 +127,7 @@ def train(config: TrainConfig) -> dict:
         facts["memory"] = memory.measured(needed, profile, decoder, batches.bytes(), output, console)
     if not config.no_report:
         streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
-        splits = _samples(trained, held_out, config.seed)
+        splits = word_pairs.sample_splits({"trained": trained, "held_out": held_out}, config.seed)
         states: dict[tuple[str, Layer], Sides] = {}
         see_words = keep_words(states, (layer, "output"))
         alignments, facts["missing_output"] = measure(splits, streams, config.eval_pool_bos, see_words=see_words)
@@ -196,12 +196,6 @@ def _choose_token_norm(config: TrainConfig, checkpoint: Checkpoint, console) -> 
     if token_norm != config.token_norm and token_norm == "rms":
         console.print("token states are normalised by plain RMS: the model's final norm lies in a shard that is not needed otherwise")
     return dataclasses.replace(config, token_norm=cast(TokenNorm, token_norm))
-
-
-def _samples(trained: DiskBackedPairs, held_out: DiskBackedPairs, seed: int) -> dict[str, DiskBackedPairs]:
-    """The pairs to measure, by split: all, or a random sample of many."""
-    splits = {"trained": trained, "held_out": held_out}
-    return {name: pairs.subset(word_pairs.sample(pairs, seed)) for name, pairs in splits.items() if len(pairs)}
 
 
 def _measure_layers(

@@ -6,7 +6,7 @@ list with a dictionary (``tli/data/dictionary.py``).
 
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -84,6 +84,11 @@ def words_of(pairs: Iterable[Pair]) -> list[str]:
 def sample(pairs: Sequence[Pair], seed: int, most: int = MEASURED_PAIRS) -> np.ndarray:
     """Indices of a random sample of at most ``most`` pairs without replacement, int64, ascending; all if there are no more."""
     return np.sort(np.random.default_rng([seed, 3]).permutation(len(pairs))[:most])
+
+
+def sample_splits(splits: Mapping[str, DiskBackedPairs], seed: int) -> dict[str, DiskBackedPairs]:
+    """The pairs to measure, by split: all, or a random sample of many; splits without pairs are left out."""
+    return {name: pairs.subset(sample(pairs, seed)) for name, pairs in splits.items() if len(pairs)}
 
 
 def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int, by: str = "families") -> tuple[DiskBackedPairs, DiskBackedPairs]:

@@ -27,7 +27,8 @@ def verdict(report: dict) -> str:
         best_named = f"{place_name(best['layer'])} with {number(best['mrr'])}"
         text += f"; the first{of} within a standard error, {number(best['error'])}, of the best, {best_named}"
     text += ")."
-    if report["baselines"] is None:
+    # none either where all held-out pairs share words: no interval can be had
+    if not (report["baselines"] or {}).get("records"):
         return f"{text} Too few pairs are held out to judge it by."
     found = {
         (r["way"], r["stream"]): r
