@@ -32,6 +32,8 @@ from tli.metrics.candidates import Ranks, Scores, cosine_scores, rank
 from tli.model.linear_map import Axes, LinearMap, Sides, fit_cca, fit_centred, fit_procrustes, fit_ridge
 from tli.runtime.errors import TliError
 
+# of two sides' vectors a function from a shrinkage, None where there is none, to the map
+Fit = Callable[[np.ndarray, np.ndarray], Callable[..., LinearMap]]
 # shares of the mean variance that are mixed into a covariance; of ridge, times the mean square
 SHRINKAGES = (0.03, 0.1, 0.3, 0.6, 0.9)
 # of the trained pairs, to choose among them
@@ -76,7 +78,7 @@ BASELINES = {
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A map, and what chose it: ``procrustes`` or ``cca``, shrinkage (None of a rotation), the MRR of the dev part and its error."""
+    """A map, and what chose it: ``procrustes``, ``ridge`` or ``cca``, shrinkage (None of a rotation), the dev part's MRR, its error."""
 
     way: str
     shrinkage: float | None
@@ -123,7 +125,7 @@ class Baselines:
         fits: dict[str, Callable[[], Scores]] = {
             "centred": lambda: _mapped(whole, fit_centred(whole[0][self.fitted], whole[1][self.fitted])),
             "procrustes": lambda: _mapped(states, fit_procrustes(*own)),
-            "ridge": lambda: _mapped(states, self._best(fit_ridge, states).linear),
+            "ridge": lambda: _mapped(states, self._best(fit_ridge, states, "ridge").linear),
             "cca": lambda: _mapped(states, self._best(fit_cca, states).linear),
             "cca_spelling": lambda: _mapped(joined := self._beside_ngrams(states), self._best(fit_cca, joined).linear),
         }
@@ -157,22 +159,22 @@ class Baselines:
         whole = np.asarray(source, np.float64), np.asarray(target, np.float64)
         axes = [_axes(side, self.fitted, self.seed) for side in whole]
         states = _along(axes[0], whole[0]), _along(axes[1], whole[1])
-        rotation = dataclasses.replace(self._best(_without_shrinkage, states), way="procrustes", shrinkage=None)
+        rotation = self._best(_fit_procrustes, states, "procrustes", (None,))
         best = max(rotation, self._best(fit_cca, states), key=lambda choice: choice.mrr)
         return dataclasses.replace(best, linear=best.linear.behind(*axes))
 
-    def _best(self, fit: Callable[[np.ndarray, np.ndarray], Callable[[float], LinearMap]], sides: Sides) -> Choice:
+    def _best(self, fit: Fit, sides: Sides, way: str = "cca", shrinkages: Sequence[float | None] = SHRINKAGES) -> Choice:
         """The map on all trained pairs, with the shrinkage under which the dev part is found best."""
         source, target = sides
         trial, found = fit(source[self.fit_part], target[self.fit_part]), {}
-        for shrinkage in SHRINKAGES if fit is not _without_shrinkage else SHRINKAGES[:1]:
+        for shrinkage in shrinkages:
             scores = _mapped((source[self.dev_part], target[self.dev_part]), trial(shrinkage))
             ranks = rank(scores, np.arange(len(self.dev_part)), self.dev_false_negatives, None)["split"]
             found[shrinkage] = (ranks.forward.reciprocal_rank + ranks.backward.reciprocal_rank) / 2
         chosen = max(found, key=lambda shrinkage: found[shrinkage].mean())
         error = float(found[chosen].std() / np.sqrt(len(found[chosen])))
         linear = fit(source[self.fitted], target[self.fitted])(chosen)
-        return Choice("cca", chosen, float(found[chosen].mean()), error, linear)
+        return Choice(way, chosen, float(found[chosen].mean()), error, linear)
 
     def _length(self) -> Scores:
         source, target = (np.array([len(alphanumeric(word)) for word in side], float) for side in (self.source, self.target))
@@ -235,7 +237,7 @@ def _ngram_components(words: Sequence[str], fitted: np.ndarray, seed: int) -> np
     return TruncatedSVD(max(1, components), n_iter=2, random_state=seed).fit(trained).transform(vectoriser.transform(words))
 
 
-def _without_shrinkage(source: np.ndarray, target: np.ndarray) -> Callable[[float], LinearMap]:
+def _fit_procrustes(source: np.ndarray, target: np.ndarray) -> Callable[[None], LinearMap]:
     rotation = fit_procrustes(source, target)
     return lambda shrinkage: rotation
 
