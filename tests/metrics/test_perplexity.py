@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.small_adapters import save_adapter
 from tli.metrics import perplexity as harm_module
-from tli.metrics.perplexity import NextTokens, TextWindows, harm, predict, read_windows
+from tli.metrics.perplexity import NextTokens, harm, predict
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.families import FAMILIES
+from tli.model.text_windows import TextWindows, read_windows
 from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 

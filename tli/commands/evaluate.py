@@ -89,10 +89,11 @@ def _evaluate_table(config: EvaluateConfig, console) -> dict:
 def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     # torch and transformers, which a table does without
     from tli.metrics import comparison, layer_pass
-    from tli.metrics.perplexity import harm, predict, read_windows
+    from tli.metrics.perplexity import harm, predict
     from tli.model import starter
     from tli.model.checkpoint import model_facts, open_checkpoint
     from tli.model.pooling import Pooling, resolve_token_norm
+    from tli.model.text_windows import read_windows
     from tli.model.trained_adapter import check_compatible, common_option, load_adapter
     from tli.runtime import environment
     from tli.runtime.console import layer_bar

@@ -26,13 +26,14 @@ from tli.data.relatives import has_relative
 from tli.metrics import layer_choice, probe
 from tli.metrics.baseline_records import judge
 from tli.metrics.layer_pass import keep_words, measure_layers
-from tli.metrics.perplexity import TextWindows, harm, predict, read_texts
+from tli.metrics.perplexity import harm, predict
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint, context_length, model_facts, open_checkpoint
 from tli.model.decoder import build_decoder, require_layer, run, run_hooked
 from tli.model.linear_map import Sides
 from tli.model.pooling import Pooling, resolve_token_norm
 from tli.model.shape import Layer
+from tli.model.text_windows import TextWindows, read_texts
 from tli.reports import memory
 from tli.reports import training as training_report
 from tli.runtime import environment
