@@ -1,0 +1,108 @@
+"""Running text as a model reads it: in windows of equal width, each behind one sink."""
+
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+import torch
+
+from tli.data.batch import Batch
+from tli.data.packing import sink_token
+from tli.data.word_pairs import SHIPPED
+from tli.model.checkpoint import Checkpoint, context_length
+from tli.runtime.device import DeviceConfig
+from tli.runtime.errors import TliError
+from tli.runtime.files import sha256
+
+DEFAULT_WIDTH = 256
+_MOST_TOKENS = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class TextWindows:
+    """A text in windows of equal width, each behind one sink; only the last may be shorter.
+
+    tokens     int64 [windows, width]  positions in ``vocab_ids``; 0 behind a window's end
+    lengths    int64 [windows]         tokens of each window, sink included; at least 2
+    vocab_ids  int64 [V]               the token ids that occur, ascending
+    facts      what the text was, for a report
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    vocab_ids: np.ndarray
+    facts: dict
+
+
+# a page of each language, read where no text is named
+SHIPPED_TEXTS = tuple(SHIPPED.parent / f"running-text-{language}.txt" for language in ("swahili", "english"))
+# short, so that a page has several, over which an interval can be had
+_SHIPPED_WIDTH = 64
+
+
+def read_texts(path: str | os.PathLike | None, checkpoint: Checkpoint) -> list[TextWindows]:
+    """A named text in windows, as by ``read_windows``, no more than 8,192 tokens of it; None: the shipped texts, in short windows."""
+    if path is not None:
+        return [read_windows(path, checkpoint, most_tokens=_MOST_TOKENS)]
+    return [read_windows(text, checkpoint, min(_SHIPPED_WIDTH, context_length(checkpoint))) for text in SHIPPED_TEXTS]
+
+
+def read_windows(path: str | os.PathLike, checkpoint: Checkpoint, width: int | None = None, most_tokens: int | None = None) -> TextWindows:
+    """Read a UTF-8 text, tokenise it whole, and cut it into windows of ``width`` tokens, the sink included.
+
+    width         None: 256, or what the model can see where that is less
+    most_tokens   read no more of the text than this; None: all of it
+
+    Raises:
+        TliError: a file that cannot be read or holds less than two tokens, a width that the model cannot see whole.
+    """
+    path = pathlib.Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        got = f"byte {error.start}: no UTF-8" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error)).lower()
+        raise TliError(path, "the text must be a readable UTF-8 file", got, "name another with --text") from error
+    widest = context_length(checkpoint)
+    width = min(DEFAULT_WIDTH, widest) if width is None else width
+    if not 2 <= width <= widest:
+        raise TliError("--window", f"a window must be 2 to {widest} tokens wide, the model's own", width, "choose one in this range")
+    tokenizer = checkpoint.tokenizer()
+    sink = sink_token(tokenizer)
+    # it would warn that the text is longer than the model's window
+    found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = np.array(found if most_tokens is None else found[: max(0, most_tokens)], np.int64)
+    if len(ids) < 2:
+        raise TliError(path, "the text must hold at least 2 tokens", len(ids), "name a longer text with --text, or raise --text-tokens")
+    windows = -(-len(ids) // (width - 1))
+    lengths = np.full(windows, width)
+    lengths[-1] = 1 + len(ids) - (windows - 1) * (width - 1)
+    width = int(lengths.max())
+    vocab_ids, numbers = np.unique(np.append(ids, sink), return_inverse=True)
+    tokens = np.zeros((windows, width), np.int64)
+    tokens[:, 0] = numbers[-1]
+    tokens[:, 1:][np.arange(1, width) < lengths[:, None]] = numbers[:-1]
+    facts = {
+        "name": path.name,
+        "sha256": sha256(path),
+        "tokens": len(ids),
+        "tokens_in_file": len(found),
+        "windows": windows,
+        "width": width,
+    }
+    return TextWindows(tokens, lengths, vocab_ids, facts)
+
+
+def windows_batch(windows: TextWindows, device_config: DeviceConfig) -> Batch:
+    """The windows as the blocks take them. What is behind a window's end lies behind all that could see it."""
+    bins, width = windows.tokens.shape
+    mask = torch.full((width, width), torch.finfo(device_config.dtype).min, dtype=device_config.dtype, device=device_config.device).triu_(1)
+    nothing = torch.zeros(0, dtype=torch.int64, device=device_config.device)
+    return Batch(
+        input_ids=torch.from_numpy(windows.tokens).to(device_config.device),
+        position_ids=torch.arange(width, device=device_config.device).repeat(bins, 1),
+        mask=mask.repeat(bins, 1, 1, 1),
+        indptr=nothing,
+        indices=nothing,
+        sinks=nothing,
+    )
