@@ -15,7 +15,8 @@ Arm = Literal["early", "full", "full-hook"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Impl = Literal["auto", "reference", "fused"]
 Split = Literal["families", "words"]
-Recipe = Literal["default", "paper"]
+MapChoice = Literal["auto", "none"]
+Recipe = Literal["default", "contrastive", "paper"]
 TokenNorm = Literal["auto", "final", "rms", "none"]
 Weights = Literal["full", "nf4"]
 # whose shapes the kernels know by name (kernels/shapes.py)
@@ -84,6 +85,14 @@ class TrainConfig:
     )
     temperature: float = option(0.1, "objective", "InfoNCE temperature")
     margin: float = option(0.4, "objective", "margin of the hinge")
+    map: MapChoice = option(
+        "auto",
+        "objective",
+        "auto: the loss is taken behind a closed-form map of each language, the one that finds most of a part of the trained pairs in the "
+        "frozen states; it stays as it is, and is saved beside the adapter. none: the loss is taken on the word states as they are",
+        contrastive="none",
+        paper="none",
+    )
     token_norm: TokenNorm = option(
         "auto",
         "objective",
@@ -98,12 +107,21 @@ class TrainConfig:
     micro_batch: int | None = option(
         None, "training", "run a batch through the model in parts of so many pairs: the memory of one part, equal gradients, more time"
     )
-    epochs: int = option(50, "training", "passes over the trained pairs", paper=5)
-    lr: float = option(2e-3, "training", "peak learning rate of AdamW", paper=2e-4)
+    epochs: int = option(8, "training", "passes over the trained pairs", contrastive=50, paper=5)
+    lr: float = option(5e-4, "training", "peak learning rate of AdamW", contrastive=2e-3, paper=2e-4)
     warmup: int = option(20, "training", "steps of linear warm-up", paper=50)
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "training", "decay after the warm-up")
     weight_decay: float = option(0.01, "training", "AdamW weight decay")
     clip: float = option(1.0, "training", "largest gradient norm; 0 turns clipping off")
+    keep: str | None = option(
+        None,
+        "language model",
+        "running text whose states at the layer should stay where they are (default: two shipped pages of Swahili and English, other ones "
+        "than harm is measured on)",
+    )
+    keep_weight: float = option(
+        30.0, "language model", "weight of that in the loss; 0 lets the text go", least=0, contrastive=0.0, paper=0.0
+    )
     text: str | None = option(
         None,
         "language model",
@@ -139,9 +157,8 @@ def _as_in_training(name: str, by_recipe: bool = False, **changes):
     """The field of ``TrainConfig`` with this name, for another command; ``changes`` of its default, group or help."""
     field = next(field for field in dataclasses.fields(TrainConfig) if field.name == name)
     recipes = field.metadata["recipes"] or {"default": field.default}
-    paper = {"paper": recipes["paper"]} if by_recipe else {}
     told = {"default": recipes["default"], **{key: field.metadata[key] for key in ("group", "help", "least", "above")}}
-    return option(**told | changes, **paper)
+    return option(**told | changes, **{name: value for name, value in recipes.items() if by_recipe and name != "default"})
 
 
 def _named_after(model: str | None) -> str:
@@ -190,6 +207,7 @@ class MemoryConfig:
     batch: int = _as_in_training("batch", least=2)
     micro_batch: int | None = _as_in_training("micro_batch", least=1)
     checkpointing: bool = _as_in_training("checkpointing")
+    keep_weight: float = _as_in_training("keep_weight")
 
     json: bool = _as_in_training("json")
 
@@ -321,9 +339,13 @@ class EvaluateConfig:
     )
     seed: int | None = option(None, "measures", "fixes the resamples (default: the training run's, else 0)", least=0)
 
-    text: str | None = option(None, "language model", "a text file, to measure perplexity and next-token distributions on")
-    text_tokens: int = option(8192, "language model", "read no more of the text than this")
-    window: int | None = option(None, "language model", "tokens that see each other (default: 256, or what the model can see)")
+    text: str | None = option(
+        None,
+        "language model",
+        "running text to measure perplexity and next-token distributions on (default: a shipped page of Swahili and one of English)",
+    )
+    text_tokens: int = option(8192, "language model", "read no more of --text than this")
+    window: int | None = option(None, "language model", "tokens of --text that see each other (default: 256, or what the model can see)")
 
     from_csv: str | None = option(None, "table", "statistics alone, on a table of per-pair values; no model is read")
     before: str = option("before", "table", "name of the column of values before")

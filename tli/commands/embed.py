@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from tli.model import starter
 from tli.model.checkpoint import context_length, open_checkpoint
 from tli.model.decoder import load_full_decoder, load_truncated_decoder, run
 from tli.model.linear_map import load_map
+from tli.model.map_head import MapHead
 from tli.model.pooling import Pooling, resolve_token_norm
 from tli.model.shape import Layer
 from tli.model.trained_adapter import check_compatible, load_adapter
@@ -29,7 +31,7 @@ def embed(
     layer: Layer | None = None,
     model: str | None = None,
     device: str = "auto",
-    map: str | os.PathLike | None = None,
+    map: str | os.PathLike | Literal[False] | None = None,
     language: str | None = None,
 ) -> Tensor:
     """u_b = normalise(mean over the word's own tokens of norm(h_t)): embeddings of words at a hidden layer.
@@ -44,7 +46,7 @@ def embed(
         model:    local folder or hub name (default: the adapter's own, else the starter)
         device:   cpu, cuda, cuda:N; auto: a GPU if there is one
         map:      folder of a map from ``fit_map``, by which the base model's states of two languages are made alike; in place of an adapter
-                  and a layer, which it decides
+                  and a layer, which it decides. An adapter that was trained behind a map brings its own; False leaves that out
         language: with a map, the language of these words: one of the two names that it was fitted with
 
     Returns:
@@ -52,7 +54,7 @@ def embed(
 
     Raises:
         TliError: no words, a word without tokens or longer than the context, an adapter or a map that does not fit the model, a layer out
-            of range, a map with an adapter or without a language.
+            of range, a map of its own with an adapter, a map without a language.
 
     Example:
         >>> import tli
@@ -63,7 +65,9 @@ def embed(
     if isinstance(words, str) or not len(words):
         raise TliError("embed", "the words must be a list of one word or more", repr(words), "give a list")
     trained = None if adapter is None else load_adapter(adapter)
-    fitted = None if map is None else load_map(map)
+    fitted = load_map(map) if map else None
+    # at another layer than it was fitted in the map is not meant
+    own = trained.fitted if trained is not None and map is None and layer is None else None
     defaults = TrainConfig()
 
     def option(name: str):
@@ -79,6 +83,9 @@ def embed(
             must = f"the language of words for a map must be {option('source')} or {option('target')}"
             raise TliError("embed", must, repr(language), "name one with language=")
         layer, model = fitted.report["map"]["layer"], model or option("model")
+    elif own is not None and language not in (option("source"), option("target")):
+        must = f"words of an adapter with a map must have their language, {option('source')} or {option('target')}"
+        raise TliError("embed", must, repr(language), "name it with language=, or leave the map out with map=False")
     if layer is None:
         layer = defaults.layer if trained is None else "output" if option("arm") == "full" else trained.layer
     checkpoint = open_checkpoint(starter.locate(model or (starter.NAME if trained is None else trained.model_name())))
@@ -105,8 +112,8 @@ def embed(
         # not around the whole function: what the processor can do is tried with a backward pass, too
         with torch.no_grad():
             vectors.append(pool(run(decoder, batch), batch).cpu())
-    found = torch.cat(vectors)
-    if fitted is None:
+    found, used = torch.cat(vectors), fitted or own
+    if used is None:
         return found
-    side = fitted.linear.of_source if language == option("source") else fitted.linear.of_target
-    return torch.nn.functional.normalize(torch.from_numpy(side(found.double().numpy())), dim=1).float()
+    head = MapHead.from_linear(used.linear, found.device)
+    return head.of_source(found) if language == option("source") else head.of_target(found)

@@ -19,7 +19,7 @@ from tli.data.pair_store import DiskBackedPairs
 from tli.data.relatives import has_relative
 from tli.metrics.baseline_records import BEFORE, judge
 from tli.model.linear_map import Sides
-from tli.model.shape import Layer
+from tli.model.shape import MAPPED, Layer
 from tli.reports import evaluation
 from tli.reports.tables import Table, show
 from tli.runtime.cli import as_dict
@@ -28,7 +28,10 @@ from tli.runtime.files import SCHEMA, prepare_output_dir, sha256, write_json, wr
 from tli.stats import paired_table
 
 if typing.TYPE_CHECKING:
+    import torch
+
     from tli.model.lora import Adapter
+    from tli.model.map_head import MapHead
     from tli.model.trained_adapter import TrainedAdapter
 
 # of cosine: about half of the gain that the paper reports
@@ -44,7 +47,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     Returns:
         What ``evaluation.json`` holds, as plain JSON values: ``measurements`` (mean and 95 % interval of each metric by split, adapter and
         layer), ``tests`` (paired gains: t, Wilcoxon and sign-flip, as they are and after Holm), ``differences`` (trained against held-out
-        gains), ``baselines`` (what finds the held-out pairs without training) and ``harm`` (perplexity, with ``text``). The tables are
+        gains), ``baselines`` (what finds the held-out pairs without training) and ``harm`` (perplexity, text by text). The tables are
         printed on standard error.
 
     Raises:
@@ -93,7 +96,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     from tli.model import starter
     from tli.model.checkpoint import model_facts, open_checkpoint
     from tli.model.pooling import Pooling, resolve_token_norm
-    from tli.model.text_windows import read_windows
+    from tli.model.text_windows import read_texts, read_windows
     from tli.model.trained_adapter import check_compatible, common_option, load_adapter
     from tli.runtime import environment
     from tli.runtime.console import layer_bar
@@ -130,7 +133,8 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     for recorded in known:
         check_compatible(recorded, checkpoint, device_config, hashed)
     token_norm = resolve_token_norm(token_norm, checkpoint)
-    windows = None if config.text is None else read_windows(config.text, checkpoint, config.window, config.text_tokens)
+    named = config.text is not None
+    texts = [read_windows(config.text, checkpoint, config.window, config.text_tokens)] if config.text else read_texts(None, checkpoint)
     prepare_output_dir(output, config.overwrite)
     used = {"weights": weights, "dtype": device_config.facts["dtype"], "token_norm": token_norm, "pool_bos": pool_bos, "prefix": prefix}
     differences = _differences(used, known)
@@ -138,7 +142,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     streams: dict[str | None, Adapter | None] = {None: None, **{name: recorded.adapter for name, recorded in adapters.items()}}
     # embeddings, blocks and output, once for the words and once for the text, which then passes the head window by window
     steps = (int(layers[-1]) + 1 if layers[-1] != "output" else checkpoint.blocks + 2) + (
-        checkpoint.blocks + 2 + len(windows.lengths) if windows else 0
+        sum(checkpoint.blocks + 2 + len(windows.lengths) for windows in texts)
     )
     states: dict[tuple[str | None, Layer], Sides] = {}
     with layer_bar(console, steps) as done:
@@ -146,19 +150,20 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
         found, missing = layer_pass.measure_layers(
             checkpoint, splits, pool, device_config, streams, prefix, pool_bos, layers, references=True, done=done,
             see_words=layer_pass.keep_words(states, {*(recorded.layer for recorded in known), "output"}),
+            head=_head(known, layers, device_config.device),
         )  # fmt: skip
-        predictions, unread = (
-            predict(checkpoint, windows, device_config, [recorded.adapter for recorded in known], done) if windows else ([], None)
-        )
+        predicted = [predict(checkpoint, windows, device_config, [recorded.adapter for recorded in known], done) for windows in texts]
+    unread = next((reason for _, reason in predicted if reason), None)
     measured = [layer for layer in layers if any(layer == of for *_, of in found)]
-    if (config.layers is not None and len(measured) < len(layers)) or not measured or unread:
+    if (config.layers is not None and len(measured) < len(layers)) or not measured or (named and unread):
         raise TliError(
-            "--text" if unread else "--layers",
+            "--text" if named and unread else "--layers",
             "the blocks must be there",
-            unread or missing,
+            unread if named and unread else missing,
             "put the missing shard there, or ask for less",
         )
 
+    maps = {(recorded.name, recorded.fitted.report["map"]["layer"]): recorded.fitted.linear for recorded in known if recorded.fitted}
     measurements, tests = comparison.summarize(found, seed, margin=_MARGIN if config.margin is None else config.margin)
     facts = {
         "schema": SCHEMA,
@@ -168,12 +173,12 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
         "pairs": lists,
         "settings": {**used, "seed": seed, "source": lists["source"], "target": lists["target"]},
         "differences": differences,
-        "layers": measured,
+        "layers": measured + [MAPPED] * any(of == MAPPED for *_, of in found),
         "missing": missing,
         "measurements": measurements,
         "tests": tests,
-        "baselines": judge(splits, {(stream or BEFORE, layer): sides for (stream, layer), sides in states.items()}, seed),
-        "harm": harm(predictions, windows, seed) if windows else None,
+        "baselines": judge(splits, {(stream or BEFORE, layer): sides for (stream, layer), sides in states.items()}, seed, maps),
+        "harm": [harm(predictions, windows, seed) for windows, (predictions, absent) in zip(texts, predicted) if absent is None],
         "versions": {**_versions(), **environment.versions()},
         "machine": environment.machine(device_config),
     }
@@ -241,6 +246,16 @@ def _layers(config: EvaluateConfig, known: "list[TrainedAdapter]", blocks: int) 
             raise TliError("--layers", must, repr(wrong[0]), "choose among these")
         chosen = {name if name == "output" else int(name) for name in names}
     return sorted(chosen, key=lambda layer: blocks + 1 if layer == "output" else layer)
+
+
+def _head(known: "list[TrainedAdapter]", layers: list[Layer], device: "torch.device") -> "tuple[Layer, MapHead] | None":
+    """The map of a single adapter, which the base is measured behind, too; of several each has its own."""
+    from tli.model.map_head import MapHead
+
+    fitted = known[0].fitted if len(known) == 1 else None
+    if fitted is None or fitted.report["map"]["layer"] not in layers:
+        return None
+    return fitted.report["map"]["layer"], MapHead.from_linear(fitted.linear, device)
 
 
 def _differences(used: dict, known: "list[TrainedAdapter]") -> list[dict]:

@@ -46,7 +46,7 @@ class Cell:
         """The options as ``tli.train``'s command line."""
         flags = []
         for name, value in (self.options | self.paths).items():
-            flags += [flag(name)] if value is True else [] if value in (False, None) else [f"{flag(name)}={value}"]
+            flags += [flag(name)] if value is True else [] if value is False or value is None else [f"{flag(name)}={value}"]
         return flags
 
     def report(self, folder: pathlib.Path) -> dict | None:

@@ -4,7 +4,6 @@ Reads top to bottom: pairs -> tokens -> one pass over the blocks, one in memory 
 map.safetensors -> the held-out pairs through it, beside everything else that needs no training -> map.json.
 """
 
-import dataclasses
 import functools
 import pathlib
 import time
@@ -103,8 +102,8 @@ def fit_map(config: MapConfig) -> dict:
             "name": list_file.name,
             "sha256": sha256(list_file),
         },
-        "map": {"layer": layer, **_facts(choice), "dimensions": choice.linear.source_matrix.shape[1]},
-        "by_layer": [{"layer": of, **_facts(each)} for of, each in choices.items()],
+        "map": {"layer": layer, **choice.facts()},
+        "by_layer": [{"layer": of, **each.facts()} for of, each in choices.items()],
         "missing": missing,
         "baselines": baseline_records.judge(splits, states, config.seed),
         "versions": environment.versions(),
@@ -126,7 +125,3 @@ def _layers(layer: Layer, blocks: int) -> list[Layer] | None:
         must = f"the layer must be from 1 to {blocks}, the model's number of blocks, output or auto"
         raise TliError("--layer", must, layer, "choose one in this range")
     return [layer]
-
-
-def _facts(choice: Choice) -> dict:
-    return {field.name: getattr(choice, field.name) for field in dataclasses.fields(choice) if field.name != "linear"}

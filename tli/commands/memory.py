@@ -16,7 +16,7 @@ from tli.data import word_pairs
 from tli.data.packing import DEFAULT_WIDTH, tokenise
 from tli.data.pair_store import Pair
 from tli.model import hub, starter
-from tli.model.shape import Shape
+from tli.model.shape import SHORT_WIDTH, Shape
 from tli.reports.tables import Table, show
 from tli.runtime.errors import TliError, one_line
 from tli.runtime.files import SCHEMA
@@ -27,6 +27,8 @@ SIZES_GB = (2, 4, 6, 8, 12, 16, 24)
 # where nothing can be counted: nodes of a pair in batches of 64 to 512, and tokens of a pair in the list; measured on the
 # shipped list with two tokenizers (3.2 to 3.6 and 1.5 to 2.0)
 _NODES_PER_PAIR, _TOKENS_PER_PAIR = 3.6, 2.0
+# of the shipped texts that training keeps, with the starter's tokenizer
+_KEPT_WINDOWS = 30
 # of a number, by device: on a CPU training computes in what its processor multiplies fastest (tli/runtime/cpu.py)
 _DEVICES = {"cpu fp32": 4, "cpu bf16": 2, "gpu bf16": 2}
 
@@ -58,6 +60,8 @@ def memory(config: MemoryConfig) -> dict:
         list_pairs=trained,
         rows=shape.vocabulary if config.all_rows else rows,
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer else None,
+        kept_windows=_KEPT_WINDOWS if config.keep_weight else 0,
+        kept_width=SHORT_WIDTH,
         **{name: getattr(config, name) for name in ("arm", "layer", "rank", "targets", "dropout", "micro_batch", "checkpointing")},
     )
     runs: list[dict[str, Any]] = []

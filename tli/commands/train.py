@@ -25,22 +25,26 @@ from tli.data.pair_store import DiskBackedPairs
 from tli.data.relatives import has_relative
 from tli.metrics import layer_choice, probe
 from tli.metrics.baseline_records import judge
-from tli.metrics.layer_pass import keep_words, measure_layers
+from tli.metrics.baselines import BASELINES, Baselines, Choice
+from tli.metrics.layer_pass import keep_words, measure_layers, see_layers
 from tli.metrics.perplexity import harm, predict
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint, context_length, model_facts, open_checkpoint
 from tli.model.decoder import build_decoder, require_layer, run, run_hooked
-from tli.model.linear_map import Sides
+from tli.model.linear_map import Sides, save_map
+from tli.model.map_head import MapHead
 from tli.model.pooling import Pooling, resolve_token_norm
 from tli.model.shape import Layer
-from tli.model.text_windows import TextWindows, read_texts
+from tli.model.text_windows import TextWindows, read_kept_texts, read_texts
 from tli.reports import memory
 from tli.reports import training as training_report
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import layer_bar
 from tli.runtime.device import DeviceConfig, resolve_device
+from tli.runtime.errors import TliError
 from tli.runtime.files import SCHEMA, prepare_output_dir, remove_unfinished, sha256
+from tli.training.kept_text import KeptText
 from tli.training.loop import fit
 from tli.training.loss import Objective
 from tli.training.memory import budget
@@ -88,7 +92,8 @@ def train(config: TrainConfig) -> dict:
     state = _claim_output(config, output, trained)
 
     checkpoint = open_checkpoint(starter.locate(config.model))
-    words = _tokenise(config, checkpoint, [trained, held_out])
+    kept = read_kept_texts(config.keep, checkpoint) if config.keep_weight else []
+    words = _tokenise(config, checkpoint, [trained, held_out], kept)
     texts = [] if config.no_report else read_texts(config.text, checkpoint)
     device_config = _resolve_device(config, state, console)
     config = _choose_token_norm(config, checkpoint, console)
@@ -104,18 +109,23 @@ def train(config: TrainConfig) -> dict:
     sampling = _options(config, "batch", "epochs", "micro_batch", "pool_bos", "seed")
     batches = BatchLoader(words, trained, device_config, partners=partners, **sampling)
     require_layer(checkpoint, layer)
-    needed = _require_memory(config, checkpoint, words, len(trained), device_config)
+    needed = _require_memory(config, checkpoint, words, len(trained), device_config, kept)
+    place: Layer = "output" if config.arm == "full" else layer
+    choice = _fit_map(config, checkpoint, pool, exact, trained, partners, place, console) if config.map == "auto" else None
     profile = Profile(device_config.device) if config.profile else None
     decoder = build_decoder(checkpoint, words.vocab_ids, device_config, **_options(config, "arm", "layer", "checkpointing"))
     adapter = lora.LoRAConfig(**_options(config, "rank", "alpha", "targets", "dropout", "rslora", "init"))
     lora.inject(decoder, adapter, None if config.arm == "full" else range(layer), config.seed)
 
-    step = _training_step(config, decoder, pool, layer, batches.total, device_config)
+    head = None if choice is None else MapHead.from_linear(choice.linear, device_config.device)
+    step = _training_step(config, decoder, pool, layer, batches.total, device_config, head, kept, words.vocab_ids)
     progress = state.restore(step.adapters, step.optimiser) if config.resume else Progress()
     with open_loggers(output, progress.step, config.tensorboard) as loggers:
         fit(step, batches, state, progress, loggers, console, profile)
     lora.save(decoder, adapter, output, config.model or starter.NAME)
     training_report.clear(output)
+    if choice is not None:
+        save_map(output, choice.linear, _map_facts(config, checkpoint, choice, place, output))
     if progress.step < batches.total:
         console.print(
             f"stopped after step {progress.step} of {batches.total}: the adapter so far is in {output}; --resume goes on from here"
@@ -125,14 +135,17 @@ def train(config: TrainConfig) -> dict:
     facts = _facts(config, checkpoint, decoder, layer, device_config, trained, held_out, output, progress)
     facts["machine"]["measured_in"] = exact.facts["dtype"]
     if profile is not None:
-        facts["memory"] = memory.measured(needed, profile, decoder, batches.bytes(), output, console)
+        held = batches.bytes() + (step.keep.bytes() if step.keep is not None else 0)
+        facts["memory"] = memory.measured(needed, profile, decoder, held, output, console)
     if not config.no_report:
         streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
         splits = word_pairs.sample_splits({"trained": trained, "held_out": held_out}, config.seed)
         states: dict[tuple[str, Layer], Sides] = {}
-        see_words = keep_words(states, (layer, "output"))
-        alignments, facts["missing_output"] = measure(splits, streams, config.eval_pool_bos, see_words=see_words)
-        facts["baselines"] = judge(splits, states, config.seed)
+        seen: dict[str, Any] = {"see_words": keep_words(states, (layer, "output"))}
+        if choice is not None:
+            seen["head"] = place, MapHead.from_linear(choice.linear, exact.device)
+        alignments, facts["missing_output"] = measure(splits, streams, config.eval_pool_bos, **seen)
+        facts["baselines"] = judge(splits, states, config.seed, None if choice is None else {("after", place): choice.linear})
         facts["probe"] = _probe(config, checkpoint, exact, splits, console)
         facts["harm"] = _measure_harm(checkpoint, texts, exact, streams["after"], config.seed, console)
         facts = training_report.write_report(output, facts, alignments, console)
@@ -184,11 +197,15 @@ def _resolve_device(config: TrainConfig, state: TrainingState, console) -> Devic
     return device_config
 
 
-def _tokenise(config: TrainConfig, checkpoint: Checkpoint, splits: Sequence[DiskBackedPairs]) -> TokenisedWords:
-    """All sources, then all targets."""
+def _tokenise(
+    config: TrainConfig, checkpoint: Checkpoint, splits: Sequence[DiskBackedPairs], kept: Sequence[TextWindows]
+) -> TokenisedWords:
+    """All sources, then all targets; with rows for the kept texts, too."""
     texts = (text for side in ("source", "target") for pairs in splits for text in map(operator.attrgetter(side), pairs))
     words = tokenise(checkpoint.tokenizer(), texts, context_length(checkpoint), config.prefix)
-    return words.with_all_rows(checkpoint.config.vocab_size) if config.all_rows else words
+    if config.all_rows:
+        return words.with_all_rows(checkpoint.config.vocab_size)
+    return dataclasses.replace(words, vocab_ids=functools.reduce(np.union1d, (windows.vocab_ids for windows in kept), words.vocab_ids))
 
 
 def _choose_token_norm(config: TrainConfig, checkpoint: Checkpoint, console) -> TrainConfig:
@@ -249,6 +266,48 @@ def _choose_layer(measure: Callable, trained: DiskBackedPairs, seed: int, consol
     return chosen
 
 
+def _fit_map(
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    pool: Pooling,
+    exact: DeviceConfig,
+    trained: DiskBackedPairs,
+    partners: np.ndarray | None,
+    place: Layer,
+    console,
+) -> Choice:
+    """The closed-form map of the frozen states that finds most of a part of the trained pairs, or of the mismatched ones of a control."""
+    pairs = list(trained.subset(numbers := word_pairs.sample(trained, config.seed)))
+    if partners is not None:
+        others = trained.subset(partners[numbers])
+        pairs = [dataclasses.replace(pair, target=other.target, synonyms=other.synonyms) for pair, other in zip(pairs, others)]
+    states: dict[tuple[str, Layer], Sides] = {}
+    # up to the layer and the embeddings, or all blocks and the output
+    with layer_bar(console, checkpoint.blocks + 2 if place == "output" else int(place) + 1, "fitting a map") as done:
+        missing = see_layers(
+            checkpoint, pairs, pool, exact, config.prefix, [place], keep_words(states, [place]), done, pool_bos=config.pool_bos
+        )
+    if not states:
+        raise TliError("--arm full", "the whole model must be there", missing, "put the missing shard there, or use --arm early")
+    choice = Baselines(pairs, (), config.seed).best_map(*states["before", place])
+    strength = "" if choice.shrinkage is None else f", shrinkage {choice.shrinkage:g}"
+    console.print(f"the loss is taken behind a map of the frozen states: {BASELINES[choice.way].label}{strength}")
+    return choice
+
+
+def _map_facts(config: TrainConfig, checkpoint: Checkpoint, choice: Choice, place: Layer, output: pathlib.Path) -> dict:
+    """What the map's file says: of which layer and model it is, what chose it, and of which adapter it is the head."""
+    return {
+        "schema": SCHEMA,
+        "config": as_dict(config),
+        "model": model_facts(
+            config.model or starter.NAME, checkpoint, checkpoint.sha256(checkpoint.blocks if place == "output" else int(place))
+        ),
+        "map": {"layer": place, **choice.facts()},
+        "adapter": sha256(output / lora.ADAPTER_FILE),
+    }
+
+
 def _mismatched(pairs: int, seed: int) -> np.ndarray:
     """Partners that are never a source's own: of each source, the target of the next one around a random ring."""
     ring = np.random.default_rng([seed, 1]).permutation(pairs)
@@ -257,24 +316,44 @@ def _mismatched(pairs: int, seed: int) -> np.ndarray:
     return partners
 
 
-def _require_memory(config: TrainConfig, checkpoint: Checkpoint, words: TokenisedWords, trained: int, device_config: DeviceConfig) -> Run:
+def _require_memory(
+    config: TrainConfig,
+    checkpoint: Checkpoint,
+    words: TokenisedWords,
+    trained: int,
+    device_config: DeviceConfig,
+    kept: Sequence[TextWindows],
+) -> Run:
     """The memory that the run needs; raises ``TliError`` where that is not available."""
     options = _options(config, "arm", "layer", "rank", "targets", "dropout", "batch", "micro_batch", "checkpointing", "pool_bos")
+    options["kept_windows"] = sum(len(windows.lengths) for windows in kept)
+    options["kept_width"] = max((windows.width for windows in kept), default=0)
     needed = budget.needed(checkpoint, words, trained, device_config, token_norm=config.token_norm != "none", **options)
     budget.require_room(needed, device_config)
     return needed
 
 
 def _training_step(
-    config: TrainConfig, decoder: "Decoder", pool: Pooling, layer: int, total: int, device_config: DeviceConfig
+    config: TrainConfig,
+    decoder: "Decoder",
+    pool: Pooling,
+    layer: int,
+    total: int,
+    device_config: DeviceConfig,
+    head: MapHead | None,
+    kept: Sequence[TextWindows],
+    vocab_ids: np.ndarray,
 ) -> TrainStep:
-    """The arm's states, pooled, under the run's loss and optimiser."""
+    """The arm's states, pooled, under the run's loss and optimiser; made before an interrupted run's adapters are restored."""
     states = functools.partial(run_hooked, layer=layer) if config.arm == "full-hook" else run
     # the output is normalised already
     pool = pool.for_layer("output") if config.arm == "full" else pool
-    objective = Objective(**_options(config, "loss", "temperature", "margin"), ops=device_config.ops)
+    objective = Objective(**_options(config, "loss", "temperature", "margin"), ops=device_config.ops, head=head)
     optimiser = OptimiserSettings(**_options(config, "lr", "weight_decay", "clip", "warmup", "schedule"), total=total)
-    return TrainStep(decoder, lambda batch: pool(states(decoder, batch), batch), objective, optimiser, config.seed)
+    keep = None
+    if kept:
+        keep = KeptText(functools.partial(states, decoder), kept, vocab_ids, device_config, config.keep_weight, config.seed)
+    return TrainStep(decoder, lambda batch: pool(states(decoder, batch), batch), objective, optimiser, config.seed, keep=keep)
 
 
 def _facts(

@@ -19,17 +19,17 @@ from tli.data.pair_store import Pair
 from tli.metrics.baseline_cache import cached
 from tli.metrics.baselines import BASELINES, Baselines
 from tli.metrics.candidates import Ranks
-from tli.model.linear_map import Sides
+from tli.model.linear_map import LinearMap, Sides
 from tli.model.shape import Layer
 from tli.stats.bootstrap import means_with_intervals, word_clusters
 from tli.stats.tests import add_holm, compare_paired
 
-PLAIN = "plain"
+PLAIN, BEHIND_MAP = "plain", "map"
 BEFORE = "before"
 ALL = "all pairs"
 # what a word state after training is judged by beside its plain cosine: maps of the trained model's states
-_AFTER = ("procrustes", "cca")
-_AT_OUTPUT = ("centred", "procrustes", "cca")
+_AFTER, _AFTER_AT_OUTPUT = ("procrustes", "cca", "cca_spelling"), ("procrustes", "cca")
+_BEFORE_AT_OUTPUT = ("centred", "procrustes", "cca")
 # a pair this alike in spelling counts as a loan where the list does not say
 _ALIKE = 0.5
 # pairs of a kind, and held-out pairs at all
@@ -42,18 +42,26 @@ _JUDGED_SHARE = 0.2
 Way = tuple[str, str | None, Layer | None]
 
 
-def judge(splits: Mapping[str, Sequence[Pair]], states: Mapping[tuple[str, Layer], Sides], seed: int) -> dict[str, list[dict]] | None:
-    """Records of all ways, and tests of the trained model's plain cosine against each of those that need no training.
+def judge(
+    splits: Mapping[str, Sequence[Pair]],
+    states: Mapping[tuple[str, Layer], Sides],
+    seed: int,
+    maps: Mapping[tuple[str, Layer], LinearMap] | None = None,
+) -> dict[str, list] | None:
+    """Records of all ways, and tests of the trained model against each of those that need no training.
 
     splits   ``trained`` pairs, and ``held_out`` ones
     states   by (stream, layer): word states of trained pairs, then of held-out ones; the stream of the frozen model is ``BEFORE``
+    maps     by (stream, layer): the map that the stream's loss was taken behind
 
     Returns:
         None where fewer than four pairs are held out.
         ``records``: way, stream, layer, candidates (``candidates.SETS``), group (all pairs, or a kind of them), metric (mrr or p_at_1),
         value, low, high, n, clusters, chance.
-        ``tests``: of MRR, stream, way, layer, candidates, group, and what ``compare_paired`` says of the gain over that way; p with Holm's
-        correction over the ways.
+        ``tests``: of MRR, stream, ``trained`` (its way: plain cosine, behind its map, or with spelling beside), way, layer, candidates,
+        group, and what ``compare_paired`` says of the gain over that way; p with Holm's correction over the ways.
+        ``pairs``: source and target of the held-out ones; ``reciprocal_ranks``: way, stream, layer and the values of these pairs among the
+        split's, the mean of both directions, by which one run can be compared with another word by word.
     """
     if len(splits.get("held_out", ())) < _FEWEST_HELD_OUT:
         return None
@@ -64,7 +72,10 @@ def judge(splits: Mapping[str, Sequence[Pair]], states: Mapping[tuple[str, Layer
     found: dict[Way, Mapping[str, Ranks]] = {(name, None, None): ranks for name, ranks in of_words.items()}
     for (stream, layer), sides in states.items():
         found[PLAIN, stream, layer] = baselines.plain(*sides)
-        names = _AFTER if stream != BEFORE else tuple(BASELINES) if layer != "output" else _AT_OUTPUT
+        if (stream, layer) in (maps or {}):
+            found[BEHIND_MAP, stream, layer] = baselines.behind((maps or {})[stream, layer], *sides)
+        at_layer, at_output = (tuple(BASELINES), _BEFORE_AT_OUTPUT) if stream == BEFORE else (_AFTER, _AFTER_AT_OUTPUT)
+        names = at_output if layer == "output" else at_layer
         compute = functools.partial(baselines.of_states, *sides, names)
         parts = [words, repr(names).encode(), *(np.ascontiguousarray(side).tobytes() for side in sides)]
         # trained states are another run's never
@@ -72,7 +83,23 @@ def judge(splits: Mapping[str, Sequence[Pair]], states: Mapping[tuple[str, Layer
         found |= {(name, stream, layer): ranks for name, ranks in of_states.items()}
     held_out = [baselines.pairs[number] for number in baselines.judged]
     clusters, groups = _clusters(baselines), kinds(held_out)
-    return {"records": list(_records(found, groups, clusters, seed)), "tests": list(_tests(found, groups, clusters, seed))}
+    return {
+        "records": list(_records(found, groups, clusters, seed)),
+        "tests": list(_tests(found, groups, clusters, seed)),
+        "pairs": [[pair.source, pair.target] for pair in held_out],
+        "reciprocal_ranks": [
+            {"way": name, "stream": stream, "layer": layer, "values": _of_each_pair(ranks["split"], len(held_out))}
+            for (name, stream, layer), ranks in found.items()
+        ],
+    }
+
+
+def _of_each_pair(ranks: Ranks, pairs: int) -> list[float | None]:
+    """Each pair's reciprocal rank, the mean of both directions; None of a pair without candidates."""
+    found: list[float | None] = [None] * pairs
+    for number, value in zip(ranks.pairs.tolist(), _values(ranks)[0].round(6).tolist()):
+        found[number] = value
+    return found
 
 
 class LayerMaps:
@@ -162,15 +189,15 @@ def _records(found: Mapping[Way, Mapping[str, Ranks]], groups: Mapping[str, np.n
 
 
 def _tests(found: Mapping[Way, Mapping[str, Ranks]], groups: Mapping[str, np.ndarray], clusters: np.ndarray, seed: int) -> Iterator[dict]:
-    """The gain of plain cosine after training over each way that needs none, in its layer."""
+    """The gain after training over each way that needs none, in its layer: of plain cosine, behind the map, and with spelling beside."""
     groups = {name: members for name, members in groups.items() if not name.startswith(_FIELD)}
-    for trained in [way for way in found if way[0] == PLAIN and way[1] != BEFORE]:
-        _, stream, layer = trained
+    for trained in [way for way in found if way[0] in (PLAIN, BEHIND_MAP, "cca_spelling") and way[1] not in (BEFORE, None)]:
+        name, stream, layer = trained
         others = [way for way in found if way[1] in (BEFORE, None) and way[2] in (layer, None)]
         for candidates, group, inside, own in _by_group(found, groups, clusters):
             after, *before = (_values(found[way][candidates])[0, inside] for way in (trained, *others))
             changes = compare_paired(np.stack(before), np.stack([after] * len(others)), seed, own)
-            where = {"stream": stream, "layer": layer, "candidates": candidates, "group": group}
+            where = {"stream": stream, "trained": name, "layer": layer, "candidates": candidates, "group": group}
             family: list[dict[str, Any]] = [{"way": way[0], **where, **change} for way, change in zip(others, changes)]
             add_holm(family, ("p_sign_flip",))
             yield from family

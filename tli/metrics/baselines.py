@@ -14,6 +14,7 @@ the held-out pairs, and stands beside the adapters. Shrinkage is chosen on a par
     ridge          the linear map with the least squared error
     cca            canonical correlations between the states of both languages
     cca, spelling  the same of states and n-grams side by side
+    map            the map that training took its loss behind, of trained states: fitted before, on the frozen ones
 
 The maps are in ``tli/model/linear_map.py``. Imports no torch.
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +74,7 @@ BASELINES = {
         Baseline("ridge", "ridge map of states", states=True),
         Baseline("cca", "CCA of states", states=True),
         Baseline("cca_spelling", "CCA of states and n-grams", states=True),
+        Baseline("map", "states behind their map", states=True),
     )
 }
 
@@ -85,6 +88,11 @@ class Choice:
     mrr: float
     error: float
     linear: LinearMap
+
+    def facts(self) -> dict[str, Any]:
+        """Plain JSON values, for a report: all but the map, of which how many dimensions it has."""
+        told = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "linear"}
+        return {**told, "dimensions": self.linear.source_matrix.shape[1]}
 
 
 class Baselines:
@@ -134,6 +142,10 @@ class Baselines:
     def plain(self, source: np.ndarray, target: np.ndarray) -> dict[str, Ranks]:
         """The ranks by the cosine of the states as they are: what an adapter is judged by."""
         return self._rank(cosine_scores(source, target))
+
+    def behind(self, linear: LinearMap, source: np.ndarray, target: np.ndarray) -> dict[str, Ranks]:
+        """The ranks by the cosine of the states behind a map that was fitted elsewhere."""
+        return self._rank(_mapped((source, target), linear))
 
     def _rank(self, scores: Scores) -> dict[str, Ranks]:
         return rank(scores, self.judged, self.false_negatives, self.classes)

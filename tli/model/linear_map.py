@@ -98,7 +98,12 @@ def load_map(folder: str | os.PathLike) -> FittedMap:
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / MAP_FILE)
     except (OSError, ValueError, SafetensorError) as error:
-        raise TliError(folder, f"the folder must hold {MAP_FILE} and {REPORT_FILE}", one_line(error), "name a folder of tli map") from error
+        raise TliError(
+            folder,
+            f"the folder must hold {MAP_FILE} and {REPORT_FILE}",
+            one_line(error),
+            "name a folder of tli map, or of an adapter with a map",
+        ) from error
     if not isinstance(report, dict) or tensors.keys() != names or report.get("sha256") != sha256(folder / MAP_FILE):
         raise TliError(folder, f"{REPORT_FILE} must speak of the {MAP_FILE} beside it", "another's", "make the map again")
     return FittedMap(LinearMap(**{name: tensor.astype(np.float64) for name, tensor in tensors.items()}), report)

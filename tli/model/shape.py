@@ -13,10 +13,14 @@ from tli.runtime.errors import TliError
 
 NF4_BYTES = 0.5 + 4 / 64
 
+# tokens of a window of a page of text: several of them make an interval, and a step of training looks at some
+SHORT_WIDTH, KEPT_WINDOWS = 64, 4
 # of tables, where the weights that they replace are smaller
 MOST_TABLE_BYTES = 64 << 20
 
 Layer = int | str
+# stands for a layer where word states are measured behind the map that the loss was taken behind
+MAPPED = "map"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from tli.data.batch import Batch
 from tli.data.packing import sink_token
 from tli.data.word_pairs import SHIPPED
 from tli.model.checkpoint import Checkpoint, context_length
+from tli.model.shape import SHORT_WIDTH
 from tli.runtime.device import DeviceConfig
 from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
@@ -34,25 +35,39 @@ class TextWindows:
     vocab_ids: np.ndarray
     facts: dict
 
+    @property
+    def width(self) -> int:
+        """Tokens of a window, sink included."""
+        return self.tokens.shape[1]
 
-# a page of each language, read where no text is named
-SHIPPED_TEXTS = tuple(SHIPPED.parent / f"running-text-{language}.txt" for language in ("swahili", "english"))
-# short, so that a page has several, over which an interval can be had
-_SHIPPED_WIDTH = 64
+
+# pages of each language, read where no text is named: those that show harm are never those that training keeps
+_LANGUAGES = ("swahili", "english")
+_SHIPPED = {kind: tuple(SHIPPED.parent / f"{kind}-text-{language}.txt" for language in _LANGUAGES) for kind in ("running", "kept")}
 
 
 def read_texts(path: str | os.PathLike | None, checkpoint: Checkpoint) -> list[TextWindows]:
     """A named text in windows, as by ``read_windows``, no more than 8,192 tokens of it; None: the shipped texts, in short windows."""
     if path is not None:
         return [read_windows(path, checkpoint, most_tokens=_MOST_TOKENS)]
-    return [read_windows(text, checkpoint, min(_SHIPPED_WIDTH, context_length(checkpoint))) for text in SHIPPED_TEXTS]
+    return [read_windows(text, checkpoint, min(SHORT_WIDTH, context_length(checkpoint))) for text in _SHIPPED["running"]]
 
 
-def read_windows(path: str | os.PathLike, checkpoint: Checkpoint, width: int | None = None, most_tokens: int | None = None) -> TextWindows:
+def read_kept_texts(path: str | os.PathLike | None, checkpoint: Checkpoint) -> list[TextWindows]:
+    """Text for training to keep, in short windows: no more than 8,192 tokens of a named one; None: the shipped texts that are for this."""
+    width = min(SHORT_WIDTH, context_length(checkpoint))
+    paths = _SHIPPED["kept"] if path is None else [path]
+    return [read_windows(text, checkpoint, width, _MOST_TOKENS, "--keep") for text in paths]
+
+
+def read_windows(
+    path: str | os.PathLike, checkpoint: Checkpoint, width: int | None = None, most_tokens: int | None = None, flag: str = "--text"
+) -> TextWindows:
     """Read a UTF-8 text, tokenise it whole, and cut it into windows of ``width`` tokens, the sink included.
 
     width         None: 256, or what the model can see where that is less
     most_tokens   read no more of the text than this; None: all of it
+    flag          what named it
 
     Raises:
         TliError: a file that cannot be read or holds less than two tokens, a width that the model cannot see whole.
@@ -62,7 +77,7 @@ def read_windows(path: str | os.PathLike, checkpoint: Checkpoint, width: int | N
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         got = f"byte {error.start}: no UTF-8" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error)).lower()
-        raise TliError(path, "the text must be a readable UTF-8 file", got, "name another with --text") from error
+        raise TliError(path, "the text must be a readable UTF-8 file", got, f"name another with {flag}") from error
     widest = context_length(checkpoint)
     width = min(DEFAULT_WIDTH, widest) if width is None else width
     if not 2 <= width <= widest:
@@ -73,7 +88,7 @@ def read_windows(path: str | os.PathLike, checkpoint: Checkpoint, width: int | N
     found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     ids = np.array(found if most_tokens is None else found[: max(0, most_tokens)], np.int64)
     if len(ids) < 2:
-        raise TliError(path, "the text must hold at least 2 tokens", len(ids), "name a longer text with --text, or raise --text-tokens")
+        raise TliError(path, "the text must hold at least 2 tokens", len(ids), f"name a longer text with {flag}")
     windows = -(-len(ids) // (width - 1))
     lengths = np.full(windows, width)
     lengths[-1] = 1 + len(ids) - (windows - 1) * (width - 1)

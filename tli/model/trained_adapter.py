@@ -18,6 +18,7 @@ from torch import nn
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint
 from tli.model.decoder import init_empty_decoder
+from tli.model.linear_map import MAP_FILE, FittedMap, load_map
 from tli.runtime.cli import flag
 from tli.runtime.device import DeviceConfig
 from tli.runtime.errors import TliError
@@ -32,12 +33,14 @@ class TrainedAdapter:
     adapter  its factors
     peft     ``adapter_config.json``
     report   ``report.json``, or None where there is none
+    fitted   the map that the loss was taken behind, or None where there was none
     """
 
     folder: pathlib.Path
     adapter: lora.Adapter
     peft: dict
     report: dict | None
+    fitted: FittedMap | None = None
 
     @property
     def name(self) -> str:
@@ -91,11 +94,11 @@ def load_adapter(folder: str | os.PathLike) -> TrainedAdapter:
         folder:  holds ``adapter_config.json`` and ``adapter_model.safetensors``
 
     Returns:
-        The factors by module path (A fp32 [R, K], B fp32 [N, R]) in ``adapter.factors``, the scale, the aligned ``layer`` and the report,
-        None where there is none.
+        The factors by module path (A fp32 [R, K], B fp32 [N, R]) in ``adapter.factors``, the scale, the aligned ``layer``, the report and
+        the map, None where there is none.
 
     Raises:
-        TliError: what ``lora.load`` refuses; a report that cannot be read, or that belongs to another adapter.
+        TliError: what ``lora.load`` refuses; a report or a map that cannot be read, or that belongs to another adapter.
 
     Example:
         >>> from tli import TrainConfig, load_adapter, train
@@ -120,7 +123,20 @@ def load_adapter(folder: str | os.PathLike) -> TrainedAdapter:
             raise TliError(file, "the file must be a report of tli.train", repr(error), "train again, or take the file away") from error
         if told != sha256(folder / lora.ADAPTER_FILE):
             raise TliError(file, "the report must speak of the adapter beside it", "another adapter's hash", "take the report away")
-    return TrainedAdapter(folder, adapter, peft, report)
+    return TrainedAdapter(folder, adapter, peft, report, _fitted(folder, report))
+
+
+def _fitted(folder: pathlib.Path, report: dict | None) -> FittedMap | None:
+    """The map beside an adapter; raises ``TliError`` where it is another's, or lacks though the run had one."""
+    if not (folder / MAP_FILE).exists():
+        if report is not None and report["config"].get("map", "none") != "none":
+            must = "the map that the adapter was trained behind must lie beside it"
+            raise TliError(folder / MAP_FILE, must, "no such file", "put it back, or train again")
+        return None
+    fitted = load_map(folder)
+    if fitted.report.get("adapter") != sha256(folder / lora.ADAPTER_FILE):
+        raise TliError(folder / MAP_FILE, "the map must be that of the adapter beside it", "another's", "take the map away")
+    return fitted
 
 
 def check_compatible(recorded: TrainedAdapter, checkpoint: Checkpoint, device_config: DeviceConfig, hashed: Callable[[int], str]) -> None:

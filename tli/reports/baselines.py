@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tli.metrics.baseline_records import ALL, BEFORE, PLAIN
+from tli.metrics.baseline_records import ALL, BEFORE, BEHIND_MAP, PLAIN
 from tli.metrics.baselines import BASELINES
-from tli.model.shape import Layer
+from tli.model.shape import MAPPED, Layer
 from tli.reports.tables import Table
-from tli.reports.wording import interval, number, place_name, side, side_of_chance
+from tli.reports.wording import aligned_layer, interval, number, place_name, side, side_of_chance
 
 # set of candidates, and metric, of each column; of all pairs, but in the fourth
 _COLUMNS = (("split", "mrr"), ("split", "p_at_1"), ("class", "mrr"), ("class", "mrr"), ("list", "mrr"))
@@ -24,6 +24,7 @@ def baseline_table(report: dict, layer: Layer, intervals: bool = True, stream: s
     found = _records(report, layer, stream)
     if (PLAIN, stream) not in {way for way, *_ in found}:
         return None
+    layer = _hidden_state(report, layer)
     others = next((group for *_, group in found if group in _OTHERS), ALL)
     keys = [(*column, ALL) for column in _COLUMNS]
     keys[3] = (*_COLUMNS[3], others)
@@ -44,21 +45,23 @@ def baseline_table(report: dict, layer: Layer, intervals: bool = True, stream: s
 
 def bought(report: dict, layer: Layer, stream: str = "after") -> str:
     """What training bought over the best of what needs none, in a sentence; empty where no such thing was measured."""
-    found = _records(report, layer, stream)
+    found, behind, layer = _records(report, layer, stream), layer == MAPPED, _hidden_state(report, layer)
     free = [way for way, candidates, metric, group in found if way[1] != stream and (candidates, metric, group) == ("split", "mrr", ALL)]
     free = [way for way in free if way[0] == PLAIN or not BASELINES[way[0]].oracle]
     tests = {
         test["way"]: test
         for test in (report.get("baselines") or {}).get("tests", [])
         if (test["stream"], test["layer"], test["candidates"], test["group"]) == (stream, layer, "split", ALL)
+        and test.get("trained", PLAIN) == (BEHIND_MAP if behind else PLAIN)
     }
     if not tests:
         return ""
     best = max(free, key=lambda way: found[way, "split", "mrr", ALL]["value"])
-    theirs, ours = found[best, "split", "mrr", ALL], found[(PLAIN, stream), "split", "mrr", ALL]
+    theirs, ours = found[best, "split", "mrr", ALL], found[(BEHIND_MAP if behind else PLAIN, stream), "split", "mrr", ALL]
     test = tests[best[0]]
     numbers = (
         f"held-out MRR {number(theirs['value'])} {interval(theirs)} against {number(ours['value'])} {interval(ours)} with the adapters"
+        f"{' behind their map' if behind else ''}"
     )
     gain = f"{number(test['mean_gain'], '+')} {interval(test)}"
     where = f"At {place_name(layer)}"
@@ -73,11 +76,17 @@ def bought(report: dict, layer: Layer, stream: str = "after") -> str:
 
 def _records(report: dict, layer: Layer, stream: str) -> dict[tuple[tuple[str, str | None], str, str, str], dict[str, Any]]:
     """By (way, stream), candidates, metric and group: what was measured at this layer, or without any."""
+    layer = _hidden_state(report, layer)
     return {
         ((record["way"], record["stream"]), record["candidates"], record["metric"], record["group"]): record
         for record in (report.get("baselines") or {}).get("records", [])
         if record["layer"] in (layer, None) and record["stream"] in (stream, BEFORE, None)
     }
+
+
+def _hidden_state(report: dict, layer: Layer) -> Layer:
+    """The layer whose states are behind the map."""
+    return aligned_layer(report) if layer == MAPPED else layer
 
 
 def _cell(record: dict | None, with_interval: bool) -> str:
@@ -92,5 +101,7 @@ def _label(way: tuple[str, str | None]) -> str:
     name, stream = way
     if name == PLAIN:
         return "frozen model (cosine)" if stream == BEFORE else "adapters (cosine)"
+    if name == BEHIND_MAP:
+        return "adapters behind their map"
     label = BASELINES[name].label
     return label if stream in (BEFORE, None) else label.replace("states", "trained states")

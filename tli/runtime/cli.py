@@ -47,14 +47,14 @@ _POSITIONAL: typing.Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _KEYWORD: typing.Any = inspect.Parameter.KEYWORD_ONLY
 
 
-def option(default, group: str, help: str, paper=dataclasses.MISSING, least: float | None = None, above: float | None = None):
-    """A field of a configuration. ``paper`` is its value under ``--recipe paper`` where that differs.
+def option(default, group: str, help: str, least: float | None = None, above: float | None = None, **recipes):
+    """A field of a configuration.
 
     least, above   bounds of a number: ``least`` is allowed, ``above`` is not
+    recipes        its value under ``--recipe`` of these names, where that differs; None stands for an option that is left open
     """
-    by_recipe = paper is not dataclasses.MISSING
-    recipes = {"default": default, "paper": paper} if by_recipe else None
-    metadata = {"group": group, "help": help, "recipes": recipes, "least": least, "above": above}
+    by_recipe = {"default": default, **recipes} if recipes else None
+    metadata = {"group": group, "help": help, "recipes": by_recipe, "least": least, "above": above}
     return dataclasses.field(default=None if by_recipe else default, metadata=metadata)
 
 
@@ -76,7 +76,7 @@ def check(config) -> None:
         if words and isinstance(value, str) and value not in words:
             raise TliError(flag(field.name), f"the value must be one of {', '.join(words)}", repr(value), "choose one of these")
         if value is None and metadata["recipes"]:
-            object.__setattr__(config, field.name, metadata["recipes"][config.recipe])
+            object.__setattr__(config, field.name, metadata["recipes"].get(config.recipe, metadata["recipes"]["default"]))
         elif isinstance(value, int | float):
             least, above = metadata["least"], metadata["above"]
             if least is not None and not value >= least:
@@ -273,7 +273,7 @@ def _words(kind) -> tuple[str, ...]:
 
 def _default_text(field: dataclasses.Field) -> str:
     if field.metadata["recipes"]:
-        return " (default: {default}; paper: {paper})".format(**{name: _shown(value) for name, value in field.metadata["recipes"].items()})
+        return f" ({'; '.join(f'{name}: {_shown(value)}' for name, value in field.metadata['recipes'].items())})"
     return "" if field.default in (None, (), False, dataclasses.MISSING) else f" (default: {_shown(field.default)})"
 
 

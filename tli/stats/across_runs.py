@@ -1,4 +1,4 @@
-"""Statistics whose unit is a run: intervals over seeds, trends over ranks, and one arm against another.
+"""Statistics whose unit is a run: intervals over seeds, and over seeds and words together, trends over ranks, and one arm against another.
 
 A seed draws the split, the order, the adapters' start and the dropout, so its runs share their words: seeds are blocks, and runs
 of one seed are compared with one another.
@@ -13,6 +13,7 @@ from tli.stats.tests import paired_differences, paired_t
 
 # for so many all orders are gone through, by the sets of what is placed
 _EXACT_COLUMNS = 12
+_RESAMPLES = 2000
 
 
 def seed_interval(values: np.ndarray | Sequence[float], level: float = 0.95) -> dict:
@@ -25,6 +26,39 @@ def seed_interval(values: np.ndarray | Sequence[float], level: float = 0.95) -> 
         return {"value": mean, "low": None, "high": None, "n": n}
     reach = float(stdtrit(n - 1, (1 + level) / 2) * values.std(ddof=1) / np.sqrt(n))
     return {"value": mean, "low": mean - reach, "high": mean + reach, "n": n}
+
+
+def crossed_interval(values: np.ndarray, runs: np.ndarray, words: np.ndarray, seed: int = 0, level: float = 0.95) -> dict:
+    """Mean of values of which each belongs to a run and to a word, with an interval for other runs and other words.
+
+    values   float64 [n]   such as the gain of one recipe over another for one word in one run
+    runs     int64 [n]     the run of each value; a run's words are drawn anew, so a word stands in some runs and not in others
+    words    int64 [n]     the word, or the cluster of words, of each value
+
+    Returns:
+        value, low, high, n, runs, words; low and high are None of a single run or a single word.
+
+    Runs share words, so neither are independent values: runs are drawn with replacement, and words, too, independently of them; a value
+    counts as often as its run was drawn times its word. The interval is the mean ± t(runs - 1) of these means' standard deviations, since
+    few runs say little of their own spread. Source: Owen 2007, "The pigeonhole bootstrap" (arXiv 0712.1111).
+    """
+    from scipy.special import stdtrit
+
+    values = np.asarray(values, np.float64)
+    _, runs = np.unique(runs, return_inverse=True)
+    _, words = np.unique(words, return_inverse=True)
+    run_count, word_count = int(runs.max()) + 1, int(words.max()) + 1
+    found = {"value": float(values.mean()), "low": None, "high": None, "n": len(values), "runs": run_count, "words": word_count}
+    if run_count < 2 or word_count < 2:
+        return found
+    generator, means = np.random.default_rng([seed, 5]), np.empty(_RESAMPLES)
+    for resample in range(_RESAMPLES):
+        weights = generator.multinomial(run_count, np.full(run_count, 1 / run_count))[runs]
+        weights = weights * generator.multinomial(word_count, np.full(word_count, 1 / word_count))[words]
+        # so few values that none was drawn say nothing
+        means[resample] = np.average(values, weights=weights) if weights.any() else found["value"]
+    reach = float(stdtrit(run_count - 1, (1 + level) / 2) * means.std(ddof=1))
+    return found | {"low": found["value"] - reach, "high": found["value"] + reach}
 
 
 def rank_trend(values: np.ndarray, ranks: Sequence[int]) -> dict:

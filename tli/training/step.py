@@ -23,6 +23,7 @@ from tli.data.loader import Step, tensors_of
 from tli.model import lora
 from tli.runtime.errors import TliError
 from tli.training import grad_cache
+from tli.training.kept_text import KeptText
 from tli.training.loss import Objective
 from tli.training.memory.profile import FORWARD, LOSS, OPTIMISER
 
@@ -56,16 +57,17 @@ class OptimiserSettings:
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """A step's loss, its learning rate, and the norm of its gradients before clipping."""
+    """A step's loss, its learning rate, the norm of its gradients before clipping, and the term for kept text, 0 without one."""
 
     loss: float
     lr: float
     grad_norm: float
+    keep: float = 0.0
 
 
 @dataclasses.dataclass
 class CapturedStep:
-    """A CUDA graph of one step, the batch that it reads, and where it leaves the loss and the gradient norm, fp32 [2]."""
+    """A CUDA graph of one step, the batch that it reads, and where it leaves what was measured, fp32 [3]."""
 
     graph: torch.cuda.CUDAGraph
     micro_batches: list[Batch]
@@ -83,6 +85,7 @@ class TrainStep:
         optimiser:        settings of AdamW, its schedule and the clipping
         seed:             of dropout
         check_gradients:  stop in the run's first two steps if an adapter gets no gradient
+        keep:             the term for running text that must stay where it was
     """
 
     def __init__(
@@ -93,8 +96,9 @@ class TrainStep:
         optimiser: OptimiserSettings,
         seed: int = 0,
         check_gradients: bool = True,
+        keep: KeptText | None = None,
     ):
-        self.decoder, self.embed, self.objective, self.settings = decoder, embed, objective, optimiser
+        self.decoder, self.embed, self.objective, self.settings, self.keep = decoder, embed, objective, optimiser, keep
         self.seed, self.check_gradients = seed, check_gradients
         self.adapters, self.parameters = lora.adapters(decoder), lora.trainable(decoder)
         self.device = self.parameters[0].device
@@ -135,12 +139,12 @@ class TrainStep:
         if self.use_cuda_graphs and not early and (shape in self.graphs or len(self.graphs) < _MOST_SHAPES):
             measured = self._replay(shape, micro_batches, false_negatives)
         else:
-            loss = self._gradients(micro_batches, false_negatives)
+            losses = self._gradients(micro_batches, false_negatives)
             if not self.on_gpu:
-                require_finite(position, loss.item())
+                require_finite(position, losses.sum().item())
             if position < 2 and self.check_gradients:
                 lora.check_gradients(self.decoder, position)
-            measured = self._update(loss)
+            measured = self._update(losses)
         self._send(lr, measured)
         self.taken += 1
 
@@ -153,8 +157,8 @@ class TrainStep:
                     return
                 event.synchronize()
             self.pending_results.popleft()
-            loss, grad_norm = measured.tolist()
-            yield StepResult(loss, lr, grad_norm)
+            loss, keep, grad_norm = measured.tolist()
+            yield StepResult(loss, lr, grad_norm, keep)
 
     def _prepare(self, position: int) -> float:
         """Set the step's learning rate and each adapter's dropout seed, without waiting for a GPU; returns the learning rate."""
@@ -169,11 +173,21 @@ class TrainStep:
             sequences = (np.random.SeedSequence([self.seed, 2, position, index]) for index in range(len(self.seeds)))
             seeds = torch.tensor([int(sequence.generate_state(1, np.uint64)[0] >> 1) for sequence in sequences])
             self.seeds.copy_(seeds.pin_memory() if self.on_gpu else seeds, non_blocking=True)
+        if self.keep is not None:
+            self.keep.choose(position)
         return lr
 
     def _gradients(self, micro_batches: list[Batch], false_negatives: Tensor) -> Tensor:
+        """Backpropagate; returns the loss of the words and the term for kept text, fp32 [2]."""
         self.optimiser.zero_grad()
-        return grad_cache.backward(micro_batches, self._embed, lambda embeddings: self._loss(embeddings, false_negatives))
+        loss = grad_cache.backward(micro_batches, self._embed, lambda embeddings: self._loss(embeddings, false_negatives))
+        if self.keep is None:
+            return torch.stack([loss, torch.zeros_like(loss)])
+        # behind the words' backward pass: neither holds its activations while the other runs
+        with record_function(FORWARD):
+            kept = self.keep()
+        kept.backward()
+        return torch.stack([loss, kept.detach()])
 
     def _embed(self, micro_batch: Batch) -> Tensor:
         with record_function(FORWARD):
@@ -183,16 +197,16 @@ class TrainStep:
         with record_function(LOSS):
             return self.objective(embeddings, false_negatives)
 
-    def _update(self, loss: Tensor) -> Tensor:
-        """Clip the gradients and let AdamW step; returns the loss and the gradient norm, fp32 [2]."""
+    def _update(self, losses: Tensor) -> Tensor:
+        """Clip the gradients and let AdamW step; returns the loss, the term for kept text and the gradient norm, fp32 [3]."""
         if self.on_gpu:
-            self.found_inf.copy_(torch.maximum(self.found_inf, 1 - torch.isfinite(loss).float()))
+            self.found_inf.copy_(torch.maximum(self.found_inf, 1 - torch.isfinite(losses.sum()).float()))
         with record_function(OPTIMISER):
             grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             if self.settings.clip > 0:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, grad_norm)
             self.optimiser.step()
-            return torch.stack([loss, grad_norm])
+            return torch.cat([losses, grad_norm[None]])
 
     def _replay(self, shape: tuple, micro_batches: list[Batch], false_negatives: Tensor) -> Tensor:
         if shape not in self.graphs:
@@ -219,7 +233,7 @@ class TrainStep:
         if not self.on_gpu:
             self.pending_results.append((lr, measured, None))
             return
-        arrived, event = torch.empty(2, pin_memory=True), torch.cuda.Event()
+        arrived, event = torch.empty(3, pin_memory=True), torch.cuda.Event()
         arrived.copy_(measured, non_blocking=True)
         event.record()
         self.pending_results.append((lr, arrived, event))

@@ -14,7 +14,7 @@ kept(x)·Aᵀ, a frozen one nothing. Imports neither torch nor transformers: it 
 import dataclasses
 import math
 
-from tli.model.shape import NF4_BYTES, Shape, table_bytes, targets_of
+from tli.model.shape import KEPT_WINDOWS, NF4_BYTES, Shape, table_bytes, targets_of
 
 CATEGORIES = ("weights", "embedding rows", "activations", "gradients and optimiser", "workspace", "words")
 MB = 10**6
@@ -81,6 +81,9 @@ class Run:
     # products of 16-bit numbers are made in fp32 (a CPU without 16-bit ones)
     in_float32: bool = False
     tokenizer_bytes: int | None = None
+    # windows of kept text, and their tokens
+    kept_windows: int = 0
+    kept_width: int = 0
 
     @property
     def blocks(self) -> int:
@@ -123,7 +126,7 @@ def predict(run: Run) -> dict[str, int]:
     weights = run.blocks * shape.block_bytes(run.weights, run.element) - replaced
     # the norm behind the last block, and the token norm's copy of it
     weights += run.element * shape.width * (run.arm != "early") + 4 * shape.width * run.token_norm
-    held, workspace, gradients = max(_moments(run).values(), key=sum)
+    held, workspace, gradients = max([*_moments(run).values(), *_moments_of_kept_text(run)], key=sum)
     bytes_of = {
         "weights": weights,
         "embedding rows": run.element * run.rows * shape.width + tables,
@@ -181,6 +184,16 @@ def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
         # AdamW takes roots and quotients of all second moments at once on a GPU, of one parameter's at a time on a CPU
         "optimiser": (0, parameters if run.fused else 12 * factor, parameters),
     }
+
+
+def _moments_of_kept_text(run: Run) -> list[tuple[float, float, float]]:
+    """The same of the pass over kept text, behind the words' own, whose gradients are all there by then."""
+    if not run.kept_windows:
+        return []
+    # its head is no larger than that of two words: a difference in fp32
+    part = Part(2, min(KEPT_WINDOWS, run.kept_windows), run.kept_width)
+    moments = _moments(dataclasses.replace(run, part=part, batch=2, micro_batch=None, kept_windows=0))
+    return [(*moments[name][:2], 4 * run.parameters) for name in moments if name not in ("loading", "optimiser")]
 
 
 def saved_activations(run: Run, block: int) -> float:
@@ -301,9 +314,11 @@ def _tables(run: Run) -> tuple[int, int]:
 
 
 def words_bytes(run: Run) -> int:
-    """Of the words: of each pair where it lies on disk and its words' keys; of a batch's nodes a row of the mask and five numbers."""
+    """Of the words: of each pair where it lies on disk and its words' keys; of a batch's nodes a row of the mask and five numbers; of
+    kept text the states that are to stay."""
     nodes = run.part.of(run.batch).nodes
-    return int(nodes * (run.part.width * run.element + 5 * 8) + run.list_pairs * PAIR_BYTES)
+    kept = run.kept_windows * run.kept_width * run.shape.width * run.element
+    return int(nodes * (run.part.width * run.element + 5 * 8) + run.list_pairs * PAIR_BYTES + kept)
 
 
 def process_bytes(run: Run) -> int:
