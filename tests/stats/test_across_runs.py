@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tli.stats.across_runs import compare_arms, rank_trend, seed_interval
+from tli.stats.across_runs import compare_arms, crossed_interval, rank_trend, seed_interval
 
 RANKS = [1, 4, 16]
 
@@ -95,3 +95,36 @@ def test_runs_without_spread_cannot_tell():
     assert compare_arms([0.5, 0.5], [0.25, 0.25])["p"] is None
     assert compare_arms([0.5, 0.5], [0.5, 0.5])["p"] == 1
     assert compare_arms([0.5], [0.25]) == {"difference": 0.25, "low": None, "high": None, "n": 1, "t": None, "p": None}
+
+
+def crossed(generator, runs=5, words=300, each=60, over_runs=0.02, over_words=0.2):
+    """Values with true mean .1: each run has its own part and draws its own words, each of which has one in all runs."""
+    of_word, rows = generator.normal(0, over_words, words), []
+    for run in range(runs):
+        drawn = generator.permutation(words)[:each]
+        values = 0.1 + generator.normal(0, over_runs) + of_word[drawn] + generator.normal(0, 0.1, each)
+        rows += [(value, run, word) for value, word in zip(values, drawn)]
+    return (np.array(column) for column in zip(*rows))
+
+
+def test_the_interval_over_runs_and_words_holds_what_it_says(monkeypatch):
+    monkeypatch.setattr("tli.stats.across_runs._RESAMPLES", 200)
+    generator, inside = np.random.default_rng(0), []
+    for _ in range(200):
+        found = crossed_interval(*crossed(generator))
+        inside.append(found["low"] <= 0.1 <= found["high"])
+    assert np.mean(inside) >= 0.93
+
+
+def test_the_interval_over_runs_and_words_is_wider_than_one_that_takes_all_values_for_independent():
+    values, runs, words = crossed(np.random.default_rng(1), each=200)
+    found = crossed_interval(values, runs, words)
+    alone = scipy.stats.sem(values) * 1.96
+    assert found["value"] == pytest.approx(values.mean())
+    assert found["high"] - found["low"] > 2.5 * alone
+    assert (found["n"], found["runs"], found["words"]) == (1000, 5, len(np.unique(words)))
+    assert found == crossed_interval(values, runs + 7, words * 3)
+
+
+def test_a_single_run_has_no_interval_over_runs():
+    assert crossed_interval([0.1, 0.3], [0, 0], [0, 1]) == {"value": 0.2, "low": None, "high": None, "n": 2, "runs": 1, "words": 2}

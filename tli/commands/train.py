@@ -38,6 +38,7 @@ from tli.model.shape import Layer
 from tli.model.text_windows import TextWindows, read_kept_texts, read_texts
 from tli.reports import memory
 from tli.reports import training as training_report
+from tli.reports.wording import place_name
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import layer_bar
@@ -289,6 +290,9 @@ def _fit_map(
         )
     if not states:
         raise TliError("--arm full", "the whole model must be there", missing, "put the missing shard there, or use --arm early")
+    if not all(np.isfinite(side).all() for side in states["before", place]):
+        must = f"the word states at {place_name(place)} must be finite"
+        raise TliError(checkpoint.name, must, "NaN or infinity", "check the model's weights")
     choice = Baselines(pairs, (), config.seed).best_map(*states["before", place])
     strength = "" if choice.shrinkage is None else f", shrinkage {choice.shrinkage:g}"
     console.print(f"the loss is taken behind a map of the frozen states: {BASELINES[choice.way].label}{strength}")
