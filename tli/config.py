@@ -38,10 +38,13 @@ class TrainConfig:
         "output, after the final norm; full-hook: early's adapters and loss, caught by a hook in the whole model",
     )
     layer: int | Literal["auto"] = option(
-        2,
+        "auto",
         "model",
         "hidden state to align: the residual stream after this many blocks; auto takes the one where the trained pairs' gap is surely the "
-        "largest before training (--arm full aligns the output, and its report shows this layer beside it)",
+        "largest before training, which wants one pass over all blocks (--arm full aligns the output, and its report shows this layer "
+        "beside it)",
+        contrastive=2,
+        paper=2,
     )
     weights: Weights = option("full", "model", "frozen weights: full precision, or rounded to NF4", paper="nf4")
     all_rows: bool = option(False, "model", "keep the whole embedding table, not only the rows that the words use")
@@ -88,8 +91,8 @@ class TrainConfig:
     map: MapChoice = option(
         "auto",
         "objective",
-        "auto: the loss is taken behind a closed-form map of each language, the one that finds most of a part of the trained pairs in the "
-        "frozen states; it stays as it is, and is saved beside the adapter. none: the loss is taken on the word states as they are",
+        "auto: save beside the adapter a closed-form map of each language's trained states, of the kind that finds most of a part of the "
+        "trained pairs in the frozen ones",
         contrastive="none",
         paper="none",
     )
@@ -108,7 +111,7 @@ class TrainConfig:
         None, "training", "run a batch through the model in parts of so many pairs: the memory of one part, equal gradients, more time"
     )
     epochs: int = option(8, "training", "passes over the trained pairs", contrastive=50, paper=5)
-    lr: float = option(5e-4, "training", "peak learning rate of AdamW", contrastive=2e-3, paper=2e-4)
+    lr: float = option(2e-3, "training", "peak learning rate of AdamW", paper=2e-4)
     warmup: int = option(20, "training", "steps of linear warm-up", paper=50)
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "training", "decay after the warm-up")
     weight_decay: float = option(0.01, "training", "AdamW weight decay")

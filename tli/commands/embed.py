@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +22,8 @@ from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 
 _WORDS_AT_ONCE = 1024
+# where neither an adapter nor the caller names one
+_LAYER = 2
 
 
 def embed(
@@ -31,7 +32,7 @@ def embed(
     layer: Layer | None = None,
     model: str | None = None,
     device: str = "auto",
-    map: str | os.PathLike | Literal[False] | None = None,
+    map: str | os.PathLike | None = None,
     language: str | None = None,
 ) -> Tensor:
     """u_b = normalise(mean over the word's own tokens of norm(h_t)): embeddings of words at a hidden layer.
@@ -46,15 +47,16 @@ def embed(
         model:    local folder or hub name (default: the adapter's own, else the starter)
         device:   cpu, cuda, cuda:N; auto: a GPU if there is one
         map:      folder of a map from ``fit_map``, by which the base model's states of two languages are made alike; in place of an adapter
-                  and a layer, which it decides. An adapter that was trained behind a map brings its own; False leaves that out
-        language: with a map, the language of these words: one of the two names that it was fitted with
+                  and a layer, which it decides
+        language: the language of these words, one of the two names of the training or the fit. With it they go through the map beside an
+                  adapter, too
 
     Returns:
         fp32 [B, D] unit rows on the CPU, in the order of the words; their dot products are cosines. With a map [B, K], its dimensions.
 
     Raises:
         TliError: no words, a word without tokens or longer than the context, an adapter or a map that does not fit the model, a layer out
-            of range, a map of its own with an adapter, a map without a language.
+            of range, a map with an adapter or without a language, a language without a map.
 
     Example:
         >>> import tli
@@ -65,9 +67,7 @@ def embed(
     if isinstance(words, str) or not len(words):
         raise TliError("embed", "the words must be a list of one word or more", repr(words), "give a list")
     trained = None if adapter is None else load_adapter(adapter)
-    fitted = load_map(map) if map else None
-    # at another layer than it was fitted in the map is not meant
-    own = trained.fitted if trained is not None and map is None and layer is None else None
+    fitted = None if map is None else load_map(map)
     defaults = TrainConfig()
 
     def option(name: str):
@@ -79,15 +79,20 @@ def embed(
     if fitted is not None:
         if trained is not None or layer is not None:
             raise TliError("embed", "a map decides layer and model", "an adapter or a layer beside it", "leave these out")
-        if language not in (option("source"), option("target")):
-            must = f"the language of words for a map must be {option('source')} or {option('target')}"
-            raise TliError("embed", must, repr(language), "name one with language=")
         layer, model = fitted.report["map"]["layer"], model or option("model")
-    elif own is not None and language not in (option("source"), option("target")):
-        must = f"words of an adapter with a map must have their language, {option('source')} or {option('target')}"
-        raise TliError("embed", must, repr(language), "name it with language=, or leave the map out with map=False")
+    used = fitted
+    if language is not None and trained is not None:
+        used = trained.fitted
+        if used is None or layer not in (None, used.report["map"]["layer"]):
+            got = "no map beside it" if used is None else f"layer {layer}"
+            raise TliError("embed", "words go through the map of an adapter at its own layer", got, "leave language or layer out")
+    if (used is not None or language is not None) and language not in (option("source"), option("target")):
+        must = f"the language of words for a map must be {option('source')} or {option('target')}"
+        raise TliError("embed", must, repr(language), "name one with language=")
+    if language is not None and used is None:
+        raise TliError("embed", "a language must have a map", "none", "name a map or an adapter, or leave the language out")
     if layer is None:
-        layer = defaults.layer if trained is None else "output" if option("arm") == "full" else trained.layer
+        layer = _LAYER if trained is None else "output" if option("arm") == "full" else trained.layer
     checkpoint = open_checkpoint(starter.locate(model or (starter.NAME if trained is None else trained.model_name())))
     device_config = resolve_device(device, "auto", option("weights"), "auto")
     if trained is not None:
@@ -112,7 +117,7 @@ def embed(
         # not around the whole function: what the processor can do is tried with a backward pass, too
         with torch.no_grad():
             vectors.append(pool(run(decoder, batch), batch).cpu())
-    found, used = torch.cat(vectors), fitted or own
+    found = torch.cat(vectors)
     if used is None:
         return found
     head = MapHead.from_linear(used.linear, found.device)

@@ -19,7 +19,7 @@ from tli.data.pair_store import DiskBackedPairs
 from tli.data.relatives import has_relative
 from tli.metrics.baseline_records import BEFORE, judge
 from tli.model.linear_map import Sides
-from tli.model.shape import MAPPED, Layer
+from tli.model.shape import Layer
 from tli.reports import evaluation
 from tli.reports.tables import Table, show
 from tli.runtime.cli import as_dict
@@ -28,10 +28,7 @@ from tli.runtime.files import SCHEMA, prepare_output_dir, sha256, write_json, wr
 from tli.stats import paired_table
 
 if typing.TYPE_CHECKING:
-    import torch
-
     from tli.model.lora import Adapter
-    from tli.model.map_head import MapHead
     from tli.model.trained_adapter import TrainedAdapter
 
 # of cosine: about half of the gain that the paper reports
@@ -150,7 +147,6 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
         found, missing = layer_pass.measure_layers(
             checkpoint, splits, pool, device_config, streams, prefix, pool_bos, layers, references=True, done=done,
             see_words=layer_pass.keep_words(states, {*(recorded.layer for recorded in known), "output"}),
-            head=_head(known, layers, device_config.device),
         )  # fmt: skip
         predicted = [predict(checkpoint, windows, device_config, [recorded.adapter for recorded in known], done) for windows in texts]
     unread = next((reason for _, reason in predicted if reason), None)
@@ -173,7 +169,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
         "pairs": lists,
         "settings": {**used, "seed": seed, "source": lists["source"], "target": lists["target"]},
         "differences": differences,
-        "layers": measured + [MAPPED] * any(of == MAPPED for *_, of in found),
+        "layers": measured,
         "missing": missing,
         "measurements": measurements,
         "tests": tests,
@@ -246,16 +242,6 @@ def _layers(config: EvaluateConfig, known: "list[TrainedAdapter]", blocks: int) 
             raise TliError("--layers", must, repr(wrong[0]), "choose among these")
         chosen = {name if name == "output" else int(name) for name in names}
     return sorted(chosen, key=lambda layer: blocks + 1 if layer == "output" else layer)
-
-
-def _head(known: "list[TrainedAdapter]", layers: list[Layer], device: "torch.device") -> "tuple[Layer, MapHead] | None":
-    """The map of a single adapter, which the base is measured behind, too; of several each has its own."""
-    from tli.model.map_head import MapHead
-
-    fitted = known[0].fitted if len(known) == 1 else None
-    if fitted is None or fitted.report["map"]["layer"] not in layers:
-        return None
-    return fitted.report["map"]["layer"], MapHead.from_linear(fitted.linear, device)
 
 
 def _differences(used: dict, known: "list[TrainedAdapter]") -> list[dict]:

@@ -25,25 +25,23 @@ from tli.data.pair_store import DiskBackedPairs
 from tli.data.relatives import has_relative
 from tli.metrics import layer_choice, probe
 from tli.metrics.baseline_records import judge
-from tli.metrics.baselines import BASELINES, Baselines, Choice
+from tli.metrics.baselines import Baselines, Choice
 from tli.metrics.layer_pass import keep_words, measure_layers, see_layers
 from tli.metrics.perplexity import harm, predict
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint, context_length, model_facts, open_checkpoint
 from tli.model.decoder import build_decoder, require_layer, run, run_hooked
-from tli.model.linear_map import Sides, save_map
-from tli.model.map_head import MapHead
+from tli.model.linear_map import MAP_FILE, Sides, save_map
+from tli.model.linear_map import REPORT_FILE as MAP_REPORT_FILE
 from tli.model.pooling import Pooling, resolve_token_norm
 from tli.model.shape import Layer
 from tli.model.text_windows import TextWindows, read_kept_texts, read_texts
 from tli.reports import memory
 from tli.reports import training as training_report
-from tli.reports.wording import place_name
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import layer_bar
 from tli.runtime.device import DeviceConfig, resolve_device
-from tli.runtime.errors import TliError
 from tli.runtime.files import SCHEMA, prepare_output_dir, remove_unfinished, sha256
 from tli.training.kept_text import KeptText
 from tli.training.loop import fit
@@ -111,44 +109,43 @@ def train(config: TrainConfig) -> dict:
     batches = BatchLoader(words, trained, device_config, partners=partners, **sampling)
     require_layer(checkpoint, layer)
     needed = _require_memory(config, checkpoint, words, len(trained), device_config, kept)
-    place: Layer = "output" if config.arm == "full" else layer
-    choice = _fit_map(config, checkpoint, pool, exact, trained, partners, place, console) if config.map == "auto" else None
     profile = Profile(device_config.device) if config.profile else None
     decoder = build_decoder(checkpoint, words.vocab_ids, device_config, **_options(config, "arm", "layer", "checkpointing"))
     adapter = lora.LoRAConfig(**_options(config, "rank", "alpha", "targets", "dropout", "rslora", "init"))
     lora.inject(decoder, adapter, None if config.arm == "full" else range(layer), config.seed)
 
-    head = None if choice is None else MapHead.from_linear(choice.linear, device_config.device)
-    step = _training_step(config, decoder, pool, layer, batches.total, device_config, head, kept, words.vocab_ids)
+    step = _training_step(config, decoder, pool, layer, batches.total, device_config, kept, words.vocab_ids)
     progress = state.restore(step.adapters, step.optimiser) if config.resume else Progress()
     with open_loggers(output, progress.step, config.tensorboard) as loggers:
         fit(step, batches, state, progress, loggers, console, profile)
     lora.save(decoder, adapter, output, config.model or starter.NAME)
     training_report.clear(output)
-    if choice is not None:
-        save_map(output, choice.linear, _map_facts(config, checkpoint, choice, place, output))
+    for stale in (MAP_FILE, MAP_REPORT_FILE):
+        (output / stale).unlink(missing_ok=True)
     if progress.step < batches.total:
         console.print(
             f"stopped after step {progress.step} of {batches.total}: the adapter so far is in {output}; --resume goes on from here"
         )
         raise KeyboardInterrupt
 
+    learnt, choice = lora.snapshot(decoder, adapter.scale), None
+    if config.map == "auto":
+        choice = _fit_map(config, checkpoint, pool, exact, trained, partners, learnt, console)
+        save_map(output, choice.linear, _map_facts(config, checkpoint, choice, output))
     facts = _facts(config, checkpoint, decoder, layer, device_config, trained, held_out, output, progress)
     facts["machine"]["measured_in"] = exact.facts["dtype"]
     if profile is not None:
         held = batches.bytes() + (step.keep.bytes() if step.keep is not None else 0)
         facts["memory"] = memory.measured(needed, profile, decoder, held, output, console)
     if not config.no_report:
-        streams = {"before": None, "after": lora.snapshot(decoder, adapter.scale)}
         splits = word_pairs.sample_splits({"trained": trained, "held_out": held_out}, config.seed)
         states: dict[tuple[str, Layer], Sides] = {}
-        seen: dict[str, Any] = {"see_words": keep_words(states, (layer, "output"))}
-        if choice is not None:
-            seen["head"] = place, MapHead.from_linear(choice.linear, exact.device)
-        alignments, facts["missing_output"] = measure(splits, streams, config.eval_pool_bos, **seen)
-        facts["baselines"] = judge(splits, states, config.seed, None if choice is None else {("after", place): choice.linear})
+        see_words = keep_words(states, (layer, "output"))
+        alignments, facts["missing_output"] = measure(splits, {"before": None, "after": learnt}, config.eval_pool_bos, see_words=see_words)
+        maps = None if choice is None else {("after", "output" if config.arm == "full" else layer): choice.linear}
+        facts["baselines"] = judge(splits, states, config.seed, maps)
         facts["probe"] = _probe(config, checkpoint, exact, splits, console)
-        facts["harm"] = _measure_harm(checkpoint, texts, exact, streams["after"], config.seed, console)
+        facts["harm"] = _measure_harm(checkpoint, texts, exact, learnt, config.seed, console)
         facts = training_report.write_report(output, facts, alignments, console)
     state.discard()
     console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
@@ -274,33 +271,31 @@ def _fit_map(
     exact: DeviceConfig,
     trained: DiskBackedPairs,
     partners: np.ndarray | None,
-    place: Layer,
+    adapter: lora.Adapter,
     console,
 ) -> Choice:
-    """The closed-form map of the frozen states that finds most of a part of the trained pairs, or of the mismatched ones of a control."""
+    """The closed-form map to be saved: its kind is what finds most of a part of the trained pairs in the frozen states, and it is fitted on
+    the trained states of them all; of a control's mismatched pairs likewise.
+    """
     pairs = list(trained.subset(numbers := word_pairs.sample(trained, config.seed)))
     if partners is not None:
         others = trained.subset(partners[numbers])
         pairs = [dataclasses.replace(pair, target=other.target, synonyms=other.synonyms) for pair, other in zip(pairs, others)]
+    place: Layer = "output" if config.arm == "full" else config.layer
     states: dict[tuple[str, Layer], Sides] = {}
-    # up to the layer and the embeddings, or all blocks and the output
+    # the embeddings and the blocks up to the layer, or all and the output
     with layer_bar(console, checkpoint.blocks + 2 if place == "output" else int(place) + 1, "fitting a map") as done:
-        missing = see_layers(
-            checkpoint, pairs, pool, exact, config.prefix, [place], keep_words(states, [place]), done, pool_bos=config.pool_bos
-        )
-    if not states:
-        raise TliError("--arm full", "the whole model must be there", missing, "put the missing shard there, or use --arm early")
-    if not all(np.isfinite(side).all() for side in states["before", place]):
-        must = f"the word states at {place_name(place)} must be finite"
-        raise TliError(checkpoint.name, must, "NaN or infinity", "check the model's weights")
-    choice = Baselines(pairs, (), config.seed).best_map(*states["before", place])
-    strength = "" if choice.shrinkage is None else f", shrinkage {choice.shrinkage:g}"
-    console.print(f"the loss is taken behind a map of the frozen states: {BASELINES[choice.way].label}{strength}")
-    return choice
+        see_layers(
+            checkpoint, pairs, pool, exact, config.prefix, [place], keep_words(states, [place]), done, config.eval_pool_bos,
+            {"before": None, "after": adapter},
+        )  # fmt: skip
+    baselines = Baselines(pairs, (), config.seed)
+    return baselines.refit(baselines.best_map(*states["before", place]), *states["after", place])
 
 
-def _map_facts(config: TrainConfig, checkpoint: Checkpoint, choice: Choice, place: Layer, output: pathlib.Path) -> dict:
+def _map_facts(config: TrainConfig, checkpoint: Checkpoint, choice: Choice, output: pathlib.Path) -> dict:
     """What the map's file says: of which layer and model it is, what chose it, and of which adapter it is the head."""
+    place: Layer = "output" if config.arm == "full" else config.layer
     return {
         "schema": SCHEMA,
         "config": as_dict(config),
@@ -344,7 +339,6 @@ def _training_step(
     layer: int,
     total: int,
     device_config: DeviceConfig,
-    head: MapHead | None,
     kept: Sequence[TextWindows],
     vocab_ids: np.ndarray,
 ) -> TrainStep:
@@ -352,7 +346,7 @@ def _training_step(
     states = functools.partial(run_hooked, layer=layer) if config.arm == "full-hook" else run
     # the output is normalised already
     pool = pool.for_layer("output") if config.arm == "full" else pool
-    objective = Objective(**_options(config, "loss", "temperature", "margin"), ops=device_config.ops, head=head)
+    objective = Objective(**_options(config, "loss", "temperature", "margin"), ops=device_config.ops)
     optimiser = OptimiserSettings(**_options(config, "lr", "weight_decay", "clip", "warmup", "schedule"), total=total)
     keep = None
     if kept:

@@ -52,14 +52,14 @@ def judge(
 
     splits   ``trained`` pairs, and ``held_out`` ones
     states   by (stream, layer): word states of trained pairs, then of held-out ones; the stream of the frozen model is ``BEFORE``
-    maps     by (stream, layer): the map that the stream's loss was taken behind
+    maps     by (stream, layer): the map that was saved for these states
 
     Returns:
         None where fewer than four pairs are held out.
         ``records``: way, stream, layer, candidates (``candidates.SETS``), group (all pairs, or a kind of them), metric (mrr or p_at_1),
         value, low, high, n, clusters, chance.
-        ``tests``: of MRR, stream, ``trained`` (its way: plain cosine, behind its map, or with spelling beside), way, layer, candidates,
-        group, and what ``compare_paired`` says of the gain over that way; p with Holm's correction over the ways.
+        ``tests``: of MRR, stream, ``trained`` (its way: plain cosine, the saved map, or a map with spelling beside), way, layer,
+        candidates, group, and what ``compare_paired`` says of the gain over that way; p with Holm's correction over the ways.
         ``pairs``: source and target of the held-out ones; ``reciprocal_ranks``: way, stream, layer and the values of these pairs among the
         split's, the mean of both directions, by which one run can be compared with another word by word.
     """

@@ -14,7 +14,7 @@ the held-out pairs, and stands beside the adapters. Shrinkage is chosen on a par
     ridge          the linear map with the least squared error
     cca            canonical correlations between the states of both languages
     cca, spelling  the same of states and n-grams side by side
-    map            the map that training took its loss behind, of trained states: fitted before, on the frozen ones
+    map            the map that is saved beside an adapter: fitted on the trained states of the trained pairs
 
 The maps are in ``tli/model/linear_map.py``. Imports no torch.
 """
@@ -74,7 +74,7 @@ BASELINES = {
         Baseline("ridge", "ridge map of states", states=True),
         Baseline("cca", "CCA of states", states=True),
         Baseline("cca_spelling", "CCA of states and n-grams", states=True),
-        Baseline("map", "states behind their map", states=True),
+        Baseline("map", "states behind the saved map", states=True),
     )
 }
 
@@ -174,6 +174,16 @@ class Baselines:
         rotation = self._best(_fit_procrustes, states, "procrustes", (None,))
         best = max(rotation, self._best(fit_cca, states), key=lambda choice: choice.mrr)
         return dataclasses.replace(best, linear=best.linear.behind(*axes))
+
+    def refit(self, choice: Choice, source: np.ndarray, target: np.ndarray) -> Choice:
+        """The same way with the same shrinkage on other states of all trained pairs, such as trained ones, which can't choose any more: of
+        pairs that were trained a map of their states finds most, whatever its shrinkage.
+        """
+        axes = [_axes(side, self.fitted, self.seed) for side in (source, target)]
+        states = (_along(one, np.asarray(side, np.float64)) for one, side in zip(axes, (source, target)))
+        fit: Fit = _fit_procrustes if choice.way == "procrustes" else fit_cca
+        linear = fit(*(side[self.fitted] for side in states))(choice.shrinkage)
+        return dataclasses.replace(choice, linear=linear.behind(*axes))
 
     def _best(self, fit: Fit, sides: Sides, way: str = "cca", shrinkages: Sequence[float | None] = SHRINKAGES) -> Choice:
         """The map on all trained pairs, with the shrinkage under which the dev part is found best."""

@@ -4,6 +4,7 @@
 
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,9 +22,8 @@ from tli.model.checkpoint import Checkpoint, context_length
 from tli.model.hidden_states import stream_layers
 from tli.model.linear_map import Sides
 from tli.model.lora import Adapter
-from tli.model.map_head import MapHead
 from tli.model.pooling import Pooling
-from tli.model.shape import MAPPED, Layer
+from tli.model.shape import Layer
 from tli.runtime.device import DeviceConfig
 from tli.runtime.errors import TliError
 
@@ -49,7 +49,6 @@ def measure_layers(
     references: bool = False,
     done: Callable[[], None] = lambda: None,
     see_words: SeeWords = _see_nothing,
-    head: tuple[Layer, MapHead] | None = None,
 ) -> tuple[dict[tuple[str, Any, Layer], Alignment], str | None]:
     """Measure every split's pairs for each stream at these layers; blocks above the last of them are not read.
 
@@ -66,7 +65,6 @@ def measure_layers(
         done:           called after each layer, measured or not
         see_words:      called with each stream's word states in each layer that is measured, fp32 [B, D] of sources and of targets, the
                         splits' pairs one behind the other
-        head:           a layer, and a map behind which its words are measured, too: under the layer ``MAPPED``
 
     Returns:
         The alignments by (split, stream, layer), and why the pass ended before ``output``, or None.
@@ -80,26 +78,19 @@ def measure_layers(
     ends = list(itertools.accumulate(map(len, splits.values()), initial=0))
     by_split = list(map(word_pairs.false_negative_pairs, splits.values()))
 
-    def measure_splits(stream: Any, layer: Layer, nodes: Tensor) -> dict[tuple[str, Layer], Alignment]:
+    def measure_splits(stream: Any, layer: Layer, nodes: Tensor) -> dict[str, Alignment]:
         source, target, further = pooling.for_layer(layer)(nodes, batch).tensor_split([len(pairs), 2 * len(pairs)])
         see_words(stream, layer, source, target)
         share = sink_share(nodes, batch)[: 2 * len(pairs)].view(2, -1).mean(0).cpu().numpy()
-        seen = {layer: (source, target, further)}
-        if head is not None and layer == head[0]:
-            seen[MAPPED] = (*head[1](source, target), head[1].of_target(further))
         found = {}
         for split, begin, end, false_negatives in zip(splits, ends, ends[1:], by_split):
-            own = (owners >= begin) & (owners < end)
-            for place, (sources, targets, glosses_of) in seen.items():
-                vectors = sources[begin:end], targets[begin:end]
-                referenced = ref_clip_scores(*vectors, glosses_of[own], owners[own] - begin, false_negatives) if own.any() else None
-                found[split, place] = measure(*vectors, false_negatives, share[begin:end], referenced)
+            vectors, own = (source[begin:end], target[begin:end]), (owners >= begin) & (owners < end)
+            referenced = ref_clip_scores(*vectors, further[own], owners[own] - begin, false_negatives) if own.any() else None
+            found[split] = measure(*vectors, false_negatives, share[begin:end], referenced)
         return found
 
     measured, reason = _each_layer(checkpoint, batch, words.vocab_ids, device_config, streams, measure_splits, layers, done)
-    return {
-        (split, stream, place): alignment for (stream, _), found in measured.items() for (split, place), alignment in found.items()
-    }, reason
+    return {(split, *key): alignment for key, by_split in measured.items() for split, alignment in by_split.items()}, reason
 
 
 def scan_layers(
@@ -156,8 +147,9 @@ def see_layers(
     see_words: SeeWords,
     done: Callable[[], None] = lambda: None,
     pool_bos: bool = False,
+    streams: Streams = MappingProxyType({"before": None}),
 ) -> str | None:
-    """Hand the base model's word states in each of these layers to ``see_words``, and measure nothing; arguments as for ``measure_layers``.
+    """Hand each stream's word states in each of these layers to ``see_words``, and measure nothing; arguments as for ``measure_layers``.
 
     Returns:
         Why the pass ended before ``output``, or None.
@@ -168,7 +160,7 @@ def see_layers(
     def look(stream: str, layer: Layer, nodes: Tensor) -> None:
         see_words(stream, layer, *pooling.for_layer(layer)(nodes, batch).chunk(2))
 
-    return _each_layer(checkpoint, batch, words.vocab_ids, device_config, {"before": None}, look, layers, done)[1]
+    return _each_layer(checkpoint, batch, words.vocab_ids, device_config, streams, look, layers, done)[1]
 
 
 def keep_words(states: dict[tuple[Any, Layer], Sides], layers: Collection[Layer]) -> SeeWords:

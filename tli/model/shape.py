@@ -19,8 +19,6 @@ SHORT_WIDTH, KEPT_WINDOWS = 64, 4
 MOST_TABLE_BYTES = 64 << 20
 
 Layer = int | str
-# stands for a layer where word states are measured behind the map that the loss was taken behind
-MAPPED = "map"
 
 
 @dataclasses.dataclass(frozen=True)

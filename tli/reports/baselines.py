@@ -6,9 +6,9 @@ from typing import Any
 
 from tli.metrics.baseline_records import ALL, BEFORE, BEHIND_MAP, PLAIN
 from tli.metrics.baselines import BASELINES
-from tli.model.shape import MAPPED, Layer
+from tli.model.shape import Layer
 from tli.reports.tables import Table
-from tli.reports.wording import aligned_layer, interval, number, place_name, side, side_of_chance
+from tli.reports.wording import interval, number, place_name, side, side_of_chance
 
 # set of candidates, and metric, of each column; of all pairs, but in the fourth
 _COLUMNS = (("split", "mrr"), ("split", "p_at_1"), ("class", "mrr"), ("class", "mrr"), ("list", "mrr"))
@@ -24,7 +24,6 @@ def baseline_table(report: dict, layer: Layer, intervals: bool = True, stream: s
     found = _records(report, layer, stream)
     if (PLAIN, stream) not in {way for way, *_ in found}:
         return None
-    layer = _hidden_state(report, layer)
     others = next((group for *_, group in found if group in _OTHERS), ALL)
     keys = [(*column, ALL) for column in _COLUMNS]
     keys[3] = (*_COLUMNS[3], others)
@@ -45,23 +44,17 @@ def baseline_table(report: dict, layer: Layer, intervals: bool = True, stream: s
 
 def bought(report: dict, layer: Layer, stream: str = "after") -> str:
     """What training bought over the best of what needs none, in a sentence; empty where no such thing was measured."""
-    found, behind, layer = _records(report, layer, stream), layer == MAPPED, _hidden_state(report, layer)
+    found = _records(report, layer, stream)
     free = [way for way, candidates, metric, group in found if way[1] != stream and (candidates, metric, group) == ("split", "mrr", ALL)]
     free = [way for way in free if way[0] == PLAIN or not BASELINES[way[0]].oracle]
-    tests = {
-        test["way"]: test
-        for test in (report.get("baselines") or {}).get("tests", [])
-        if (test["stream"], test["layer"], test["candidates"], test["group"]) == (stream, layer, "split", ALL)
-        and test.get("trained", PLAIN) == (BEHIND_MAP if behind else PLAIN)
-    }
+    tests = _tests(report, layer, stream, PLAIN)
     if not tests:
         return ""
     best = max(free, key=lambda way: found[way, "split", "mrr", ALL]["value"])
-    theirs, ours = found[best, "split", "mrr", ALL], found[(BEHIND_MAP if behind else PLAIN, stream), "split", "mrr", ALL]
+    theirs, ours = found[best, "split", "mrr", ALL], found[(PLAIN, stream), "split", "mrr", ALL]
     test = tests[best[0]]
     numbers = (
         f"held-out MRR {number(theirs['value'])} {interval(theirs)} against {number(ours['value'])} {interval(ours)} with the adapters"
-        f"{' behind their map' if behind else ''}"
     )
     gain = f"{number(test['mean_gain'], '+')} {interval(test)}"
     where = f"At {place_name(layer)}"
@@ -74,19 +67,41 @@ def bought(report: dict, layer: Layer, stream: str = "after") -> str:
     return f"{where}, training is not shown to add anything to {_name(best)}, which needs none: {numbers}, a difference of {gain}."
 
 
+def bought_with_maps(report: dict, layer: Layer, stream: str = "after") -> str:
+    """What training bought where both sides may use a map, and where both may look at spelling, too; empty where it was not measured."""
+    found, told = _records(report, layer, stream), []
+    for way, rivals, how in (
+        (BEHIND_MAP, ("procrustes", "cca"), "Behind a map"),
+        ("cca_spelling", ("cca_spelling",), "with spelling beside the states, in one map,"),
+    ):
+        free = [rival for rival in rivals if ((rival, BEFORE), "split", "mrr", ALL) in found]
+        tests = _tests(report, layer, stream, way)
+        if tests and free:
+            best = max(free, key=lambda rival: found[(rival, BEFORE), "split", "mrr", ALL]["value"])
+            ours, theirs = (found[key, "split", "mrr", ALL]["value"] for key in ((way, stream), (best, BEFORE)))
+            gain = f"{number(tests[best]['mean_gain'], '+')} {interval(tests[best])}"
+            told.append(f"{how} the trained states find {number(ours)}, the frozen ones {number(theirs)}, {gain}")
+    return f"{'; '.join(told)}." if told else ""
+
+
+def _tests(report: dict, layer: Layer, stream: str, trained: str) -> dict[str, dict[str, Any]]:
+    """By way that needs no training: the test of what was trained, in this way, against it."""
+    where = stream, layer, "split", ALL, trained
+    return {
+        test["way"]: test
+        for test in (report.get("baselines") or {}).get("tests", [])
+        # reports from before there were maps tested the plain cosine alone
+        if (*(test[key] for key in ("stream", "layer", "candidates", "group")), test.get("trained", PLAIN)) == where
+    }
+
+
 def _records(report: dict, layer: Layer, stream: str) -> dict[tuple[tuple[str, str | None], str, str, str], dict[str, Any]]:
     """By (way, stream), candidates, metric and group: what was measured at this layer, or without any."""
-    layer = _hidden_state(report, layer)
     return {
         ((record["way"], record["stream"]), record["candidates"], record["metric"], record["group"]): record
         for record in (report.get("baselines") or {}).get("records", [])
         if record["layer"] in (layer, None) and record["stream"] in (stream, BEFORE, None)
     }
-
-
-def _hidden_state(report: dict, layer: Layer) -> Layer:
-    """The layer whose states are behind the map."""
-    return aligned_layer(report) if layer == MAPPED else layer
 
 
 def _cell(record: dict | None, with_interval: bool) -> str:
@@ -102,6 +117,6 @@ def _label(way: tuple[str, str | None]) -> str:
     if name == PLAIN:
         return "frozen model (cosine)" if stream == BEFORE else "adapters (cosine)"
     if name == BEHIND_MAP:
-        return "adapters behind their map"
+        return "adapters, saved map"
     label = BASELINES[name].label
     return label if stream in (BEFORE, None) else label.replace("states", "trained states")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import typing
 
 from tli.metrics.measures import DIFFERENCE, MEASURES, SPLITS, names
-from tli.model.shape import MAPPED, Layer
+from tli.model.shape import Layer
 from tli.reports.baselines import baseline_table
 from tli.reports.glossary import how_to_read
 from tli.reports.harm import harm_table
@@ -46,8 +46,7 @@ def tables_of_adapters(facts: dict, full: bool = False) -> list[Table]:
         if "held_out" in splits:
             tables.append(_between(facts, name, of, full))
         for layer in facts["layers"]:
-            # what is found behind the map stands in the table of its layer
-            if layer != MAPPED and (beside := baseline_table(facts, layer, full, name)) is not None:
+            if (beside := baseline_table(facts, layer, full, name)) is not None:
                 tables.append(beside._replace(title=of + beside.title))
         tables += [harm_table(harm, index, of) for harm in facts["harm"]]
     return tables
@@ -194,7 +193,7 @@ def _over(facts: dict) -> str:
 
 
 def _name(layer: Layer) -> str:
-    return {"output": "output", MAPPED: "behind the map"}.get(str(layer), f"layer {layer}")
+    return "output" if layer == "output" else f"layer {layer}"
 
 
 def _between(facts: dict, adapter: str, of: str, full: bool) -> Table:

@@ -6,7 +6,7 @@ import json
 import re
 
 from tli.metrics.measures import names
-from tli.model.shape import MAPPED, Layer
+from tli.model.shape import Layer
 from tli.reports.run_tables import READING, hub_name, languages, rows_as_markdown, summary, value_rows
 from tli.reports.wording import aligned_layer, compared_layers, place_name
 
@@ -30,7 +30,7 @@ def model_card(report: dict) -> str:
         "## How to load it",
         _LOADING.format(base=base, state=-1 if layer == "output" else layer, prefix=_prefix(config), pool=_pool(config, layer)),
     ]
-    if MAPPED in compared_layers(report, report["measurements"]):
+    if config.get("map", "none") != "none":
         parts.append(_MAP.format(source=config["source"], target=config["target"]))
     return "\n\n".join([*parts, _CAVEATS.format(place=place_name(layer))]) + "\n"
 
@@ -48,10 +48,9 @@ A word's vector is made from `output_hidden_states=True`, `hidden_states[{state}
 token{prefix}: {pool}."""
 
 _MAP = """\
-The two languages are near to one another behind the map beside the adapter, which the loss was taken behind, not before it. In
-`map.safetensors` each language has a mean and a matrix: `(vector - source_mean) @ source_matrix` for {source}, then unit length, and
-`(vector - target_mean) @ target_matrix` for {target}. `tli.embed(words, adapter="path/to/this/folder", language="{source}")` does
-all of it."""
+Behind the map in `map.safetensors` the two languages may be nearer still (the table above says whether): for {source}
+`(vector - source_mean) @ source_matrix`, for {target} `(vector - target_mean) @ target_matrix`, then unit length.
+`tli.embed(words, adapter="path/to/this/folder", language="{source}")` does all of it."""
 
 _CAVEATS = """\
 ## What it is not

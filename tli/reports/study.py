@@ -20,7 +20,7 @@ from tli.reports.figures.style import save_figure
 from tli.reports.glossary import how_to_read
 from tli.reports.tables import Table, as_markdown, once, to_repeat
 from tli.reports.tables import show as show_tables
-from tli.reports.wording import aligned_place, find_value, interval, is_significant, number, number_or_dash, p_value, place_name
+from tli.reports.wording import aligned_layer, find_value, interval, is_significant, number, number_or_dash, p_value, place_name
 from tli.runtime import cpu
 from tli.runtime.files import SCHEMA, write_json, write_text
 from tli.stats.across_runs import compare_arms, rank_trend, seed_interval
@@ -45,7 +45,7 @@ _READING = how_to_read("seeds", "CLIPScore", "gap", "retrieval", "trends", "arms
 
 def search_record(rate: float, report: dict) -> dict:
     """How well a learning rate did: the MRR of the pairs that the grid never sees, at the layer of the loss."""
-    found = find_value(report, "held_out", "after", aligned_place(report), "mrr")
+    found = find_value(report, "held_out", "after", aligned_layer(report), "mrr")
     return {"rate": rate, **{key: found[key] for key in ("value", "low", "high", "n")}}
 
 
@@ -66,7 +66,7 @@ def assemble(config: dict, search: dict[str, dict], reports: list[tuple[Cell, di
 
     def over_seeds(cell: tuple, split: str, when: str, place: Layer, metric: str) -> list[float]:
         of_seed = [runs[*cell, seed] for seed in seeds]
-        return [find_value(r, split, when, aligned_place(r) if place == ALIGNED else place, metric)["value"] for r in of_seed]
+        return [find_value(r, split, when, aligned_layer(r) if place == ALIGNED else place, metric)["value"] for r in of_seed]
 
     values = [
         {

@@ -14,7 +14,7 @@ import typing
 from tli.metrics.alignment import Alignment
 from tli.metrics.comparison import summarize
 from tli.metrics.measures import names
-from tli.model.shape import MAPPED, Layer
+from tli.model.shape import Layer
 from tli.reports.baselines import baseline_table
 from tli.reports.figures.style import save_figure
 from tli.reports.figures.training import draw_distributions, draw_layers
@@ -69,7 +69,7 @@ def clear(folder: str | pathlib.Path) -> None:
 
 def assemble(run: dict, alignments: dict[tuple[str, str, Layer], Alignment]) -> dict:
     """The facts of the run, and of them all: ``measurements`` in every layer, ``tests`` at L and ``output``, ``verdict``."""
-    layers = [run["config"]["layer"], MAPPED, "output"]
+    layers = [run["config"]["layer"], "output"]
     records, tests = summarize(alignments, run["config"]["seed"], base="before", layers=layers)
     report = {**run, "measurements": records, "tests": tests}
     return {**report, "verdict": verdict(report)}

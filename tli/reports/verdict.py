@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tli.metrics.measures import DIFFERENCE, SINK_ABOVE, SPLITS
 from tli.model.shape import Layer
-from tli.reports.baselines import bought
+from tli.reports.baselines import bought, bought_with_maps
 from tli.reports.harm import cost
 from tli.reports.wording import (
     compared_layers,
@@ -36,6 +36,7 @@ def verdict(report: dict) -> str:
         _control(report),
         bought(report, layer),
         cost(report),
+        bought_with_maps(report, layer),
         _knows(report),
         _loss(report),
         *_at_layer(report, layer),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tli.model.shape import MAPPED, Layer
+from tli.model.shape import Layer
 
 # a record, or None; ``Any`` beside it, because whether there is one is known where it is asked for, and most who ask know there is
 Found = dict[str, Any] | Any
@@ -23,20 +23,13 @@ SIGNIFICANT = 0.05
 
 
 def compared_layers(run: dict, records: list[dict]) -> list[Layer]:
-    """The layers that tables and tests are about: L, or behind the map where the loss was, and ``output`` where it was measured."""
-    measured = {record["layer"] for record in records}
-    aligned = MAPPED if MAPPED in measured else run["config"]["layer"]
-    return [aligned, *(["output"] if "output" in measured else [])]
+    """The layers that tables and tests are about: L, and ``output`` where it was measured."""
+    return [run["config"]["layer"], *(["output"] if any(r["layer"] == "output" for r in records) else [])]
 
 
 def aligned_layer(run: dict) -> Layer:
-    """The hidden state that the loss was about: L, or ``output`` in the full arm."""
+    """Where the loss was: L, or ``output`` in the full arm."""
     return "output" if run["config"].get("arm") == "full" else run["config"]["layer"]
-
-
-def aligned_place(run: dict) -> Layer:
-    """Where the loss was: behind a map, or at ``aligned_layer``. Runs from before there were maps name none."""
-    return aligned_layer(run) if run["config"].get("map", "none") == "none" else MAPPED
 
 
 def find_value(report: dict, *key: Layer) -> Found:
@@ -50,8 +43,8 @@ def find_gain(report: dict, *key: Layer) -> Found:
 
 
 def place_name(layer: Layer) -> str:
-    """``layer 2``, ``the output``, or ``the aligned layer behind its map``."""
-    return {"output": "the output", MAPPED: "the aligned layer behind its map"}.get(str(layer), f"layer {layer}")
+    """``layer 2`` or ``the output``."""
+    return "the output" if layer == "output" else f"layer {layer}"
 
 
 def side(record: dict, level: float = 0.0) -> str:

@@ -48,17 +48,17 @@ def crossed_interval(values: np.ndarray, runs: np.ndarray, words: np.ndarray, se
     _, runs = np.unique(runs, return_inverse=True)
     _, words = np.unique(words, return_inverse=True)
     run_count, word_count = int(runs.max()) + 1, int(words.max()) + 1
-    found = {"value": float(values.mean()), "low": None, "high": None, "n": len(values), "runs": run_count, "words": word_count}
+    mean, counts = float(values.mean()), {"n": len(values), "runs": run_count, "words": word_count}
     if run_count < 2 or word_count < 2:
-        return found
+        return {"value": mean, "low": None, "high": None, **counts}
     generator, means = np.random.default_rng([seed, 5]), np.empty(_RESAMPLES)
     for resample in range(_RESAMPLES):
         weights = generator.multinomial(run_count, np.full(run_count, 1 / run_count))[runs]
         weights = weights * generator.multinomial(word_count, np.full(word_count, 1 / word_count))[words]
         # so few values that none was drawn say nothing
-        means[resample] = np.average(values, weights=weights) if weights.any() else found["value"]
+        means[resample] = np.average(values, weights=weights) if weights.any() else mean
     reach = float(stdtrit(run_count - 1, (1 + level) / 2) * means.std(ddof=1))
-    return found | {"low": found["value"] - reach, "high": found["value"] + reach}
+    return {"value": mean, "low": mean - reach, "high": mean + reach, **counts}
 
 
 def rank_trend(values: np.ndarray, ranks: Sequence[int]) -> dict:

@@ -8,7 +8,7 @@ import numpy as np
 
 from tli.metrics.alignment import HISTOGRAM_EDGES, Alignment
 from tli.metrics.measures import SPLITS
-from tli.model.shape import MAPPED, Layer
+from tli.model.shape import Layer
 from tli.reports.figures.style import (
     COLOURS,
     DOTTED,
@@ -56,8 +56,7 @@ def draw_layers(report: dict) -> matplotlib.figure.Figure:
     from matplotlib.ticker import NullFormatter
 
     aligned = aligned_layer(report)
-    of_layers = [record for record in report["measurements"] if record["layer"] != MAPPED]
-    positions = layer_positions((record["layer"] for record in of_layers), report["model"]["blocks"])
+    positions = layer_positions((record["layer"] for record in report["measurements"]), report["model"]["blocks"])
     chosen = positions[aligned]
     # a line through two layers far apart would draw what nobody measured
     curves = len(positions) > 2
@@ -67,7 +66,7 @@ def draw_layers(report: dict) -> matplotlib.figure.Figure:
     for metric, panel in panels.items():
         for split, marker, side in (("trained", "o", -1), ("held_out", "s", 1)):
             for when, line, fill, later in (("before", "--", "white", 0), ("after", "-", COLOURS[split], 1)):
-                found = [r for r in of_layers if (r["split"], r["when"], r["metric"]) == (split, when, metric)]
+                found = [r for r in report["measurements"] if (r["split"], r["when"], r["metric"]) == (split, when, metric)]
                 if not found:
                     continue
                 found.sort(key=lambda record: positions[record["layer"]])
