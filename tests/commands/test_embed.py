@@ -14,7 +14,7 @@ WORDS = ["kitabu", "mtu", "book", "person", "kitabu", "x"]
 def adapter(make_model, word_list, tmp_path_factory) -> tuple[str, str]:
     """A model's folder, and a trained adapter's; words stand without a prefix."""
     model, output = str(make_model("llama")), str(tmp_path_factory.mktemp("embed") / "adapter")
-    train(TrainConfig(model=model, pairs=str(word_list), rank=4, batch=14, epochs=3, warmup=2, prefix="", output=output))
+    train(TrainConfig(model=model, pairs=str(word_list), layer=2, rank=4, batch=14, epochs=3, warmup=2, prefix="", output=output))
     return model, output
 
 

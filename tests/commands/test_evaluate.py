@@ -40,7 +40,8 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128}
 def trained(tmp_path_factory, make_model, word_list) -> pathlib.Path:
     """A run of twenty steps with its report."""
     output = tmp_path_factory.mktemp("run") / "adapter"
-    settings = {"model": str(make_model("llama", **SIZES)), "pairs": str(word_list), "rank": 4, "batch": 14, "epochs": 5, "warmup": 2}
+    settings = {"model": str(make_model("llama", **SIZES)), "pairs": str(word_list), "layer": 2, "rank": 4, "batch": 14, "epochs": 5}
+    settings["warmup"] = 2
     train(TrainConfig(**settings, held_out=0.2, output=str(output), seed=3))
     return output
 
@@ -263,7 +264,8 @@ def test_a_difference_from_training_is_said_and_recorded(trained, facts, tmp_pat
 
 @pytest.mark.slow
 def test_rounding_and_pooling_are_those_of_the_run(make_model, word_list, tmp_path):
-    settings = {"model": str(make_model("llama", **SIZES)), "pairs": str(word_list), "rank": 2, "batch": 20, "epochs": 1, "weights": "nf4"}
+    settings = {"model": str(make_model("llama", **SIZES)), "pairs": str(word_list), "layer": 2, "rank": 2, "batch": 20, "epochs": 1}
+    settings["weights"] = "nf4"
     report = train(TrainConfig(**settings, eval_pool_bos=True, token_norm="none", output=str(tmp_path / "run")))
     facts = run(tmp_path / "run", layers="2")
     assert [facts["settings"][name] for name in ("weights", "pool_bos", "token_norm")] == ["nf4", True, "none"]
@@ -304,7 +306,7 @@ def test_text_is_read_beside_the_words(trained, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("Watoto wanasoma vitabu. The children read books.\n" * 8, encoding="utf-8")
     facts = run(trained, layers="2", text=str(text), window=16, text_tokens=90, output=str(tmp_path / "out"))
-    harm = facts["harm"]
+    (harm,) = facts["harm"]
     assert (harm["text"]["tokens"], harm["text"]["windows"], harm["text"]["width"]) == (90, 6, 16)
     model = AutoModelForCausalLM.from_pretrained(facts["config"]["model"] or facts["model"]["name"], dtype=torch.float32).eval()
     tokens = _windows(text, trained, 16, 90)
@@ -368,11 +370,12 @@ def test_the_tables_fit_their_width_and_say_what_the_json_says(facts):
 
 
 def spoil(folder: pathlib.Path, change) -> None:
-    """Rewrite an adapter's tensors, and its report's hash of them with it."""
+    """Rewrite an adapter's tensors, and take away what speaks of the old ones."""
     tensors = load_file(folder / lora.ADAPTER_FILE)
     change(tensors)
     save_file(tensors, folder / lora.ADAPTER_FILE, metadata={"format": "pt"})
     (folder / "report.json").unlink()
+    (folder / "map.safetensors").unlink()
 
 
 def test_adapters_that_do_not_fit_are_refused(adapter, make_model, tmp_path, word_list):

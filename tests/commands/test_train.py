@@ -35,13 +35,15 @@ from tli.training.step import lr_multiplier
 ROOT = pathlib.Path(__file__).parent.parent.parent
 REPORT_FILES = {"README.md", "report.json", "report.md", "distributions.png", "layers.png"}
 ADAPTER_FILES = {lora.ADAPTER_FILE, lora.CONFIG_FILE, METRICS_FILE}
+MAP_FILES = {"map.safetensors", "map.json"}
 
 
 @pytest.fixture
 def settings(make_model, word_list, tmp_path) -> dict:
     """A run of eight steps that takes a second."""
     model = str(make_model("llama"))
-    return {"model": model, "pairs": str(word_list), "rank": 4, "batch": 14, "epochs": 2, "warmup": 2, "output": str(tmp_path / "out")}
+    sizes = {"layer": 2, "rank": 4, "batch": 14, "epochs": 2, "warmup": 2}
+    return {"model": model, "pairs": str(word_list), **sizes, "output": str(tmp_path / "out")}
 
 
 def run(settings: dict, **more) -> dict:
@@ -71,7 +73,7 @@ def command(flags: list[str], capsys) -> tuple[int, str]:
 def test_a_run_leaves_an_adapter_and_a_report_of_it(settings, tmp_path, dtype):
     facts = run(settings, dtype=dtype)
     folder = pathlib.Path(settings["output"])
-    assert {path.name for path in folder.iterdir()} == REPORT_FILES | ADAPTER_FILES
+    assert {path.name for path in folder.iterdir()} == REPORT_FILES | ADAPTER_FILES | MAP_FILES
     report = json.loads((folder / "report.json").read_text())
     assert report == json.loads(json.dumps(facts))
     assert report["config"]["token_norm"] == "final"
@@ -192,7 +194,7 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
     from tli.runtime.device import resolve_device
 
     config = TrainConfig(**settings)
-    words = train_module._tokenise(config, open_checkpoint(settings["model"]), [pairs])
+    words = train_module._tokenise(config, open_checkpoint(settings["model"]), [pairs], [])
     device_config = resolve_device("cpu", "auto")
     # pairs 7, 20 and 4 come to share a gloss with 0, 0 and 3
     shared = [dataclasses.replace(pair, synonyms=(pairs[{7: 0, 20: 0, 4: 3}.get(i, i)].target,)) for i, pair in enumerate(pairs)]
@@ -378,7 +380,7 @@ def test_an_output_folder_is_not_lost(settings, capsys):
     assert "--output: the output folder must be new or empty, got " in shown
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
     run(settings, overwrite=True, no_report=True)
-    assert {path.name for path in folder.iterdir()} == ADAPTER_FILES | {"mine.txt"}
+    assert {path.name for path in folder.iterdir()} == ADAPTER_FILES | MAP_FILES | {"mine.txt"}
 
 
 @pytest.mark.slow
@@ -450,7 +452,10 @@ BAD = {
     "held out share": (["--held-out", "1.5"], "--held-out"),
     "layer 0": (["--layer", "0"], "--layer: the layer must be from 1 to 4"),
     "layer beyond": (["--layer", "5"], "--layer: the layer must be from 1 to 4"),
-    "layer in words": (["--layer", "many"], 'got Invalid value for --layer: unable to convert "many" into int|Literal[auto]; see --help'),
+    "layer in words": (
+        ["--layer", "many"],
+        'got Invalid value for --layer: unable to convert "many" into int|Literal[auto]|None; see --help',
+    ),
     "layer of a hook": (["--arm", "full-hook", "--layer", "5"], "--layer: the layer must be from 1 to 4"),
     "layer of a report": (["--arm", "full", "--layer", "0"], "--layer: the layer must be from 1 to 4"),
     "wrong arm": (["--arm", "late"], 'got Invalid value "late" for --arm. Choose from: "early", "full", "full-hook"'),
@@ -464,7 +469,7 @@ BAD = {
     "fused": (["--impl", "fused", "--device", "cpu", "--dtype", "bfloat16"], "--impl: the fused ops must be able to run"),
     "wrong number": (["--rank", "many"], 'got Invalid value for --rank: unable to convert "many" into int; see --help'),
     "wrong flag": (["--ranks", "3"], "got Unknown option: --ranks. Did you mean --rank?; see --help"),
-    "wrong choice": (["--recipe", "best"], 'got Invalid value "best" for --recipe. Choose from: "default", "paper"'),
+    "wrong choice": (["--recipe", "best"], 'got Invalid value "best" for --recipe. Choose from: "default", "contrastive", "paper"'),
     "tensorboard": (["--tensorboard"], "--tensorboard: tensorboard must be installed, got no such package; "),
     "output is a file": (["--output", "{list}"], "--output: the output must be a folder"),
 }

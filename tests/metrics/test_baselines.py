@@ -88,7 +88,8 @@ def test_nothing_is_found_where_there_is_nothing():
     generator, pairs = np.random.default_rng(4), listed(4, 260, unrelated)
     baselines = Baselines(pairs[:200], pairs[200:], 0)
     found = baselines.of_words() | baselines.of_states(*generator.normal(size=(2, 260, 20)))
-    assert list(found) == list(BASELINES)
+    # the last is that of an adapter
+    assert [*found, "map"] == list(BASELINES)
     for name, ranks in found.items():
         if name != "class":
             assert mrr(ranks["split"]) < 2.2 * chance(ranks["split"]), name
@@ -134,7 +135,8 @@ def test_records_and_tests_say_what_the_ranks_are():
     frozen = tuple(generator.normal(size=(2, 160, 10)))
     trained = frozen[0], frozen[0] + 2 * generator.normal(size=(160, 10))
     states = {("before", 2): frozen, ("after", 2): trained, ("before", "output"): frozen}
-    records, tests = judge(splits, states, 0).values()
+    fitted = baselines.best_map(*trained).linear
+    records, tests, listed_pairs, of_each = judge(splits, states, 0, {("after", 2): fitted}).values()
     of = {(r["way"], r["stream"], r["layer"], r["candidates"], r["group"], r["metric"]): r for r in records}
     assert len(of) == len(records)
     ours, theirs = (of[PLAIN, stream, 2, "split", ALL, "mrr"] for stream in ("after", "before"))
@@ -144,10 +146,16 @@ def test_records_and_tests_say_what_the_ranks_are():
     assert of["length", None, None, "list", "loan words", "p_at_1"]["chance"] == pytest.approx(1 / 160, rel=0.1)
     assert ("cca_spelling", "before", "output", "split", ALL, "mrr") not in of
     assert ("ridge", "after", 2, "split", ALL, "mrr") not in of
-    change = next(t for t in tests if (t["way"], t["layer"], t["candidates"], t["group"]) == (PLAIN, 2, "split", ALL))
+    assert of["map", "after", 2, "split", ALL, "mrr"]["value"] == pytest.approx(mrr(baselines.behind(fitted, *trained)["split"]))
+    assert listed_pairs == [[pair.source, pair.target] for pair in splits["held_out"]]
+    for one in of_each:
+        assert np.mean(one["values"]) == pytest.approx(of[one["way"], one["stream"], one["layer"], "split", ALL, "mrr"]["value"], abs=1e-6)
+    whole = {"candidates": "split", "group": ALL, "layer": 2, "way": PLAIN}
+    change = next(t for t in tests if t["trained"] == PLAIN and whole.items() <= t.items())
     assert change["mean_gain"] == pytest.approx(ours["value"] - theirs["value"])
     assert change["low"] > 0.1
-    assert {t["way"] for t in tests} == {PLAIN, *BASELINES}
+    assert {t["way"] for t in tests} == {PLAIN, *BASELINES} - {"map"}
+    assert {t["trained"] for t in tests} == {PLAIN, "map", "cca_spelling"}
     assert {(t["stream"], t["layer"]) for t in tests} == {("after", 2)}
     assert judge({"trained": pairs, "held_out": pairs[:3]}, states, 0) is judge({"trained": pairs}, states, 0) is None
     assert change["p_sign_flip"] <= change["p_sign_flip_holm"] <= 1

@@ -41,7 +41,7 @@ def run_of(trained, held_out, output=None, sink=None, loss_last=2.0, chance_loss
                 share = None if sink is None else np.full(COUNTS[split], sink)
                 alignments[split, when, layer] = measure(*words(split, *state), NONE_ALIKE, share)
     # the trainer writes down what ``auto`` came to
-    config = TrainConfig(**{"token_norm": "final", **config})
+    config = TrainConfig(**{"token_norm": "final", "layer": 2, **config})
     facts = {
         "config": as_dict(config),
         "model": {"name": "someone/small-model", "family": "llama", "blocks": 6, "width": 48, "sha256": None},
