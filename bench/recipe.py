@@ -1,7 +1,8 @@
-"""``python -m bench.recipe``: what the default recipe learns, beside its controls and what needs no training, over several seeds.
+"""``python -m bench.recipe``: what the recipes learn, beside their controls and what needs no training, over several seeds.
 
-Each run is the command itself in a process of its own: the default recipe, fewer epochs of it, the same on shuffled pairs, and the paper's
-protocol. A seed draws its own split, so the spread over seeds is that of the words, too. One record goes to ``bench/results/``.
+Each run is the command itself in a process of its own: the default recipe, that of before, the default on shuffled pairs, and the paper's
+protocol. A seed draws its own split, so the spread over seeds is that of the words, too; gains over what needs no training have an interval
+over seeds and words together. One record goes to ``bench/results/``.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import pathlib
 import statistics
 import tempfile
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -19,8 +21,11 @@ from tli.config import TrainConfig
 from tli.metrics.baseline_records import ALL
 from tli.runtime.cli import as_dict, option, parse
 from tli.runtime.errors import run_command
+from tli.stats.across_runs import crossed_interval
 
-VARIANTS = {"default": [], "8 epochs": ["--epochs", "8"], "shuffled": ["--shuffle-pairs"], "paper": ["--recipe", "paper"]}
+VARIANTS = {"default": [], "contrastive": ["--recipe", "contrastive"], "shuffled": ["--shuffle-pairs"], "paper": ["--recipe", "paper"]}
+# what was trained, and what it is held against: of equal information each
+EQUALS = {"plain": ("procrustes", "cca"), "map": ("procrustes", "cca"), "cca_spelling": ("cca_spelling",)}
 METRICS = ("cosine", "mismatched", "gap", "p_at_1", "mrr")
 # of what finds the held-out pairs: candidates, and group of pairs
 _AMONG = {"split": ALL, "class": "no loan words", "list": ALL}
@@ -62,6 +67,12 @@ def run(variant: str, seed: int, layer: int, rank: int) -> dict:
             for r in report["baselines"]["records"]
             if r["layer"] in (layer, None) and r["metric"] == "mrr" and _AMONG[r["candidates"]] == r["group"]
         },
+        "pairs": report["baselines"]["pairs"],
+        "reciprocal_ranks": {
+            f"{one['way']} {one['stream'] or 'words'}": one["values"]
+            for one in report["baselines"]["reciprocal_ranks"]
+            if one["layer"] in (layer, None)
+        },
         "perplexity_ratio": {one["text"]["name"]: one["after"][0]["perplexity_ratio"]["value"] for one in report["harm"]},
         "held_out_gap_gain": {key: gain[key] for key in ("mean_gain", "low", "high")},
         "verdict": report["verdict"],
@@ -95,9 +106,29 @@ def summarise(runs: list[dict], layer: int) -> list[dict]:
                 "ways": {way: [run["ways"][way] for run in own] for way in own[0]["ways"]},
                 "perplexity_ratio": {name: [run["perplexity_ratio"][name] for run in own] for name in own[0]["perplexity_ratio"]},
                 "held_out_gap_gains": gains,
+                "gains": _gains(own),
             }
         )
     return rows
+
+
+def _gains(runs: list[dict]) -> dict[str, dict]:
+    """Of each way to use the trained states, the gain in held-out MRR over the best of equal information that needs no training.
+
+    The best is the one with the highest mean over the seeds; the interval is that of other seeds and other words together.
+    """
+    found = {}
+    for trained, free in EQUALS.items():
+        ours, theirs = f"{trained} after", [f"{way} before" for way in free]
+        if all(ours in run["reciprocal_ranks"] for run in runs):
+            best = max(theirs, key=lambda way: statistics.mean(statistics.mean(run["reciprocal_ranks"][way]) for run in runs))
+            gains = [np.subtract(run["reciprocal_ranks"][ours], run["reciprocal_ranks"][best]) for run in runs]
+            words = [source for run in runs for source, _ in run["pairs"]]
+            _, numbers = np.unique(words, return_inverse=True)
+            found[f"{ours} - {best}"] = crossed_interval(
+                np.concatenate(gains), np.repeat(np.arange(len(runs)), [len(g) for g in gains]), numbers
+            )
+    return found
 
 
 def _show(console: Console, rows: list[dict], layer: int) -> None:
@@ -117,8 +148,18 @@ def _show(console: Console, rows: list[dict], layer: int) -> None:
         shown.add_row(f"held-out MRR: {way}", *(f"{statistics.mean(row['ways'][way]):.3f}" for row in rows))
     for name in rows[0]["perplexity_ratio"]:
         shown.add_row(f"perplexity, times the base's: {name}", *(f"{statistics.mean(row['perplexity_ratio'][name]):.2f}" for row in rows))
+    for gain in rows[0]["gains"]:
+        cells = (row["gains"].get(gain) for row in rows)
+        shown.add_row(
+            f"{gain}, over seeds and words",
+            *("" if g is None else f"{g['value']:+.3f} [{_end(g['low'])}, {_end(g['high'])}]" for g in cells),
+        )
     shown.add_row("seconds, the whole command", *(f"{row['seconds']:.0f}" for row in rows))
     console.print(shown)
+
+
+def _end(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def main() -> None:

@@ -123,7 +123,7 @@ class TrainConfig:
         "than harm is measured on)",
     )
     keep_weight: float = option(
-        30.0, "language model", "weight of that in the loss; 0 lets the text go", least=0, contrastive=0.0, paper=0.0
+        100.0, "language model", "weight of that in the loss; 0 lets the text go", least=0, contrastive=0.0, paper=0.0
     )
     text: str | None = option(
         None,
@@ -408,6 +408,7 @@ class StudyConfig:
     batch: int = _as_in_training("batch")
     epochs: int = _as_in_training("epochs", default=10)
     warmup: int = _as_in_training("warmup")
+    keep_weight: float = _as_in_training("keep_weight")
     checkpointing: bool = _as_in_training("checkpointing", help="in the full arm, compute each block's inside again for the gradients")
 
     jobs: int = option(

@@ -350,7 +350,7 @@ def test_the_tables_fit_their_width_and_say_what_the_json_says(facts):
     wide = {"value": 12345.678, "low": 10000.0, "high": 99999.0}
     of_text = dict.fromkeys(("perplexity", "perplexity_ratio", "kl", "total_variation"), wide)
     text = {"name": "some-longer-name-of-a-text.txt", "tokens": 8192, "tokens_in_file": 999_999, "windows": 33, "width": 256}
-    facts = {**facts, "harm": {"text": text, "before": {"perplexity": wide}, "after": [of_text]}}
+    facts = {**facts, "harm": [{"text": text, "before": {"perplexity": wide}, "after": [of_text]}]}
     # names of runs are long
     named = json.dumps(facts).replace(': "adapter"', ': "default-full-hook-layer12-rank128-seed10-shuffled"')
     facts = json.loads(named)

@@ -26,7 +26,7 @@ SETTINGS_FILE = "study.json"
 _FREE_OPTIONS = ("ranks", "arms", "seeds", "rates", "device", "jobs", "cells", "output", "json")
 # options of a cell that it has from the study
 _SHARED: tuple[str, ...] = ("model", "layer", "weights", "dtype", "source", "target", "prefix", "split")
-_SHARED += ("targets", "dropout", "temperature", "batch", "epochs", "warmup")
+_SHARED += ("targets", "dropout", "temperature", "batch", "epochs", "warmup", "keep_weight")
 # the split that the search is judged by is none of the seeds'
 _SEARCH_SPLIT = 1_000_003
 _RSLORA_ALPHA = 8.0
