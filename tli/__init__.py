@@ -11,7 +11,7 @@ Options are checked when they are made, and fill in what depends on others. They
 >>> import tli
 >>> config = tli.TrainConfig(rank=8)
 >>> config.alpha, config.output
-(16.0, 'runs/default-layer2-rank8-seed0')
+(16.0, 'runs/default-layerauto-rank8-seed0')
 >>> tli.TrainConfig(recipe="paper").margin
 0.4
 >>> tli.ScanConfig(model="path/to/model").output

@@ -1,11 +1,15 @@
 """Embeddings of words, held against transformers and peft, word by word without padding or a trie."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tli import TliError, TrainConfig, embed, train
+from tli import TliError, TrainConfig, embed, load_adapter, train
+from tli.model.linear_map import load_map
 
 WORDS = ["kitabu", "mtu", "book", "person", "kitabu", "x"]
 
@@ -75,3 +79,34 @@ def test_many_words_are_embedded_as_few(adapter, monkeypatch):
 def test_what_cannot_be_embedded_is_one_line(adapter, words, options, message):
     with pytest.raises(TliError, match=message):
         embed(words, **{"adapter": adapter[1], **options})
+
+
+def test_an_adapters_map_takes_the_words_of_both_languages_to_one_space(adapter):
+    folder, output = adapter
+    fitted = load_map(output)
+    assert fitted.report["map"]["layer"] == 2
+    for language, side in (("swahili", fitted.linear.of_source), ("english", fitted.linear.of_target)):
+        plain = embed(WORDS, adapter=output).double().numpy()
+        found = embed(WORDS, adapter=output, language=language)
+        expected = torch.nn.functional.normalize(torch.from_numpy(side(plain)), dim=1)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    with pytest.raises(TliError, match="the language of words for a map must be swahili or english, got 'luo'"):
+        embed(WORDS, adapter=output, language="luo")
+    with pytest.raises(TliError, match="words go through the map of an adapter at its own layer, got layer 1; leave language or layer out"):
+        embed(WORDS, adapter=output, language="swahili", layer=1)
+    with pytest.raises(TliError, match="a language must have a map, got none"):
+        embed(WORDS, model=folder, language="swahili")
+
+
+def test_a_map_that_is_anothers_or_lost_is_told(adapter, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(adapter[1], copied)
+    facts = json.loads((copied / "map.json").read_text())
+    (copied / "map.json").write_text(json.dumps({**facts, "adapter": "0"}))
+    with pytest.raises(TliError, match="the map must be that of the adapter beside it, got another's; take the map away"):
+        load_adapter(copied)
+    (copied / "map.safetensors").unlink()
+    with pytest.raises(
+        TliError, match="the map that was saved with the adapter must lie beside it, got no such file; put it back, or train"
+    ):
+        load_adapter(copied)

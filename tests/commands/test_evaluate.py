@@ -536,3 +536,16 @@ def test_t_d_z_and_p_agree_with_one_another(facts):
         if test["t"]:
             assert test["t"] == pytest.approx(test["d_z"] * math.sqrt(test["n"]))
             assert test["p_t"] == pytest.approx(2 * scipy.stats.t.sf(abs(test["t"]), test["n"] - 1))
+
+
+def test_the_saved_map_and_harm_stand_in_every_evaluation(trained, tmp_path):
+    facts = run(trained, layers="2", output=str(tmp_path / "out"))
+    assert [one["text"]["name"] for one in facts["harm"]] == ["running-text-swahili.txt", "running-text-english.txt"]
+    ways = {(r["way"], r["stream"]) for r in facts["baselines"]["records"] if r["layer"] == 2}
+    assert {("map", trained.name), ("plain", trained.name), ("cca", "before")} <= ways
+    report = json.loads((trained / "report.json").read_text())
+    for stream, record in (("after", report), (trained.name, facts)):
+        found = [r for r in record["baselines"]["records"] if (r["way"], r["stream"], r["layer"]) == ("map", stream, 2)]
+        assert found
+        record["of_map"] = {(r["candidates"], r["group"], r["metric"]): r["value"] for r in found}
+    assert facts["of_map"] == pytest.approx(report["of_map"])

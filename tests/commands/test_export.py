@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tli.commands import export as export_module
+from tli.commands.embed import embed
 from tli.commands.export import export
-from tli.config import ExportConfig
+from tli.commands.train import train
+from tli.config import ExportConfig, TrainConfig
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_full_decoder
@@ -344,3 +346,14 @@ def test_json_is_one_object_on_standard_output(llama, tmp_path):
     assert facts == json.loads((tmp_path / "merged" / "export.json").read_text())
     assert facts["tensors"] == len(all_tensors(tmp_path / "merged"))
     assert result.stderr.splitlines()[-1].strip()
+
+
+def test_the_map_of_the_adapter_goes_with_the_merged_model(make_model, word_list, tmp_path):
+    adapter, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
+    options = {"model": str(make_model("llama")), "pairs": str(word_list), "layer": 2, "rank": 4, "batch": 14, "epochs": 3}
+    train(TrainConfig(**options, no_report=True, output=adapter))
+    export(ExportConfig(adapter=adapter, output=merged, dtype="float32"))
+    words = ["kitabu", "book", "mtu"]
+    for language in ("swahili", "english"):
+        apart = embed(words, adapter=adapter, language=language)
+        torch.testing.assert_close(embed(words, map=merged, language=language), apart, rtol=0, atol=1e-4)

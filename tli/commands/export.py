@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tli.config import ExportConfig
 from tli.model.checkpoint import Checkpoint, open_checkpoint
+from tli.model.linear_map import FittedMap, save_map
 from tli.model.lora import Adapter
 from tli.model.trained_adapter import check_compatible, load_adapter
 from tli.runtime import environment, ops
@@ -107,10 +108,23 @@ def export(config: ExportConfig) -> dict:
         _write_json(folder / "config.json", _plain_config(checkpoint, config.dtype))
         for path in _beside(checkpoint):
             shutil.copyfile(path, folder / path.name)
+        if recorded.fitted is not None:
+            _write_map(recorded.fitted, folder, output)
         _write_json(folder / "export.json", facts)
     console.print(f"{facts['merged']} of {facts['tensors']} tensors merged; {facts['bytes'] / 1e9:.2f} GB in {config.dtype}")
     console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     return facts
+
+
+def _write_map(fitted: FittedMap, folder: pathlib.Path, output: pathlib.Path) -> None:
+    """The adapter's map beside the merged model, whose states it is of: ``embed(words, map=OUTPUT, language=...)`` reads both there."""
+    checkpoint, layer = open_checkpoint(str(folder)), fitted.report["map"]["layer"]
+    weights = checkpoint.sha256(checkpoint.blocks if layer == "output" else int(layer))
+    told = {
+        "config": {**fitted.report["config"], "model": str(output), "weights": "full"},
+        "model": {**fitted.report["model"], "name": str(output), "sha256": weights},
+    }
+    save_map(folder, fitted.linear, {**fitted.report, **told})
 
 
 class _Weights:

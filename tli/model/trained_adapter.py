@@ -33,7 +33,7 @@ class TrainedAdapter:
     adapter  its factors
     peft     ``adapter_config.json``
     report   ``report.json``, or None where there is none
-    fitted   the map that the loss was taken behind, or None where there was none
+    fitted   the map of its states, or None where there is none
     """
 
     folder: pathlib.Path
@@ -130,7 +130,7 @@ def _fitted(folder: pathlib.Path, report: dict | None) -> FittedMap | None:
     """The map beside an adapter; raises ``TliError`` where it is another's, or lacks though the run had one."""
     if not (folder / MAP_FILE).exists():
         if report is not None and report["config"].get("map", "none") != "none":
-            must = "the map that the adapter was trained behind must lie beside it"
+            must = "the map that was saved with the adapter must lie beside it"
             raise TliError(folder / MAP_FILE, must, "no such file", "put it back, or train again")
         return None
     fitted = load_map(folder)
