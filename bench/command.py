@@ -94,8 +94,8 @@ def command(
         script = record.ROOT / "bench" / "peers" / f"{SCRIPTS[name]}.py"
         return [sys.executable, str(script), model, str(lists[0]), output, *flags]
     words = [f"--pairs={lists[0]}", f"--held-out-pairs={lists[1]}", "--source=source", "--target=target"]
-    # peft's start of A, too
-    own = ["--init=kaiming", "--no-report", "--json", f"--model={model}", f"--output={output}"]
+    # peft's start of A, too, and the loss alone, as the scripts have it
+    own = ["--init=kaiming", "--recipe=contrastive", "--no-report", "--json", f"--model={model}", f"--output={output}"]
     return [sys.executable, "-m", "tli.train", *words, *own, *flags]
 
 
