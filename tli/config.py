@@ -345,7 +345,8 @@ class EvaluateConfig:
     text: str | None = option(
         None,
         "language model",
-        "running text to measure perplexity and next-token distributions on (default: a shipped page of Swahili and one of English)",
+        "running text to measure perplexity and next-token distributions on (default: a shipped page of Swahili and one of English, where "
+        "the output is among the layers)",
     )
     text_tokens: int = option(8192, "language model", "read no more of --text than this")
     window: int | None = option(None, "language model", "tokens of --text that see each other (default: 256, or what the model can see)")

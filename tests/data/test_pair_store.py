@@ -138,6 +138,7 @@ def test_of_a_long_list_a_sample_is_measured_and_said_to_be_one(make_model, word
         "epochs": 2,
         "warmup": 2,
         "held_out": 0.3,
+        "layer": 2,
     }
     captured, plain = [], train_module.measure_layers
 
@@ -177,5 +178,5 @@ def test_of_a_long_list_a_sample_is_measured_and_said_to_be_one(make_model, word
         ScanConfig(split="trained", **{k: settings[k] for k in ("model", "pairs", "held_out")}, output=str(tmp_path / "scan"))
     )
     assert (scanned["pairs"]["scanned"], scanned["pairs"]["listed"]) == (20, trained)
-    auto = train(TrainConfig(**settings, layer="auto", no_report=True, output=str(tmp_path / "auto")))
+    auto = train(TrainConfig(**{**settings, "layer": "auto"}, no_report=True, output=str(tmp_path / "auto")))
     assert auto["config"]["layer"] == scanned["choice"]["gap"]

@@ -131,7 +131,10 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
         check_compatible(recorded, checkpoint, device_config, hashed)
     token_norm = resolve_token_norm(token_norm, checkpoint)
     named = config.text is not None
-    texts = [read_windows(config.text, checkpoint, config.window, config.text_tokens)] if config.text else read_texts(None, checkpoint)
+    # without a text that is named no blocks are read that the layers don't need
+    texts = read_texts(None, checkpoint) if not named and layers[-1] == "output" else []
+    if config.text is not None:
+        texts = [read_windows(config.text, checkpoint, config.window, config.text_tokens)]
     prepare_output_dir(output, config.overwrite)
     used = {"weights": weights, "dtype": device_config.facts["dtype"], "token_norm": token_norm, "pool_bos": pool_bos, "prefix": prefix}
     differences = _differences(used, known)
