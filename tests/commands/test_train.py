@@ -120,7 +120,7 @@ def test_the_hooked_arm_trains_the_early_arms_adapter(settings, tmp_path):
 
 @pytest.mark.slow
 def test_the_full_arm_aligns_the_output_with_adapters_in_every_block(settings, tmp_path):
-    facts = run(settings, arm="full", epochs=20, lr=3e-3)
+    facts = run(settings, arm="full", epochs=20, lr=3e-3, keep_weight=0.0)
     assert facts["training"]["loss_last"] < 0.7 * facts["training"]["loss_first"]
     config = json.loads((pathlib.Path(settings["output"]) / lora.CONFIG_FILE).read_text())
     assert config["layers_to_transform"] == [0, 1, 2, 3]
@@ -128,7 +128,9 @@ def test_the_full_arm_aligns_the_output_with_adapters_in_every_block(settings, t
     gap = {m["when"]: m["value"] for m in facts["measurements"] if (m["split"], m["layer"], m["metric"]) == ("trained", "output", "gap")}
     assert gap["after"] > gap["before"] + 0.1
     # the loss has no token norm of its own, whatever the report's layers have
-    plain = run(settings, arm="full", epochs=20, lr=3e-3, token_norm="none", no_report=True, output=str(tmp_path / "plain"))
+    plain = run(
+        settings, arm="full", epochs=20, lr=3e-3, keep_weight=0.0, token_norm="none", no_report=True, output=str(tmp_path / "plain")
+    )
     assert plain["training"]["loss_last"] == facts["training"]["loss_last"]
 
 
@@ -327,7 +329,7 @@ def test_a_killed_run_resumes_to_the_bytes_of_one_that_was_not(settings, tmp_pat
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
     assert resumed["training"]["loss_last"] == whole["training"]["loss_last"]
     assert logged.read_bytes() == (tmp_path / "whole" / METRICS_FILE).read_bytes()
-    assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER_FILES
+    assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER_FILES | MAP_FILES
 
 
 def test_a_run_that_was_killed_before_its_first_save_starts_anew(settings, tmp_path):
@@ -387,7 +389,7 @@ def test_an_output_folder_is_not_lost(settings, capsys):
 def test_an_old_report_does_not_stand_beside_a_new_adapter(settings):
     run(settings)
     run(settings, overwrite=True, no_report=True, seed=5)
-    assert {path.name for path in pathlib.Path(settings["output"]).iterdir()} == ADAPTER_FILES
+    assert {path.name for path in pathlib.Path(settings["output"]).iterdir()} == ADAPTER_FILES | MAP_FILES
 
 
 @pytest.mark.slow
