@@ -14,7 +14,6 @@ from tli.model import starter
 from tli.model.checkpoint import context_length, open_checkpoint
 from tli.model.decoder import load_full_decoder, load_truncated_decoder, run
 from tli.model.linear_map import load_map
-from tli.model.map_head import MapHead
 from tli.model.pooling import Pooling, resolve_token_norm
 from tli.model.shape import Layer
 from tli.model.trained_adapter import check_compatible, load_adapter
@@ -120,5 +119,5 @@ def embed(
     found = torch.cat(vectors)
     if used is None:
         return found
-    head = MapHead.from_linear(used.linear, found.device)
-    return head.of_source(found) if language == option("source") else head.of_target(found)
+    side = used.linear.of_source if language == option("source") else used.linear.of_target
+    return torch.nn.functional.normalize(torch.from_numpy(side(found.double().numpy())), dim=1).float()

@@ -130,11 +130,11 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     for recorded in known:
         check_compatible(recorded, checkpoint, device_config, hashed)
     token_norm = resolve_token_norm(token_norm, checkpoint)
-    named = config.text is not None
-    # without a text that is named no blocks are read that the layers don't need
-    texts = read_texts(None, checkpoint) if not named and layers[-1] == "output" else []
     if config.text is not None:
         texts = [read_windows(config.text, checkpoint, config.window, config.text_tokens)]
+    else:
+        # without a text that is named no blocks are read that the layers don't need
+        texts = read_texts(None, checkpoint) if layers[-1] == "output" else []
     prepare_output_dir(output, config.overwrite)
     used = {"weights": weights, "dtype": device_config.facts["dtype"], "token_norm": token_norm, "pool_bos": pool_bos, "prefix": prefix}
     differences = _differences(used, known)
@@ -152,13 +152,14 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
             see_words=layer_pass.keep_words(states, {*(recorded.layer for recorded in known), "output"}),
         )  # fmt: skip
         predicted = [predict(checkpoint, windows, device_config, [recorded.adapter for recorded in known], done) for windows in texts]
-    unread = next((reason for _, reason in predicted if reason), None)
+    # a text that nobody named may go unread
+    unread = next((reason for _, reason in predicted if reason), None) if config.text is not None else None
     measured = [layer for layer in layers if any(layer == of for *_, of in found)]
-    if (config.layers is not None and len(measured) < len(layers)) or not measured or (named and unread):
+    if (config.layers is not None and len(measured) < len(layers)) or not measured or unread:
         raise TliError(
-            "--text" if named and unread else "--layers",
+            "--text" if unread else "--layers",
             "the blocks must be there",
-            unread if named and unread else missing,
+            unread or missing,
             "put the missing shard there, or ask for less",
         )
 

@@ -142,7 +142,7 @@ def train(config: TrainConfig) -> dict:
         states: dict[tuple[str, Layer], Sides] = {}
         see_words = keep_words(states, (layer, "output"))
         alignments, facts["missing_output"] = measure(splits, {"before": None, "after": learnt}, config.eval_pool_bos, see_words=see_words)
-        maps = None if choice is None else {("after", "output" if config.arm == "full" else layer): choice.linear}
+        maps = None if choice is None else {("after", _aligned_layer(config)): choice.linear}
         facts["baselines"] = judge(splits, states, config.seed, maps)
         facts["probe"] = _probe(config, checkpoint, exact, splits, console)
         facts["harm"] = _measure_harm(checkpoint, texts, exact, learnt, config.seed, console)
@@ -264,6 +264,11 @@ def _choose_layer(measure: Callable, trained: DiskBackedPairs, seed: int, consol
     return chosen
 
 
+def _aligned_layer(config: TrainConfig) -> Layer:
+    """The hidden state that the loss is about, once ``auto`` is chosen: L, or ``output`` in the full arm."""
+    return "output" if config.arm == "full" else config.layer
+
+
 def _fit_map(
     config: TrainConfig,
     checkpoint: Checkpoint,
@@ -281,7 +286,7 @@ def _fit_map(
     if partners is not None:
         others = trained.subset(partners[numbers])
         pairs = [dataclasses.replace(pair, target=other.target, synonyms=other.synonyms) for pair, other in zip(pairs, others)]
-    place: Layer = "output" if config.arm == "full" else config.layer
+    place = _aligned_layer(config)
     states: dict[tuple[str, Layer], Sides] = {}
     # the embeddings and the blocks up to the layer, or all and the output
     with layer_bar(console, checkpoint.blocks + 2 if place == "output" else int(place) + 1, "fitting a map") as done:
@@ -295,7 +300,7 @@ def _fit_map(
 
 def _map_facts(config: TrainConfig, checkpoint: Checkpoint, choice: Choice, output: pathlib.Path) -> dict:
     """What the map's file says: of which layer and model it is, what chose it, and of which adapter it is the head."""
-    place: Layer = "output" if config.arm == "full" else config.layer
+    place = _aligned_layer(config)
     return {
         "schema": SCHEMA,
         "config": as_dict(config),
