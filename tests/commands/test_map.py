@@ -114,4 +114,4 @@ def test_the_command_prints_what_it_returns(settings, tmp_path):
     assert json.loads(done.stdout)["map"]["layer"] == 1
     printed = " ".join(done.stderr.split())
     assert printed.endswith("map.json, map.safetensors")
-    assert "what finds the held-out pairs (n=12), without training" in printed
+    assert "what finds the held-out pairs (n=12; split by families, 0 of 12 with a trained relative), without training" in printed

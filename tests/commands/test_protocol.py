@@ -323,17 +323,17 @@ def test_the_verdict_counts_rows(finished):
         for test in row["tests"]:
             gap = test["metric"] == "gap" and test["split"] == "held_out"
             test["p_t"], test["low"], test["high"] = (0.5, -0.1, 0.1) if gap or test["metric"] == "gap" else (0.001, 0.1, 0.2)
-    assert f"p below .05 in {len(measured)} of {len(measured)} rows" in verdict(rows)
-    assert "the held-out gap surely rose in none" in verdict(rows)
+    assert f"p below .05 in {len(measured)} of {len(measured)} rows" in verdict({"rows": rows})
+    assert "the held-out gap surely rose in none" in verdict({"rows": rows})
     for test in measured[3]["tests"]:
         if (test["metric"], test["split"]) == ("cosine", "trained"):
             test["p_t"] = 0.05
         if (test["metric"], test["split"]) == ("gap", "held_out"):
             test["low"] = 0.01
-    assert f"p below .05 in {len(measured) - 1} of {len(measured)} rows" in verdict(rows)
-    assert f"the held-out gap surely rose in 1: {measured[3]['title']}" in verdict(rows)
+    assert f"p below .05 in {len(measured) - 1} of {len(measured)} rows" in verdict({"rows": rows})
+    assert f"the held-out gap surely rose in 1: {measured[3]['title']}" in verdict({"rows": rows})
     find_value(measured[2], "trained", "after", measured[2]["layer"], "cosine")["value"] = 0.01
-    assert f"from 0.010 ({measured[2]['title']})" in verdict(rows)
+    assert f"from 0.010 ({measured[2]['title']})" in verdict({"rows": rows})
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:

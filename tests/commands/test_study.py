@@ -335,7 +335,7 @@ def made_up(early: list, full: list, shuffled: float = 0.03, free: float | None 
                     report = {
                         "config": {"arm": arm, "layer": 2},
                         "model": {"name": "a/model", "blocks": 4},
-                        "pairs": {"trained": 90, "held_out": 10},
+                        "pairs": {"trained": 90, "held_out": 10, "split": "families", "with_relative": 0},
                         "measurements": measurements,
                         "training": {"steps": 8, "seconds": 2.0 if arm == "early" else 9.0, "peak_bytes": 1 << 30, "chance_loss": 4.0}
                         | {"loss_last": 2.0 if arm == "early" else 3.9},

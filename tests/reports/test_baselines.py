@@ -25,7 +25,8 @@ def report(trained: float, gain: float, width: float = 0.01, best: float = 0.1) 
     ways = [(way["way"]) for way in records[:4]]
     where = {"stream": "after", "layer": 2, "candidates": "split", "group": ALL}
     tests = [{"way": way, **where, "test": "paired", "mean_gain": gain, "low": gain - width, "high": gain + width} for way in ways]
-    return {"baselines": {"records": records, "tests": tests}}
+    pairs = {"trained": 90, "held_out": 10, "split": "words", "with_relative": 3}
+    return {"pairs": pairs, "baselines": {"records": records, "tests": tests}}
 
 
 @pytest.mark.parametrize(

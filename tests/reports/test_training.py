@@ -45,7 +45,14 @@ def run_of(trained, held_out, output=None, sink=None, loss_last=2.0, chance_loss
     facts = {
         "config": as_dict(config),
         "model": {"name": "someone/small-model", "family": "llama", "blocks": 6, "width": 48, "sha256": None},
-        "pairs": {"name": "a list", "sha256": "ab", "trained": COUNTS["trained"], "held_out": COUNTS["held_out"] if held_out else 0},
+        "pairs": {
+            "name": "a list",
+            "sha256": "ab",
+            "trained": COUNTS["trained"],
+            "held_out": COUNTS["held_out"] if held_out else 0,
+            "split": "families",
+            "with_relative": 0,
+        },
         "adapter": {"sha256": "cd", "parameters": 1234, "bytes": 5678},
         "training": {
             "steps": 10, "seconds": 1.5, "words_per_second": 900.0, "loss_first": 5.5, "loss_last": loss_last, "chance_loss": chance_loss,

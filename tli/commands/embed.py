@@ -96,7 +96,7 @@ def embed(
     device_config = resolve_device(device, "auto", option("weights"), "auto")
     if trained is not None:
         check_compatible(trained, checkpoint, device_config, checkpoint.sha256)
-    if fitted is not None and fitted.report["model"]["sha256"] != checkpoint.sha256(checkpoint.blocks if layer == "output" else int(layer)):
+    if fitted is not None and fitted.report["model"]["sha256"] != checkpoint.sha256(layer):
         must = f"the model must be the one that the map was fitted on, {fitted.report['model']['name']}"
         raise TliError(checkpoint.name, must, "other weights", "name that one with model=, or fit a map for this one")
     tokens = tokenise(checkpoint.tokenizer(), words, context_length(checkpoint), option("prefix"))

@@ -16,7 +16,7 @@ import tli
 from tli.config import EvaluateConfig
 from tli.data import word_pairs
 from tli.data.pair_store import DiskBackedPairs
-from tli.data.relatives import has_relative
+from tli.data.relatives import LISTS, split_facts
 from tli.metrics.baseline_records import BEFORE, judge
 from tli.model.linear_map import Sides
 from tli.model.shape import Layer
@@ -169,7 +169,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
         "schema": SCHEMA,
         "config": as_dict(config),
         "adapters": [recorded.facts() for recorded in known],
-        "model": model_facts(name, checkpoint, hashed(checkpoint.blocks if measured[-1] == "output" else measured[-1])),
+        "model": model_facts(name, checkpoint, hashed(measured[-1])),
         "pairs": lists,
         "settings": {**used, "seed": seed, "source": lists["source"], "target": lists["target"]},
         "differences": differences,
@@ -210,6 +210,7 @@ def _read_lists(config: EvaluateConfig, known: "list[TrainedAdapter]") -> tuple[
         raise TliError("--held-out", "the split that the run recorded must stand", config.held_out, "leave --held-out out")
     if not is_recorded:
         path_held_out, share = None, config.held_out
+    by = LISTS
     if path_held_out is not None:
         splits = {"trained": pairs, "held_out": word_pairs.read_pairs(path_held_out, source, target)}
     elif share is not None:
@@ -221,12 +222,11 @@ def _read_lists(config: EvaluateConfig, known: "list[TrainedAdapter]") -> tuple[
         splits = {"all": pairs}
     if config.held_out_pairs is not None:
         # with a list of its own to hold out, the rest is what was trained
+        by = LISTS
         splits = {"trained": splits.get("trained", pairs), "held_out": word_pairs.read_pairs(config.held_out_pairs, source, target)}
     if "held_out" in splits:
         word_pairs.check_disjoint(splits["trained"], splits["held_out"])
-    counts = {split: len(part) for split, part in splits.items()}
-    if "held_out" in splits:
-        counts["with_relative"] = int(has_relative(splits["held_out"], splits["trained"]).sum())
+    counts = split_facts(splits["trained"], splits["held_out"], by) if "held_out" in splits else {"all": len(pairs)}
     facts = {"name": file.name, "sha256": sha256(file), "source": source, "target": target, "split_is_recorded": is_recorded, **counts}
     return splits, facts
 

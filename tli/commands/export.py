@@ -92,7 +92,7 @@ def export(config: ExportConfig) -> dict:
         "model": {
             "name": config.model or recorded.peft.get("base_model_name_or_path"),
             "family": checkpoint.config.model_type,
-            "sha256": hashed(checkpoint.blocks),
+            "sha256": hashed("output"),
         },
         "adapter": {key: value for key, value in recorded.facts().items() if key in ("name", "sha256", "rank", "parameters")},
         "tensors": len(sizes),
@@ -119,7 +119,7 @@ def export(config: ExportConfig) -> dict:
 def _write_map(fitted: FittedMap, folder: pathlib.Path, output: pathlib.Path) -> None:
     """The adapter's map beside the merged model, whose states it is of: ``embed(words, map=OUTPUT, language=...)`` reads both there."""
     checkpoint, layer = open_checkpoint(str(folder)), fitted.report["map"]["layer"]
-    weights = checkpoint.sha256(checkpoint.blocks if layer == "output" else int(layer))
+    weights = checkpoint.sha256(layer)
     told = {
         "config": {**fitted.report["config"], "model": str(output), "weights": "full"},
         "model": {**fitted.report["model"], "name": str(output), "sha256": weights},

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tli.config import MapConfig
 from tli.data import word_pairs
-from tli.data.relatives import has_relative
+from tli.data.relatives import split_facts
 from tli.metrics import baseline_records
 from tli.metrics.baselines import Baselines, Choice
 from tli.metrics.layer_choice import choose_layer_by_maps
@@ -95,10 +95,9 @@ def fit_map(config: MapConfig) -> dict:
     report = {
         "schema": SCHEMA,
         "config": {**as_dict(config), "token_norm": token_norm},
-        "model": model_facts(config.model or starter.NAME, checkpoint, hashed(checkpoint.blocks if layer == "output" else int(layer))),
+        "model": model_facts(config.model or starter.NAME, checkpoint, hashed(layer)),
         "pairs": {
-            **{name: len(part) for name, part in whole.items()},
-            "with_relative": int(has_relative(whole["held_out"], whole["trained"]).sum()),
+            **split_facts(whole["trained"], whole["held_out"], config.split),
             "name": list_file.name,
             "sha256": sha256(list_file),
         },

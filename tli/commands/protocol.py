@@ -20,6 +20,7 @@ from tli.commands.protocol_controls import adapters_everywhere, save_random_mode
 from tli.config import ProtocolConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.pair_store import Pair
+from tli.data.relatives import split_facts
 from tli.metrics.alignment import measure
 from tli.metrics.comparison import summarize
 from tli.metrics.layer_pass import measure_layers
@@ -173,7 +174,16 @@ def protocol(config: ProtocolConfig) -> dict:
         report = json.loads((folder / name / REPORT).read_text(encoding="utf-8"))
         row = {**dataclasses.asdict(switch), **_numbers(switch, report, folder / name, checkpoint, splits)}
         rows.append({**row, "sentence": sentence(row, rows[0] if rows else row)})
-    result = {"schema": SCHEMA, **facts, "machine": report["machine"], "published": PUBLISHED, "rows": rows, "verdict": verdict(rows)}
+    first = json.loads((folder / ABLATIONS[0].name / REPORT).read_text(encoding="utf-8"))
+    result = {
+        "schema": SCHEMA,
+        **facts,
+        "machine": report["machine"],
+        "published": PUBLISHED,
+        "rows": rows,
+        "baselines": first["baselines"],
+    }
+    result["verdict"] = verdict(result)
     save_figure(output / "protocol.png", draw_protocol(result))
     write_text(output / "protocol.md", markdown(result))
     write_json(output / "protocol.json", result)
@@ -203,7 +213,7 @@ def _facts(config: ProtocolConfig, checkpoint: Checkpoint, splits: Mapping[str, 
     return {
         "config": {name: getattr(config, name) for name in ("source", "target", "seed", "epochs")},
         "model": {"name": name, "family": checkpoint.config.model_type, "blocks": checkpoint.blocks, "sha256": checkpoint.sha256(deepest)},
-        "pairs": {"name": file.name, "sha256": sha256(file), **{split: len(part) for split, part in splits.items()}},
+        "pairs": {"name": file.name, "sha256": sha256(file), **split_facts(splits["trained"], splits["held_out"], "families")},
         "versions": environment.versions(),
     }
 

@@ -22,7 +22,7 @@ from tli.data import word_pairs
 from tli.data.loader import BatchLoader
 from tli.data.packing import TokenisedWords, tokenise
 from tli.data.pair_store import DiskBackedPairs
-from tli.data.relatives import has_relative
+from tli.data.relatives import LISTS, split_facts
 from tli.metrics import layer_choice, probe
 from tli.metrics.baseline_records import judge
 from tli.metrics.baselines import Baselines, Choice
@@ -304,9 +304,7 @@ def _map_facts(config: TrainConfig, checkpoint: Checkpoint, choice: Choice, outp
     return {
         "schema": SCHEMA,
         "config": as_dict(config),
-        "model": model_facts(
-            config.model or starter.NAME, checkpoint, checkpoint.sha256(checkpoint.blocks if place == "output" else int(place))
-        ),
+        "model": model_facts(config.model or starter.NAME, checkpoint, checkpoint.sha256(place)),
         "map": {"layer": place, **choice.facts()},
         "adapter": sha256(output / lora.ADAPTER_FILE),
     }
@@ -377,14 +375,9 @@ def _facts(
     return {
         "schema": SCHEMA,
         "config": as_dict(config),
-        "model": model_facts(
-            config.model or starter.NAME, checkpoint, checkpoint.sha256(layer if config.arm == "early" else checkpoint.blocks)
-        ),
+        "model": model_facts(config.model or starter.NAME, checkpoint, checkpoint.sha256(layer if config.arm == "early" else "output")),
         "pairs": {
-            "trained": len(trained),
-            "held_out": len(held_out),
-            # those that a map of spelling may find by a trained relative
-            "with_relative": int(has_relative(held_out, trained).sum()),
+            **split_facts(trained, held_out, config.split if config.held_out_pairs is None else LISTS),
             "name": list_file.name,
             "sha256": sha256(list_file),
         },

@@ -14,6 +14,8 @@ import numpy as np
 from tli.data.pair_store import Pair, alphanumeric, normalise_word, word_hash
 
 LETTERS = 4
+# how a split was made that two lists are
+LISTS = "lists"
 
 
 def relative_links(pairs: Sequence[Pair]) -> np.ndarray:
@@ -31,6 +33,12 @@ def has_relative(pairs: Sequence[Pair], others: Sequence[Pair]) -> np.ndarray:
         if members[-1] >= len(pairs):
             found[[member for member in members if member < len(pairs)]] = True
     return found
+
+
+def split_facts(trained: Sequence[Pair], held_out: Sequence[Pair], split: str) -> dict[str, int | str]:
+    """What a report says of a split: both sizes, how it was made, and how many held-out pairs a trained relative may give away."""
+    related = int(has_relative(held_out, trained).sum())
+    return {"trained": len(trained), "held_out": len(held_out), "split": split, "with_relative": related}
 
 
 class _Both(Sequence[Pair]):

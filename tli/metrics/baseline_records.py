@@ -26,6 +26,8 @@ from tli.stats.tests import add_holm, compare_paired
 
 PLAIN, BEHIND_MAP = "plain", "map"
 BEFORE = "before"
+# ways to use trained states, by what of the frozen ones is of equal information: other tests of them would only take time
+WITH_MAPS = {BEHIND_MAP: ("procrustes", "cca"), "cca_spelling": ("cca_spelling",)}
 ALL = "all pairs"
 # what a word state after training is judged by beside its plain cosine: maps of the trained model's states
 _AFTER, _AFTER_AT_OUTPUT = ("procrustes", "cca", "cca_spelling"), ("procrustes", "cca")
@@ -58,8 +60,8 @@ def judge(
         None where fewer than four pairs are held out.
         ``records``: way, stream, layer, candidates (``candidates.SETS``), group (all pairs, or a kind of them), metric (mrr or p_at_1),
         value, low, high, n, clusters, chance.
-        ``tests``: of MRR, stream, ``trained`` (its way: plain cosine, the saved map, or a map with spelling beside), way, layer,
-        candidates, group, and what ``compare_paired`` says of the gain over that way; p with Holm's correction over the ways.
+        ``tests``: of MRR, stream, ``trained`` (its way: plain cosine, against all others; or one of ``WITH_MAPS``, against those), way,
+        layer, candidates, group, and what ``compare_paired`` says of the gain over that way; p with Holm's correction over the ways.
         ``pairs``: source and target of the held-out ones; ``reciprocal_ranks``: way, stream, layer and the values of these pairs among the
         split's, the mean of both directions, by which one run can be compared with another word by word.
     """
@@ -189,11 +191,15 @@ def _records(found: Mapping[Way, Mapping[str, Ranks]], groups: Mapping[str, np.n
 
 
 def _tests(found: Mapping[Way, Mapping[str, Ranks]], groups: Mapping[str, np.ndarray], clusters: np.ndarray, seed: int) -> Iterator[dict]:
-    """The gain after training over each way that needs none, in its layer: of plain cosine, behind the map, and with spelling beside."""
+    """The gain after training over ways that need none, in its layer: of plain cosine over all, of ``WITH_MAPS`` over theirs."""
     groups = {name: members for name, members in groups.items() if not name.startswith(_FIELD)}
-    for trained in [way for way in found if way[0] in (PLAIN, BEHIND_MAP, "cca_spelling") and way[1] not in (BEFORE, None)]:
+    for trained in [way for way in found if way[0] in (PLAIN, *WITH_MAPS) and way[1] not in (BEFORE, None)]:
         name, stream, layer = trained
         others = [way for way in found if way[1] in (BEFORE, None) and way[2] in (layer, None)]
+        if name != PLAIN:
+            others = [way for way in others if way[0] in WITH_MAPS[name]]
+        if not others:
+            continue
         for candidates, group, inside, own in _by_group(found, groups, clusters):
             after, *before = (_values(found[way][candidates])[0, inside] for way in (trained, *others))
             changes = compare_paired(np.stack(before), np.stack([after] * len(others)), seed, own)

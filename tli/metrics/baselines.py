@@ -73,7 +73,7 @@ BASELINES = {
         Baseline("procrustes", "Procrustes of states", states=True),
         Baseline("ridge", "ridge map of states", states=True),
         Baseline("cca", "CCA of states", states=True),
-        Baseline("cca_spelling", "CCA of states and n-grams", states=True),
+        Baseline("cca_spelling", "CCA of states + n-grams", states=True),
         Baseline("map", "states behind the saved map", states=True),
     )
 }

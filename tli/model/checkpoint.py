@@ -20,6 +20,7 @@ from torch import Tensor
 from tli.model import hub
 from tli.model.families import FAMILIES, family_of
 from tli.model.safetensors_io import advise_random_access, read_tensor
+from tli.model.shape import Layer
 from tli.runtime import ops
 from tli.runtime.errors import TliError, one_line
 
@@ -139,13 +140,13 @@ class Checkpoint:
         files = dict.fromkeys(self._shard(name) for name in names)
         return [file for file in files if not (self.folder / file).is_file()]
 
-    def sha256(self, blocks: int) -> str:
-        """One hash over the first blocks' tensors as they are stored, in the order of their names, and the first embedding rows.
+    def sha256(self, layer: Layer) -> str:
+        """One hash over the tensors of the blocks below ``layer`` as they are stored, in order of their names, and the first embeddings.
 
         It is of numbers, not of files: reading it touches nothing that training does not read, but for those rows, and a copy of the
         model in other shards has the same.
         """
-        parts = tuple(f"{self.prefix}layers.{index}." for index in range(blocks))
+        parts = tuple(f"{self.prefix}layers.{index}." for index in range(self.blocks if layer == "output" else int(layer)))
         names = sorted(name for name in self.shard_of if name.startswith(parts))
         digest = hashlib.sha256()
         for name in [*names, f"{self.prefix}embed_tokens.weight"]:

@@ -109,7 +109,8 @@ def stream_layers(
     whole.layers = nn.ModuleList(stand_ins)
     whole.config.num_hidden_layers = available
     if reason is None:
-        load_norm(checkpoint, whole, device_config)
+        # in its turn, as a block: of a hub's model a pass that ends before must not fetch its shard
+        whole.norm.register_forward_pre_hook(lambda *_: load_norm(checkpoint, whole, device_config))
     else:
         whole.norm = nn.Identity()
     copies = len(streams)

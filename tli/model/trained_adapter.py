@@ -19,6 +19,7 @@ from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint
 from tli.model.decoder import init_empty_decoder
 from tli.model.linear_map import MAP_FILE, FittedMap, load_map
+from tli.model.shape import Layer
 from tli.runtime.cli import flag
 from tli.runtime.device import DeviceConfig
 from tli.runtime.errors import TliError
@@ -139,7 +140,7 @@ def _fitted(folder: pathlib.Path, report: dict | None) -> FittedMap | None:
     return fitted
 
 
-def check_compatible(recorded: TrainedAdapter, checkpoint: Checkpoint, device_config: DeviceConfig, hashed: Callable[[int], str]) -> None:
+def check_compatible(recorded: TrainedAdapter, checkpoint: Checkpoint, device_config: DeviceConfig, hashed: Callable[[Layer], str]) -> None:
     """Raise ``TliError`` unless the adapter was made for this model: recorded hash and family, every key, every shape.
 
     hashed   ``checkpoint.sha256``, cached where several adapters ask
@@ -152,8 +153,8 @@ def check_compatible(recorded: TrainedAdapter, checkpoint: Checkpoint, device_co
             raise TliError(
                 "--model", f"the model must be of the family that the adapter was trained on, {told.get('family')}", family, remedy
             )
-        blocks = recorded.layer if recorded.option("arm", "early") == "early" else checkpoint.blocks
-        if recorded.layer > checkpoint.blocks or told["sha256"] != hashed(blocks):
+        deepest: Layer = recorded.layer if recorded.option("arm", "early") == "early" else "output"
+        if recorded.layer > checkpoint.blocks or told["sha256"] != hashed(deepest):
             must = f"the model must be the one that the adapter was trained on, {told.get('name')}"
             raise TliError("--model", must, f"other weights in {checkpoint.name}", "name that model with --model")
     decoder = init_empty_decoder(checkpoint, checkpoint.blocks, np.zeros(1, np.int64), device_config)

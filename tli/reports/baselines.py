@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tli.metrics.baseline_records import ALL, BEFORE, BEHIND_MAP, PLAIN
+from tli.metrics.baseline_records import ALL, BEFORE, BEHIND_MAP, PLAIN, WITH_MAPS
 from tli.metrics.baselines import BASELINES
 from tli.model.shape import Layer
 from tli.reports.tables import Table
@@ -37,8 +37,9 @@ def baseline_table(report: dict, layer: Layer, intervals: bool = True, stream: s
     chance, *chances = (found.get((ways[0], *key)) for key in keys)
     rows.append(["chance", *("" if record is None else number(record["chance"]) for record in (chance, None, *chances))])
     n = found[ways[0], "split", "mrr", ALL]["n"]
-    how = "without training" if stream == BEFORE else "with training and without"
-    title = f"{place_name(layer).capitalize()}: what finds the held-out pairs (n={n}), {how}"
+    pairs, how = report["pairs"], "without training" if stream == BEFORE else "with training and without"
+    split = f"split by {pairs['split']}, {pairs['with_relative']:,} of {pairs['held_out']:,} with a trained relative"
+    title = f"{place_name(layer).capitalize()}: what finds the held-out pairs (n={n}; {split}), {how}"
     return Table(title, ["", "MRR", "95 % interval", "P@1", "own\nclass", _OTHERS.get(others, "own\nclass"), "whole\nlist"], rows)
 
 
@@ -70,14 +71,10 @@ def bought(report: dict, layer: Layer, stream: str = "after") -> str:
 def bought_with_maps(report: dict, layer: Layer, stream: str = "after") -> str:
     """What training bought where both sides may use a map, and where both may look at spelling, too; empty where it was not measured."""
     found, told = _records(report, layer, stream), []
-    for way, rivals, how in (
-        (BEHIND_MAP, ("procrustes", "cca"), "Behind a map"),
-        ("cca_spelling", ("cca_spelling",), "with spelling beside the states, in one map,"),
-    ):
-        free = [rival for rival in rivals if ((rival, BEFORE), "split", "mrr", ALL) in found]
+    for way, how in ((BEHIND_MAP, "Behind a map"), ("cca_spelling", "with spelling beside the states, in one map,")):
         tests = _tests(report, layer, stream, way)
-        if tests and free:
-            best = max(free, key=lambda rival: found[(rival, BEFORE), "split", "mrr", ALL]["value"])
+        if tests:
+            best = max(WITH_MAPS[way], key=lambda rival: found[(rival, BEFORE), "split", "mrr", ALL]["value"])
             ours, theirs = (found[key, "split", "mrr", ALL]["value"] for key in ((way, stream), (best, BEFORE)))
             gain = f"{number(tests[best]['mean_gain'], '+')} {interval(tests[best])}"
             told.append(f"{how} the trained states find {number(ours)}, the frozen ones {number(theirs)}, {gain}")

@@ -66,5 +66,5 @@ def show(report: dict, console: rich.console.Console) -> None:
         )
     ]
     beside = baseline_table(report, report["map"]["layer"], intervals=False, stream=BEFORE)
-    show_tables(tables + ([] if beside is None else [beside]), console, padding=0)
+    show_tables(tables + ([] if beside is None else [beside]), console)
     console.print(Text(report["verdict"]))

@@ -9,6 +9,7 @@ import textwrap
 import typing
 
 from tli.metrics.measures import SPLITS
+from tli.reports.baselines import baseline_table, bought
 from tli.reports.glossary import how_to_read
 from tli.reports.tables import Table, as_markdown, to_repeat
 from tli.reports.tables import show as show_tables
@@ -67,20 +68,23 @@ def _sentence_everywhere(check: dict) -> str:
     )
 
 
-def verdict(rows: list[dict]) -> str:
-    """What all rows together show: how far one choice moves the number, and in how many the controls move with it."""
+def verdict(report: dict) -> str:
+    """What all rows together show: how far a choice moves the number, whether controls move with it, what the first row bought."""
+    rows = report["rows"]
     measured = [row for row in rows if row["way"] in ("report", "measured")]
     after = sorted((find_value(row, "trained", "after", row["layer"], "cosine")["value"], row["title"]) for row in measured)
     significant = [row for row in measured if is_significant(find_gain(row, row["layer"], "cosine", "trained")["p_t"])]
     controls = [row["title"] for row in significant if row["name"] in _CONTROLS]
     rose = [row["title"] for row in measured if side(find_gain(row, row["layer"], "gap", "held_out")) == "above"]
     (lowest, low), (highest, high) = after[0], after[-1]
-    return (
+    told = (
         f"One choice moves the trained pairs' cosine after training from {number(lowest)} ({low}) to {number(highest)} ({high}). "
         f"The paired t-test on that cosine has p below .05 in {len(significant)} of {len(measured)} rows"
         f"{', ' + ' and '.join(controls) + ' among them' if controls else ''}; "
         f"the held-out gap surely rose in {f'{len(rose)}: ' + ', '.join(rose) if rose else 'none'}."
     )
+    beside = bought(report, rows[0]["layer"])
+    return f"{told} Of the first row: {beside[0].lower()}{beside[1:]}" if beside else told
 
 
 def _way(row: dict, metric: str, split: str = "trained") -> str:
@@ -115,6 +119,8 @@ def show(report: dict, console: rich.console.Console) -> None:
 
     note = "\nbefore training above, after it below; p: paired t-test on cosine and gap"
     show_tables([Table(_title(report, split) + note, _head(), _rows(report, split, "\n")) for split in SPLITS], console)
+    if (beside := _baselines(report, intervals=False)) is not None:
+        show_tables([beside], console)
     for row in report["rows"]:
         console.print(Text(f"{row['title']}: ", style="bold") + Text(row["sentence"], style="none"))
     console.print()
@@ -132,6 +138,8 @@ def markdown(report: dict) -> str:
     ]
     for split in SPLITS:
         parts += [f"## {_title(report, split)}", as_markdown(Table("", _head(), _rows(report, split, " -> ")))]
+    if (beside := _baselines(report, intervals=True)) is not None:
+        parts += [f"## {beside.title}", as_markdown(beside)]
     rows = [f"- **{row['title']}**{_options(row)}. {row['shows']} *{row['sentence']}*" for row in report["rows"]]
     parameters = {row["name"]: row["parameters"] for row in report["rows"]}
     facts = {**{key: report[key] for key in ("config", "model", "pairs", "versions", "machine")}, "adapter_parameters": parameters}
@@ -144,6 +152,11 @@ def _title(report: dict, split: str) -> str:
     hits, ranks = (find_value(first, split, "after", first["layer"], metric) for metric in ("p_at_1", "mrr"))
     chance = f"by chance P@1 {number(hits['chance'], digits=4)} and MRR {number(ranks['chance'], digits=4)}"
     return f"{SPLITS[split].capitalize()} pairs, n = {ranks['n']:,}; {chance}"
+
+
+def _baselines(report: dict, intervals: bool) -> Table | None:
+    """What finds the held-out pairs with the first row's training, and what without any."""
+    return baseline_table(report, report["rows"][0]["layer"], intervals)
 
 
 def _head() -> list[str]:

@@ -182,7 +182,7 @@ def show(report: dict, console: rich.console.Console) -> None:
 
 
 def _print_table(console: rich.console.Console, title: str, rows: list[list[str]]) -> None:
-    show_tables([Table(title, rows[0], rows[1:])], console, padding=0)
+    show_tables([Table(title, rows[0], rows[1:])], console)
 
 
 def _cosine_rows(report: dict, stream: str) -> list[list[str]]:

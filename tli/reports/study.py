@@ -105,7 +105,10 @@ def assemble(config: dict, search: dict[str, dict], reports: list[tuple[Cell, di
         "schema": SCHEMA,
         "config": config,
         "model": first["model"],
-        "pairs": {key: first["pairs"][key] for key in ("trained", "held_out")},
+        "pairs": {
+            **{key: first["pairs"][key] for key in ("trained", "held_out", "split")},
+            "with_relative": max(report["pairs"]["with_relative"] for _, report in reports),
+        },
         "steps": first["training"]["steps"],
         "layers": places,
         "ranks": ranks,
@@ -460,7 +463,8 @@ def markdown(results: dict) -> str:
     config, pairs = results["config"], results["pairs"]
     about = (
         f"{_model_name(results)}, {results['model']['blocks']} blocks; {pairs['trained']:,} pairs trained and {pairs['held_out']:,} "
-        f"held out by each seed, {results['values'][0]['n']} seeds, {results['steps']} steps of {config['batch']} pairs in every cell, "
+        f"held out by each seed (split by {pairs['split']}, at most {pairs['with_relative']:,} of them with a trained relative), "
+        f"{results['values'][0]['n']} seeds, {results['steps']} steps of {config['batch']} pairs in every cell, "
         f"alpha rule {config['alpha_rule']}."
     )
     parts = ["# LoRA rank and alignment: an early layer against the full model", about, "## In words", in_words(results)]

@@ -17,22 +17,32 @@ class Table(typing.NamedTuple):
     rows: list[list[str]]
 
 
-def show(tables: list[Table], console: rich.console.Console, padding: int = 1) -> None:
-    """Print the tables, each below its title, with ``padding`` spaces between columns beside the one that a border takes."""
+def show(tables: list[Table], console: rich.console.Console) -> None:
+    """Print the tables, each below its title; two spaces between their columns where all then fit the console, else one."""
+    from rich.text import Text
+
+    shown, unbounded = [_as_rich(table, padding=1) for table in tables], console.options.update(width=10_000)
+    if any(console.measure(one, options=unbounded).maximum > console.width for one in shown):
+        shown = [_as_rich(table, padding=0) for table in tables]
+    for table, one in zip(tables, shown):
+        # a table's own title would be as narrow as the table
+        console.print(Text(table.title, style="italic"))
+        console.print(one)
+        console.print()
+
+
+def _as_rich(table: Table, padding: int) -> rich.table.Table:
+    """The table with ``padding`` spaces between columns beside the one that a border takes."""
     from rich import box
     from rich.table import Table as Shown
     from rich.text import Text
 
-    for table in tables:
-        shown = Shown(box=box.SIMPLE_HEAD, padding=(0, padding, 0, 0), show_edge=False, pad_edge=False)
-        for i, head in enumerate(table.head):
-            shown.add_column(Text(head), justify="right" if i else "left", no_wrap=True)
-        for row in table.rows:
-            shown.add_row(*map(Text, row), style="bold" if len(row) == 1 else "")
-        # a table's own title would be as narrow as the table
-        console.print(Text(table.title, style="italic"))
-        console.print(shown)
-        console.print()
+    shown = Shown(box=box.SIMPLE_HEAD, padding=(0, padding, 0, 0), show_edge=False, pad_edge=False)
+    for i, head in enumerate(table.head):
+        shown.add_column(Text(head), justify="right" if i else "left", no_wrap=True)
+    for row in table.rows:
+        shown.add_row(*map(Text, row), style="bold" if len(row) == 1 else "")
+    return shown
 
 
 def as_markdown(table: Table) -> str:

@@ -92,10 +92,10 @@ def show(report: dict, console: rich.console.Console) -> None:
         name, between = place_name(layer).capitalize(), " " if wide else "\n"
         values = shown(f"{name}: mean and 95 % interval", value_rows(report, layer, names("headline"), between))
         gains = shown(f"{name}: gain, after - before (paired t; difference: Welch's; p by Holm)", gain_rows(report, layer))
-        show_tables([values, gains], console, padding=int(wide))
+        show_tables([values, gains], console)
         if (beside := baseline_table(report, layer, intervals=False)) is not None:
-            show_tables([beside], console, padding=int(wide))
-    show_tables([harm_table(harm) for harm in report.get("harm", [])], console, padding=int(wide))
+            show_tables([beside], console)
+    show_tables([harm_table(harm) for harm in report.get("harm", [])], console)
     console.print(Text(report["verdict"]))
 
 

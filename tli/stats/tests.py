@@ -20,6 +20,8 @@ from tli.stats.bootstrap import ROUNDING, finite, means_with_intervals, sample_s
 
 # of a record of ``compare_paired``
 P_VALUES = ("p_t", "p_wilcoxon", "p_sign_flip")
+# up to so many pairs the signed-rank test is exact with ties, too, as SciPy's is
+_MOST_FLIPPED = 13
 
 
 def paired_t(before: np.ndarray | Sequence[float], after: np.ndarray | Sequence[float]) -> tuple[float | None, float | None]:
@@ -41,7 +43,16 @@ def wilcoxon(before: np.ndarray, after: np.ndarray) -> float:
         return 1.0
     import scipy.stats
 
-    return float(scipy.stats.wilcoxon(gains).pvalue)
+    if len(gains) > _MOST_FLIPPED:
+        return float(scipy.stats.wilcoxon(gains).pvalue)
+    # SciPy's value, which with ties tries every choice of signs one by one: here their sums' counts, of doubled ranks, which are whole
+    gains = gains[gains != 0]
+    ranks = (2 * scipy.stats.rankdata(abs(gains))).astype(int)
+    counts = np.ones(1)
+    for rank in ranks:
+        counts = np.pad(counts, (0, rank)) + np.pad(counts, (rank, 0))
+    positive = ranks[gains > 0].sum()
+    return min(1.0, 2 * float(min(counts[: positive + 1].sum(), counts[positive:].sum())) / 2 ** len(ranks))
 
 
 def effect_size(before: np.ndarray, after: np.ndarray) -> float | None:
