@@ -110,7 +110,7 @@ class TrainConfig:
     micro_batch: int | None = option(
         None, "training", "run a batch through the model in parts of so many pairs: the memory of one part, equal gradients, more time"
     )
-    epochs: int = option(8, "training", "passes over the trained pairs", contrastive=50, paper=5)
+    epochs: int = option(8, "training", "passes over the trained pairs; 0 trains nothing and fits tli map's map", contrastive=50, paper=5)
     lr: float = option(2e-3, "training", "peak learning rate of AdamW", paper=2e-4)
     warmup: int = option(20, "training", "steps of linear warm-up", paper=50)
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "training", "decay after the warm-up")
@@ -151,7 +151,9 @@ class TrainConfig:
             raise TliError("--layer", "the layer must be a whole number or auto", repr(self.layer), "choose one of these")
         if self.alpha is None:
             object.__setattr__(self, "alpha", 2.0 * self.rank)
-        if self.output is None:
+        if self.output is None and self.epochs == 0:
+            object.__setattr__(self, "output", _map_folder(self.model, self.seed))
+        elif self.output is None:
             arm, shuffled = "" if self.arm == "early" else f"-{self.arm}", "-shuffled" if self.shuffle_pairs else ""
             object.__setattr__(self, "output", f"runs/{self.recipe}{arm}-layer{self.layer}-rank{self.rank}-seed{self.seed}{shuffled}")
 
@@ -299,7 +301,24 @@ class MapConfig:
         if self.layer not in ("auto", "output") and not isinstance(self.layer, int):
             raise TliError("--layer", "the layer must be a whole number, output or auto", repr(self.layer), "choose one of these")
         if self.output is None:
-            object.__setattr__(self, "output", f"runs/map-{_named_after(self.model)}-seed{self.seed}")
+            object.__setattr__(self, "output", _map_folder(self.model, self.seed))
+
+
+def _map_folder(model: str | None, seed: int) -> str:
+    return f"runs/map-{_named_after(model)}-seed{seed}"
+
+
+def closed_form(config: TrainConfig) -> MapConfig:
+    """What ``--epochs 0`` means: the closed-form map of the same model, list and layer.
+
+    Raises:
+        TliError: if an option asks for what a map does not know.
+    """
+    for name, given in (("--held-out-pairs", config.held_out_pairs), ("--shuffle-pairs", config.shuffle_pairs or None)):
+        if given is not None:
+            raise TliError(name, "a map, which is what --epochs 0 fits, must go without this option", given, "leave one of the two out")
+    same = {field.name: getattr(config, field.name) for field in dataclasses.fields(MapConfig)}
+    return MapConfig(**same | ({"layer": "output"} if config.arm == "full" else {}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

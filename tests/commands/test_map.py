@@ -107,6 +107,24 @@ def test_files_that_do_not_belong_together_are_refused(fitted, settings, tmp_pat
         fit_map(MapConfig(**settings))
 
 
+def test_no_epochs_are_a_map(settings, tmp_path):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**settings, "layer": 1}.items() if name != "output"]
+    for module, more in (("map", []), ("train", ["--epochs=0"])):
+        done = subprocess.run(
+            [sys.executable, "-m", f"tli.{module}", *flags, *more, f"--output={tmp_path / module}"],
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "train" / MAP_FILE).read_bytes() == (tmp_path / "map" / MAP_FILE).read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-m", "tli.train", "--epochs=0", "--shuffle-pairs"], capture_output=True, text=True, timeout=200, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert "--shuffle-pairs: a map, which is what --epochs 0 fits, must go without this option" in " ".join(done.stderr.split())
+
+
 def test_the_command_prints_what_it_returns(settings, tmp_path):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**settings, "output": tmp_path / "out", "layer": 1}.items()]
     done = subprocess.run([sys.executable, "-m", "tli", "map", *flags, "--json"], capture_output=True, text=True, timeout=200)
