@@ -5,6 +5,7 @@ import string
 import numpy as np
 import pytest
 
+from tli.data.packing import TokenisedWords
 from tli.data.pair_store import Pair
 from tli.metrics import baseline_records
 from tli.metrics.baseline_records import ALL, PLAIN, LayerMaps, judge, kinds
@@ -124,6 +125,13 @@ def test_kinds_of_pairs_are_the_lists_or_guessed():
     assert {name: int(group.sum()) for name, group in found.items()} == {
         ALL: 30, "loan words": 10, "no loan words": 10, "field: food": 10, "field: law": 20,
     }  # fmt: skip
+    # 12 pairs with a token in common, of whole words 1, 2, 3 ..., and the others without
+    own = np.arange(1, len(told) + 1)
+    ids = np.concatenate([own, np.where(own <= 12, own, 100 + own)])
+    words = TokenisedWords(ids, np.arange(len(ids) + 1), np.zeros(len(ids), np.int64), np.unique(ids))
+    found = kinds(told, lambda pairs: words)
+    assert np.flatnonzero(found["share a sub-token"]).tolist() == list(range(12))
+    assert (found["share none"] == ~found["share a sub-token"]).all()
     guessed = kinds([Pair("redio", "radio")] * 10 + [Pair("paka", "cat")] * 12)
     assert {name: int(group.sum()) for name, group in guessed.items()} == {ALL: 22, "spelt alike": 10, "not spelt alike": 12}
 

@@ -16,7 +16,7 @@ from tli.data.relatives import split_facts
 from tli.metrics import baseline_records
 from tli.metrics.baselines import Baselines, Choice
 from tli.metrics.layer_choice import choose_layer_by_maps
-from tli.metrics.layer_pass import keep_words, see_layers
+from tli.metrics.layer_pass import keep_words, see_layers, tokenise_pairs
 from tli.model import starter
 from tli.model.checkpoint import model_facts, open_checkpoint
 from tli.model.linear_map import Sides, save_map
@@ -104,7 +104,9 @@ def fit_map(config: MapConfig) -> dict:
         "map": {"layer": layer, **choice.facts()},
         "by_layer": [{"layer": of, **each.facts()} for of, each in choices.items()],
         "missing": missing,
-        "baselines": baseline_records.judge(splits, states, config.seed),
+        "baselines": baseline_records.judge(
+            splits, states, config.seed, words=functools.partial(tokenise_pairs, checkpoint, config.prefix)
+        ),
         "versions": environment.versions(),
         "machine": environment.machine(device_config),
         "seconds": time.monotonic() - began,

@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tli.commands.grid import REPORT, Cell, claim_folder, run_cells
-from tli.commands.protocol_controls import adapters_everywhere, save_random_model, sink_only, tokenise_pairs
+from tli.commands.protocol_controls import adapters_everywhere, save_random_model, sink_only
 from tli.config import ProtocolConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.pair_store import Pair
 from tli.data.relatives import split_facts
 from tli.metrics.alignment import measure
 from tli.metrics.comparison import summarize
-from tli.metrics.layer_pass import measure_layers
+from tli.metrics.layer_pass import measure_layers, tokenise_pairs
 from tli.metrics.measures import names
 from tli.model import starter
 from tli.model.checkpoint import Checkpoint, open_checkpoint
@@ -241,7 +241,7 @@ def _numbers(switch: Ablation, report: dict, folder: pathlib.Path, checkpoint: C
         check = adapters_everywhere(options, checkpoint, splits["trained"])
         return row | {"parameters": check["parameters"], "check": check}
     if switch.way == "null":
-        words = tokenise_pairs(checkpoint, [*splits["trained"], *splits["held_out"]], options["prefix"])
+        words = tokenise_pairs(checkpoint, options["prefix"], [*splits["trained"], *splits["held_out"]])
         return measure_null(words, splits, checkpoint.config.hidden_size, options["seed"])
     return row
 

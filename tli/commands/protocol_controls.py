@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tli.data.loader import BatchLoader
-from tli.data.packing import TokenisedWords, tokenise
+from tli.data.packing import TokenisedWords
 from tli.data.pair_store import Pair
-from tli.data.word_pairs import words_of
+from tli.metrics.layer_pass import tokenise_pairs
 from tli.model import lora
-from tli.model.checkpoint import Checkpoint, context_length
+from tli.model.checkpoint import Checkpoint
 from tli.model.decoder import build_decoder, run, run_hooked
 from tli.model.pooling import Pooling
 from tli.runtime.device import resolve_device
@@ -22,11 +22,6 @@ from tli.training.loss import Objective
 from tli.training.step import OptimiserSettings, TrainStep
 
 _CHECKED_STEPS = 8
-
-
-def tokenise_pairs(checkpoint: Checkpoint, pairs: Sequence[Pair], prefix: str) -> TokenisedWords:
-    """All sources, then all targets."""
-    return tokenise(checkpoint.tokenizer(), words_of(pairs), context_length(checkpoint), prefix)
 
 
 def save_random_model(checkpoint: Checkpoint, folder: pathlib.Path, seed: int) -> None:
@@ -93,7 +88,7 @@ def adapters_everywhere(options: dict, checkpoint: Checkpoint, pairs: Sequence[P
     device_config = resolve_device(options["device"], options["dtype"], options["weights"], options["impl"])
     objective = Objective(options["loss"], options["temperature"], options["margin"], device_config.ops)
     pool = Pooling.from_checkpoint(options["token_norm"], checkpoint, device_config.device, device_config.ops)
-    words, optimiser = tokenise_pairs(checkpoint, pairs, options["prefix"]), OptimiserSettings(options["lr"], options["weight_decay"])
+    words, optimiser = tokenise_pairs(checkpoint, options["prefix"], pairs), OptimiserSettings(options["lr"], options["weight_decay"])
     steps = max(1, min(_CHECKED_STEPS, len(pairs) // options["batch"]))
     taught = pairs[: steps * options["batch"]]
     batches = BatchLoader(words, taught, device_config, batch=options["batch"], pool_bos=options["pool_bos"], seed=options["seed"])

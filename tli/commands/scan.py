@@ -17,12 +17,11 @@ from torch import Tensor
 
 from tli.config import ScanConfig
 from tli.data import word_pairs
-from tli.data.packing import tokenise
 from tli.data.pair_store import DiskBackedPairs, Pair
 from tli.metrics import layer_choice, layer_pass, layers
 from tli.metrics.baseline_records import LayerMaps
 from tli.model import starter
-from tli.model.checkpoint import context_length, model_facts, open_checkpoint
+from tli.model.checkpoint import model_facts, open_checkpoint
 from tli.model.pooling import Pooling, resolve_token_norm
 from tli.model.shape import Layer
 from tli.model.trained_adapter import check_compatible, load_adapter
@@ -75,7 +74,7 @@ def scan(config: ScanConfig) -> dict:
     name = config.model or (starter.NAME if adapted is None else adapted.model_name())
     checkpoint = open_checkpoint(starter.locate(name))
     hashed = functools.cache(checkpoint.sha256)
-    words = tokenise(checkpoint.tokenizer(), word_pairs.words_of(pairs), context_length(checkpoint), config.prefix)
+    words = layer_pass.tokenise_pairs(checkpoint, config.prefix, pairs)
     device_config = resolve_device(config.device, config.dtype, config.weights, config.impl)
     if adapted is not None:
         check_compatible(adapted, checkpoint, device_config, hashed)

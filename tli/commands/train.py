@@ -26,7 +26,7 @@ from tli.data.relatives import LISTS, split_facts
 from tli.metrics import layer_choice, probe
 from tli.metrics.baseline_records import judge
 from tli.metrics.baselines import Baselines, Choice
-from tli.metrics.layer_pass import keep_words, measure_layers, see_layers
+from tli.metrics.layer_pass import keep_words, measure_layers, see_layers, tokenise_pairs
 from tli.metrics.perplexity import harm, predict
 from tli.model import lora, starter
 from tli.model.checkpoint import Checkpoint, context_length, model_facts, open_checkpoint
@@ -143,7 +143,7 @@ def train(config: TrainConfig) -> dict:
         see_words = keep_words(states, (layer, "output"))
         alignments, facts["missing_output"] = measure(splits, {"before": None, "after": learnt}, config.eval_pool_bos, see_words=see_words)
         maps = None if choice is None else {("after", _aligned_layer(config)): choice.linear}
-        facts["baselines"] = judge(splits, states, config.seed, maps)
+        facts["baselines"] = judge(splits, states, config.seed, maps, functools.partial(tokenise_pairs, checkpoint, config.prefix))
         facts["probe"] = _probe(config, checkpoint, exact, splits, console)
         facts["harm"] = _measure_harm(checkpoint, texts, exact, learnt, config.seed, console)
         facts = training_report.write_report(output, facts, alignments, console)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from tli.model.linear_map import LinearMap, Sides
 from tli.model.shape import Layer
 from tli.stats.bootstrap import means_with_intervals, word_clusters
 from tli.stats.tests import add_holm, compare_paired
+
+if TYPE_CHECKING:
+    from tli.data.packing import TokenisedWords
 
 PLAIN, BEHIND_MAP = "plain", "map"
 BEFORE = "before"
@@ -49,12 +52,14 @@ def judge(
     states: Mapping[tuple[str, Layer], Sides],
     seed: int,
     maps: Mapping[tuple[str, Layer], LinearMap] | None = None,
+    words: Callable[[Sequence[Pair]], TokenisedWords] | None = None,
 ) -> dict[str, list] | None:
     """Records of all ways, and tests of the trained model against each of those that need no training.
 
     splits   ``trained`` pairs, and ``held_out`` ones
     states   by (stream, layer): word states of trained pairs, then of held-out ones; the stream of the frozen model is ``BEFORE``
     maps     by (stream, layer): the map that was saved for these states
+    words    tokenises all sources, then all targets of some pairs; with it pairs with a common sub-token are told apart
 
     Returns:
         None where fewer than four pairs are held out.
@@ -69,8 +74,8 @@ def judge(
         return None
     baselines = Baselines(splits["trained"], splits["held_out"], seed)
     # all that their ranks depend on beside the states
-    words = json.dumps([len(splits["trained"]), seed, list(map(dataclasses.astuple, baselines.pairs))]).encode()
-    of_words = cached(len(baselines.pairs), [words], baselines.of_words)
+    text = json.dumps([len(splits["trained"]), seed, list(map(dataclasses.astuple, baselines.pairs))]).encode()
+    of_words = cached(len(baselines.pairs), [text], baselines.of_words)
     found: dict[Way, Mapping[str, Ranks]] = {(name, None, None): ranks for name, ranks in of_words.items()}
     for (stream, layer), sides in states.items():
         found[PLAIN, stream, layer] = baselines.plain(*sides)
@@ -79,12 +84,12 @@ def judge(
         at_layer, at_output = (tuple(BASELINES), _BEFORE_AT_OUTPUT) if stream == BEFORE else (_AFTER, _AFTER_AT_OUTPUT)
         names = at_output if layer == "output" else at_layer
         compute = functools.partial(baselines.of_states, *sides, names)
-        parts = [words, repr(names).encode(), *(np.ascontiguousarray(side).tobytes() for side in sides)]
+        parts = [text, repr(names).encode(), *(np.ascontiguousarray(side).tobytes() for side in sides)]
         # trained states are another run's never
         of_states = cached(len(baselines.pairs), parts, compute) if stream == BEFORE else compute()
         found |= {(name, stream, layer): ranks for name, ranks in of_states.items()}
     held_out = [baselines.pairs[number] for number in baselines.judged]
-    clusters, groups = _clusters(baselines), kinds(held_out)
+    clusters, groups = _clusters(baselines), kinds(held_out, words)
     return {
         "records": list(_records(found, groups, clusters, seed)),
         "tests": list(_tests(found, groups, clusters, seed)),
@@ -145,8 +150,8 @@ def _clusters(baselines: Baselines) -> np.ndarray:
     return word_clusters(len(baselines.judged), baselines.false_negatives[inside] - baselines.judged[0])
 
 
-def kinds(pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
-    """Groups of pairs whose translations may be found for different reasons: name -> bool [B]; of fields those with ten pairs or more."""
+def kinds(pairs: Sequence[Pair], words: Callable[[Sequence[Pair]], TokenisedWords] | None = None) -> dict[str, np.ndarray]:
+    """Groups of ten pairs or more whose translations may be found for different reasons: name -> bool [B]; ``words`` as for ``judge``."""
     found = {ALL: np.ones(len(pairs), bool)}
     told = [pair.loan for pair in pairs]
     if any(loan is not None for loan in told):
@@ -154,9 +159,18 @@ def kinds(pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
     else:
         alike = np.array([_likeness(pair) >= _ALIKE for pair in pairs])
         found |= {"spelt alike": alike, "not spelt alike": ~alike}
+    if words is not None:
+        found |= by_sub_token(words(pairs))
     fields = np.array([pair.field for pair in pairs])
     found |= {f"{_FIELD}{field}": fields == field for field in np.unique(fields) if field}
     return {name: group for name, group in found.items() if name == ALL or group.sum() >= _FEWEST}
+
+
+def by_sub_token(words: TokenisedWords) -> dict[str, np.ndarray]:
+    """Whether the two words of a pair, of all sources and then all targets, have a token in common: name -> bool [B]."""
+    own = [set(words.ids[begin + start : end].tolist()) for begin, start, end in zip(words.indptr, words.starts, words.indptr[1:])]
+    shared = np.array([bool(source & target) for source, target in zip(own, own[len(own) // 2 :])], bool)
+    return {"share a sub-token": shared, "share none": ~shared}
 
 
 def _likeness(pair: Pair) -> float:

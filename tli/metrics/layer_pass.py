@@ -154,13 +154,18 @@ def see_layers(
     Returns:
         Why the pass ended before ``output``, or None.
     """
-    words = tokenise(checkpoint.tokenizer(), word_pairs.words_of(pairs), context_length(checkpoint), prefix)
+    words = tokenise_pairs(checkpoint, prefix, pairs)
     batch = to_batch(words.pack(np.arange(len(words)), pool_bos), device_config.dtype, device_config.device)
 
     def look(stream: str, layer: Layer, nodes: Tensor) -> None:
         see_words(stream, layer, *pooling.for_layer(layer)(nodes, batch).chunk(2))
 
     return _each_layer(checkpoint, batch, words.vocab_ids, device_config, streams, look, layers, done)[1]
+
+
+def tokenise_pairs(checkpoint: Checkpoint, prefix: str, pairs: Sequence[Pair]) -> TokenisedWords:
+    """All sources, then all targets, as this model reads them."""
+    return tokenise(checkpoint.tokenizer(), word_pairs.words_of(pairs), context_length(checkpoint), prefix)
 
 
 def keep_words(states: dict[tuple[Any, Layer], Sides], layers: Collection[Layer]) -> SeeWords:

@@ -20,6 +20,7 @@ from tli.data.batch import Batch
 from tli.data.packing import TokenisedWords
 from tli.data.pair_store import Pair
 from tli.metrics.alignment import cosines, csls, measure
+from tli.metrics.baseline_records import by_sub_token
 from tli.metrics.geometry import centred, geometry, standardised
 from tli.metrics.measures import MEASURES
 from tli.metrics.sink import token_lengths
@@ -130,11 +131,9 @@ def strata(pairs: Sequence[Pair], words: TokenisedWords) -> dict[str, np.ndarray
 
     A loan word or a shared sub-token is the same string in both languages; the number of a pair's tokens is that of both words.
     """
-    own = [set(words.ids[begin + start : end].tolist()) for begin, start, end in zip(words.indptr, words.starts, words.indptr[1:])]
-    shared = np.array([bool(source & target) for source, target in zip(own, own[len(pairs) :])])
     tokens = (words.lengths - words.starts).reshape(2, -1).sum(0)
     loans = np.array([pair.loan is True for pair in pairs]), np.array([pair.loan is False for pair in pairs])
-    found = {"loan words": loans[0], "no loan words": loans[1], "share a sub-token": shared, "share none": ~shared}
+    found = {"loan words": loans[0], "no loan words": loans[1], **by_sub_token(words)}
     for low, high in _TOKENS:
         found[f"{low} tokens" if low == high else f"{low} to {high} tokens"] = (low <= tokens) & (tokens <= high)
     return found | {f"over {_TOKENS[-1][1]} tokens": tokens > _TOKENS[-1][1]}
