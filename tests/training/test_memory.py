@@ -45,13 +45,18 @@ WIDE = {"hidden_size": 192, "intermediate_size": 640, "head_dim": 32, "num_atten
 class Step:
     """A run as ``train`` sets it up, to be stepped and watched."""
 
-    def __init__(self, model: pathlib.Path, pairs: pathlib.Path, impl: str = "auto", dtype: str = "float32", **options):
+    def __init__(
+        self, model: pathlib.Path, pairs: pathlib.Path, impl: str = "auto", dtype: str = "float32", attention: str | None = None, **options
+    ):
         self.config = config = TrainConfig(
             **{"layer": 2, **options}, model=str(model), pairs=str(pairs), impl=impl, dtype=dtype, output="unused"
         )
         checkpoint, self.pairs = open_checkpoint(str(model)), word_pairs.read_pairs(str(pairs), "swahili", "english")
         texts = [pair.source for pair in self.pairs] + [pair.target for pair in self.pairs]
         words, device_config = tokenise(checkpoint.tokenizer(), texts, 64, " "), resolve_device("cpu", dtype, config.weights, impl)
+        if attention is not None:
+            # whichever of the two is the faster here: elsewhere it is the other one
+            device_config = dataclasses.replace(device_config, attention=attention)
         sizes = {"batch": config.batch, "micro_batch": config.micro_batch, "pool_bos": config.pool_bos}
         own = {name: getattr(config, name) for name in ("arm", "layer", "rank", "targets", "dropout", "checkpointing")}
         needed = memory_needed(checkpoint, words, len(self.pairs), device_config, **sizes, **own)
@@ -119,13 +124,18 @@ def check_prediction(step: Step, folder: pathlib.Path, tolerance: float = 0.05, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_a_steps_allocations_are_predicted(options, make_model, word_list, tmp_path):
-    check_prediction(Step(make_model("llama", **WIDE), word_list, **{"rank": 4, "batch": 60, **options}), tmp_path)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_steps_allocations_are_predicted(options, attention, make_model, word_list, tmp_path):
+    if options.get("dtype") == "bfloat16":
+        # in 16 bits sdpa is the slower one wherever it was timed; what dropout takes in passing would be the largest moment
+        attention = None
+    check_prediction(Step(make_model("llama", **WIDE), word_list, attention=attention, **{"rank": 4, "batch": 60, **options}), tmp_path)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_steps_allocations_are_predicted_for_every_family(family, make_model, word_list, tmp_path):
-    check_prediction(Step(make_model(family, **WIDE), word_list, rank=4, batch=60, layer=3), tmp_path)
+def test_a_steps_allocations_are_predicted_for_every_family(family, attention, make_model, word_list, tmp_path):
+    check_prediction(Step(make_model(family, **WIDE), word_list, attention=attention, rank=4, batch=60, layer=3), tmp_path)
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """A step that is recorded and replayed is the step as it is written: its batch, rate and dropout come out of memory."""
 
 import dataclasses
+import functools
 import itertools
+import pathlib
 
 import numpy as np
 import pytest
@@ -16,13 +18,17 @@ from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder, run
 from tli.model.pooling import Pooling
+from tli.model.text_windows import read_kept_texts
 from tli.runtime import ops
 from tli.runtime.device import DeviceConfig, resolve_device
 from tli.runtime.errors import TliError
+from tli.training.kept_text import KeptText
 from tli.training.loss import Objective
 from tli.training.step import CapturedStep, OptimiserSettings, TrainStep, _padded
 
 pytestmark = pytest.mark.slow
+
+TEXT = str(pathlib.Path(__file__).parent.parent.parent / "README.md")
 
 
 class Replayed(TrainStep):
@@ -46,13 +52,18 @@ def make(stepper, model: str, word_list: str, device_config: DeviceConfig, **opt
     config = TrainConfig(**{"batch": 7, "dropout": 0.0, "warmup": 2, "epochs": 3, **options})
     checkpoint, pairs = open_checkpoint(model), list(read_pairs(word_list, "swahili", "english"))[:20]
     words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
-    decoder = load_truncated_decoder(checkpoint, 2, words.vocab_ids, device_config)
+    texts = [] if config.keep is None else read_kept_texts(config.keep, checkpoint)
+    vocab_ids = functools.reduce(np.union1d, (windows.vocab_ids for windows in texts), words.vocab_ids)
+    words = dataclasses.replace(words, vocab_ids=vocab_ids)
+    decoder = load_truncated_decoder(checkpoint, 2, vocab_ids, device_config)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0, targets=config.targets, dropout=config.dropout))
+    keep = KeptText(lambda batch: run(decoder, batch), texts, vocab_ids, device_config, 100.0, 0) if texts else None
     pool = Pooling.from_checkpoint("final", checkpoint, device_config.device, device_config.ops)
     batches = BatchLoader(words, pairs, device_config, batch=config.batch, epochs=config.epochs, micro_batch=config.micro_batch)
     objective = Objective(config.loss, config.temperature, config.margin, device_config.ops)
     optimiser = OptimiserSettings(config.lr, config.weight_decay, config.clip, config.warmup, config.schedule, batches.total)
-    return stepper(decoder.train(), lambda micro_batch: pool(run(decoder, micro_batch), micro_batch), objective, optimiser), batches
+    embed = lambda micro_batch: pool(run(decoder, micro_batch), micro_batch)  # noqa: E731
+    return stepper(decoder.train(), embed, objective, optimiser, keep=keep), batches
 
 
 def taken(steps: TrainStep, batches: BatchLoader) -> list[tuple[float, float, float]]:
@@ -71,12 +82,15 @@ def interpreted():
 
 
 @pytest.mark.skipif(not checks.interpreted(), reason="on a GPU the real thing is tested")
-@pytest.mark.parametrize("options", [{"dropout": 0.2}, {"micro_batch": 4, "loss": "hinge", "targets": "q_proj,v_proj"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"dropout": 0.2}, {"micro_batch": 4, "loss": "hinge", "targets": "q_proj,v_proj"}, {"dropout": 0.2, "keep": TEXT}], ids=str
+)
 def test_replays_are_the_steps_as_written(make_model, word_list, interpreted, options):
     pairs = [make(kind, str(make_model("llama")), str(word_list), interpreted, **options) for kind in (TrainStep, Replayed)]
     plain, replayed = (taken(*pair) for pair in pairs)
     assert pairs[1][0].graphs
     np.testing.assert_allclose(replayed, plain, rtol=1e-5)
+    assert "keep" not in options or plain[-1][-1] > 0
     for one, other in zip(pairs[0][0].parameters, pairs[1][0].parameters, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 

@@ -213,11 +213,16 @@ def saved_activations(run: Run, block: int) -> float:
     if shape.traits.head_norms:
         saved += 4 * t * (q * into_queries + kv * into_keys)
     attends = into_queries or into_keys or "v_proj" in adapted
-    # queries, keys and values for each query head, and what comes out, which is o_proj's input
-    saved += e * t * q * (4 if attends else "o_proj" in adapted)
-    if attends:
+    if attends and not run.eager:
+        # queries, keys and values for each query head, what comes out, and the logarithms of the sums
+        saved += 4 * e * t * q + 4 * t * shape.heads
+    elif attends:
+        # keys and values for the queries' gradient, queries and values for the keys', and what comes out as o_proj's input
+        saved += e * t * q * (into_queries + into_keys + (into_queries or into_keys) + ("o_proj" in adapted))
         weights = part.bins * shape.heads * part.width**2
-        saved += weights * (e + 4 + e * (e < 4)) if run.eager else 4 * t * shape.heads
+        saved += weights * (4 + 2 * e * (e < 4) + e * (e == 4) * shape.traits.soft_caps)
+    else:
+        saved += e * t * q * ("o_proj" in adapted)
     flows = attends or flows or "o_proj" in adapted
     saved += 4 * t * d * flows * (2 if shape.traits.norms_behind else 1) + e * t * d * bool(adapted & {"gate_proj", "up_proj"})
     into_gate, into_up = flows or "gate_proj" in adapted, flows or "up_proj" in adapted
