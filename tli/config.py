@@ -4,6 +4,7 @@ A field is declared once, with its default, its group and its help; ``tli/runtim
 """
 
 import dataclasses
+import os
 import pathlib
 import re
 from typing import ClassVar, Literal, get_args
@@ -149,6 +150,10 @@ class TrainConfig:
         check(self)
         if self.layer != "auto" and not isinstance(self.layer, int):
             raise TliError("--layer", "the layer must be a whole number or auto", repr(self.layer), "choose one of these")
+        for name in ("model", "pairs", "held_out_pairs", "keep", "text"):
+            # others read them out of the report, from wherever they stand
+            if (path := getattr(self, name)) is not None and os.path.exists(os.path.expanduser(path)):
+                object.__setattr__(self, name, os.path.abspath(os.path.expanduser(path)))
         if self.alpha is None:
             object.__setattr__(self, "alpha", 2.0 * self.rank)
         if self.output is None and self.epochs == 0:

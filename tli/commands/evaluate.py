@@ -23,6 +23,7 @@ from tli.model.shape import Layer
 from tli.reports import evaluation
 from tli.reports.tables import Table, show
 from tli.runtime.cli import as_dict
+from tli.runtime.console import open_console
 from tli.runtime.errors import TliError
 from tli.runtime.files import SCHEMA, prepare_output_dir, sha256, write_json, write_text
 from tli.stats import paired_table
@@ -57,9 +58,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         >>> [test["n"] for test in found["tests"] if test["metric"] == "gap"]
         [2243]
     """
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
+    console = open_console()
     return _evaluate_table(config, console) if config.from_csv is not None else _evaluate_adapters(config, console)
 
 

@@ -25,7 +25,7 @@ from tli.model.shape import Layer
 from tli.reports.map import show, verdict
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
-from tli.runtime.console import layer_bar
+from tli.runtime.console import layer_bar, open_console
 from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 from tli.runtime.files import SCHEMA, prepare_output_dir, sha256
@@ -54,10 +54,8 @@ def fit_map(config: MapConfig) -> dict:
         >>> (source @ target.T).shape
         torch.Size([1, 2])
     """
-    from rich.console import Console
-
     began = time.monotonic()
-    console = Console(stderr=True, highlight=False)
+    console = open_console()
     output = pathlib.Path(config.output).expanduser()
     pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     names = ("trained", "held_out")

@@ -18,6 +18,7 @@ from tli.data.pair_store import Pair
 from tli.model import hub, starter
 from tli.model.shape import SHORT_WIDTH, Shape
 from tli.reports.tables import Table, show
+from tli.runtime.console import open_console
 from tli.runtime.errors import TliError, one_line
 from tli.runtime.files import SCHEMA
 from tli.training.memory.estimate import Part, Run, allocations, predict, total
@@ -180,9 +181,7 @@ def _cell(options: str | None) -> str:
 
 def print_tables(facts: dict, stderr: bool) -> None:
     """Print what ``memory`` returned as tables, on standard output or error."""
-    from rich.console import Console
-
-    console = Console(stderr=stderr, highlight=False)
+    console = open_console(stderr)
     show(_tables(facts), console)
     console.print(
         "CPU: anonymous memory of the process; pages of the mapped checkpoint and of libraries come on top, and go when they are needed. "

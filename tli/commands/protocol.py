@@ -35,7 +35,7 @@ from tli.reports.figures.style import save_figure
 from tli.reports.protocol import PUBLISHED, markdown, sentence, show, verdict
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
-from tli.runtime.console import cells_bar
+from tli.runtime.console import cells_bar, open_console
 from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError, disk_errors
 from tli.runtime.files import SCHEMA, sha256, write_json, write_text
@@ -142,9 +142,7 @@ def protocol(config: ProtocolConfig) -> dict:
         TliError: for whatever a user can cause; nothing that existed before is lost.
         KeyboardInterrupt: after a stop by Ctrl-C; complete cells stay, the one at work can go on.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
+    console = open_console()
     output = pathlib.Path(config.output).expanduser()
     pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
     splits = dict(zip(("trained", "held_out"), word_pairs.split_pairs(pairs, TrainConfig().held_out, config.seed)))

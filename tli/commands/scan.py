@@ -30,7 +30,7 @@ from tli.reports.figures.style import save_figure
 from tli.reports.scan import show, verdict
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
-from tli.runtime.console import layer_bar
+from tli.runtime.console import layer_bar, open_console
 from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 from tli.runtime.files import SCHEMA, prepare_output_dir, sha256, write_json
@@ -62,10 +62,8 @@ def scan(config: ScanConfig) -> dict:
         >>> len(gaps) == found["model"]["blocks"] + 2
         True
     """
-    from rich.console import Console
-
     began = time.monotonic()
-    console = Console(stderr=True, highlight=False)
+    console = open_console()
     output = pathlib.Path(config.output).expanduser()
     pairs, listed = _pairs(config)
     false_negatives = word_pairs.false_negative_pairs(pairs)

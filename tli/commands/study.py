@@ -18,7 +18,7 @@ from tli.config import StudyConfig
 from tli.data import word_pairs
 from tli.reports import study as study_report
 from tli.runtime.cli import as_dict
-from tli.runtime.console import cells_bar
+from tli.runtime.console import cells_bar, open_console
 from tli.runtime.files import atomic_write, sha256
 
 SETTINGS_FILE = "study.json"
@@ -42,9 +42,7 @@ def study(config: StudyConfig) -> dict:
         TliError: for whatever a user can cause; complete cells are never touched.
         KeyboardInterrupt: after Ctrl-C; the cells so far are kept, those at work go on in the next call.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
+    console = open_console()
     folder = pathlib.Path(config.output).expanduser()
     part, parts, device = _place_of_process(config)
     blocks = _check_model(config)

@@ -36,11 +36,12 @@ from tli.model.linear_map import REPORT_FILE as MAP_REPORT_FILE
 from tli.model.pooling import Pooling, resolve_token_norm
 from tli.model.shape import Layer
 from tli.model.text_windows import TextWindows, read_kept_texts, read_texts
+from tli.model.whole_model import whole_model
 from tli.reports import memory
 from tli.reports import training as training_report
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
-from tli.runtime.console import layer_bar
+from tli.runtime.console import layer_bar, open_console
 from tli.runtime.device import DeviceConfig, resolve_device
 from tli.runtime.files import SCHEMA, prepare_output_dir, remove_unfinished, sha256
 from tli.training.kept_text import KeptText
@@ -83,9 +84,7 @@ def train(config: TrainConfig) -> dict:
         >>> run["pairs"]["trained"], run["training"]["steps"]
         (2019, 8)
     """
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
+    console = open_console()
     output = pathlib.Path(config.output).expanduser()
     trained, held_out = _read_pairs(config)
     state = _claim_output(config, output, trained)
@@ -111,6 +110,7 @@ def train(config: TrainConfig) -> dict:
     needed = _require_memory(config, checkpoint, words, len(trained), device_config, kept)
     profile = Profile(device_config.device) if config.profile else None
     decoder = build_decoder(checkpoint, words.vocab_ids, device_config, **_options(config, "arm", "layer", "checkpointing"))
+    whole = whole_model(checkpoint)
     adapter = lora.LoRAConfig(**_options(config, "rank", "alpha", "targets", "dropout", "rslora", "init"))
     lora.inject(decoder, adapter, None if config.arm == "full" else range(layer), config.seed)
 
@@ -118,7 +118,7 @@ def train(config: TrainConfig) -> dict:
     progress = state.restore(step.adapters, step.optimiser) if config.resume else Progress()
     with open_loggers(output, progress.step, config.tensorboard) as loggers:
         fit(step, batches, state, progress, loggers, console, profile)
-    lora.save(decoder, adapter, output, config.model or starter.NAME)
+    lora.save(decoder, adapter, output, config.model or starter.NAME, whole.decoder)
     training_report.clear(output)
     for stale in (MAP_FILE, MAP_REPORT_FILE):
         (output / stale).unlink(missing_ok=True)
@@ -133,6 +133,7 @@ def train(config: TrainConfig) -> dict:
         choice = _fit_map(config, checkpoint, pool, exact, trained, partners, learnt, console)
         save_map(output, choice.linear, _map_facts(config, checkpoint, choice, output))
     facts = _facts(config, checkpoint, decoder, layer, device_config, trained, held_out, output, progress)
+    facts["model"]["loads_by"] = whole.loads_by
     facts["machine"]["measured_in"] = exact.facts["dtype"]
     if profile is not None:
         held = batches.bytes() + (step.keep.bytes() if step.keep is not None else 0)

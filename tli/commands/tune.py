@@ -15,6 +15,7 @@ import torch
 
 from tli.config import TuneConfig
 from tli.runtime import ops
+from tli.runtime.console import open_console
 from tli.runtime.errors import TliError
 from tli.runtime.files import SCHEMA
 
@@ -31,8 +32,6 @@ def tune(config: TuneConfig) -> dict:
     Raises:
         TliError: no such GPU.
     """
-    from rich.console import Console
-
     try:
         device = torch.device(config.device)
         torch.empty(1, device=device)
@@ -40,7 +39,7 @@ def tune(config: TuneConfig) -> dict:
         raise TliError("--device", "the device must be a GPU of this machine", config.device, "run this where the GPU is") from error
     if device.type != "cuda":
         raise TliError("--device", "the device must be a GPU", config.device, "nothing needs tuning on a CPU")
-    console = Console(stderr=True, highlight=False)
+    console = open_console()
     dtype = getattr(torch, config.dtype)
     console.print(ops.resolve("fused", dtype, device, ops.Matmul).description)
     seconds = measure(ops.projections(config.like), ROWS, dtype, config.rank, device)

@@ -246,14 +246,25 @@ def _read_config(name: str, folder: pathlib.Path | None):
         config = AutoConfig.from_pretrained(folder or name)
     except Exception as error:
         raise TliError(name, "config.json must describe a model that transformers knows", one_line(error), "check the file") from error
-    # a model of text and images keeps its decoder's config inside
-    config = config.get_text_config()
+    # a model of text and images keeps its decoder's config inside, and has the head, which the decoder's class does not
+    tied, config = config.tie_word_embeddings, config.get_text_config()
+    config.tie_word_embeddings = tied
     family_of(config.model_type, name)
+    _require_causal(config, name)
     stored = getattr(config, "quantization_config", None) or {}
     if stored and (stored.get("quant_method") != "bitsandbytes" or stored.get("bnb_4bit_quant_type") != "nf4"):
         got = f"quantization_config {stored.get('quant_method')}, {stored.get('bnb_4bit_quant_type') or 'no NF4'}"
         raise TliError(name, "the weights must be unquantised or bitsandbytes' NF4", got, "use the model's original checkpoint")
     return config
+
+
+def _require_causal(config, name: str) -> None:
+    """Refuse a decoder whose tokens see those behind them: words packed into one trie would not be computed as it computes them."""
+    for key, value in config.to_dict().items():
+        # of images alone: "vision"
+        if ("bidirectional" in key and value and value != "vision") or (re.search(r"(^|_)causal($|_)", key) and value is False):
+            must = "the model's attention must be causal, as words share the computation of their common beginnings"
+            raise TliError(name, must, f"{key} {value} in config.json", "take the causal model that this one was made from")
 
 
 def _shard_of(name: str, folder: pathlib.Path | None) -> dict[str, str]:

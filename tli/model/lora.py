@@ -29,8 +29,10 @@ from tli.runtime.files import atomic_write, write_text
 if typing.TYPE_CHECKING:
     from tli.model.decoder import Decoder
 
-_KEY_PREFIX = "base_model.model.model."
-_KEY = re.compile(r"^base_model\.model\.model\.(?P<path>layers\.(?P<block>\d+)\..+)\.lora_(?P<factor>[AB])\.weight$")
+_KEY_PREFIX = "base_model.model."
+# where classes of transformers have their text decoder; not in a vision_tower
+_DECODER = r"(?:(?:model|language_model|text_model|decoder|transformer)\.)*"
+_KEY = re.compile(rf"^base_model\.model\.(?P<decoder>{_DECODER})(?P<path>layers\.(?P<block>\d+)\..+)\.lora_(?P<factor>[AB])\.weight$")
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -155,10 +157,11 @@ def check_gradients(decoder: nn.Module, step: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An adapter off the disk: factors by module path, and the scale to use them with."""
+    """An adapter off the disk: factors by module path in the decoder, the scale to use them with, and where PEFT has that decoder."""
 
     scale: float
     factors: dict[str, tuple[Tensor, Tensor]]
+    decoder: str = "model"
 
     def attach(self, module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         """Wrap, for evaluation, each linear layer of ``module`` that has factors under ``prefix`` + its path.
@@ -200,19 +203,20 @@ def snapshot(decoder: nn.Module, scale: float) -> Adapter:
     return Adapter(scale, {path: (a.lora_A.detach().clone(), a.lora_B.detach().clone()) for path, a in found.items()})
 
 
-def save(decoder: nn.Module, config: LoRAConfig, folder: str | os.PathLike, base_model: str) -> None:
+def save(decoder: nn.Module, config: LoRAConfig, folder: str | os.PathLike, base_model: str, decoder_path: str = "model") -> None:
     """Write the decoder's adapters to ``folder`` as a PEFT adapter, each file whole or not at all.
 
-    The same adapters give the same bytes.
+    The same adapters give the same bytes. ``decoder_path`` is that of the decoder in the class that PEFT's users load
+    (``tli/model/whole_model.py``).
     """
     folder = pathlib.Path(folder)
-    tensors = {}
+    tensors, inside = {}, f"{decoder_path}." if decoder_path else ""
     for path, adapter in adapters(decoder).items():
-        tensors[f"{_KEY_PREFIX}{path}.lora_A.weight"] = adapter.lora_A.detach().cpu().contiguous()
-        tensors[f"{_KEY_PREFIX}{path}.lora_B.weight"] = adapter.lora_B.detach().cpu().contiguous()
+        tensors[f"{_KEY_PREFIX}{inside}{path}.lora_A.weight"] = adapter.lora_A.detach().cpu().contiguous()
+        tensors[f"{_KEY_PREFIX}{inside}{path}.lora_B.weight"] = adapter.lora_B.detach().cpu().contiguous()
     with atomic_write(folder / ADAPTER_FILE) as temporary:
         temporary.write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
-    write_text(folder / CONFIG_FILE, json.dumps(_peft_config(list(adapters(decoder)), config, base_model), indent=2) + "\n")
+    write_text(folder / CONFIG_FILE, json.dumps(_peft_config(list(adapters(decoder)), config, base_model, inside), indent=2) + "\n")
 
 
 def load(folder: str | os.PathLike) -> Adapter:
@@ -241,18 +245,24 @@ def load(folder: str | os.PathLike) -> Adapter:
     except (SafetensorError, OSError) as error:
         raise TliError(folder / ADAPTER_FILE, "the file must be whole safetensors", error, "save the adapter again") from error
     factors: dict[str, dict[str, Tensor]] = {}
+    places = set()
     for key, tensor in tensors.items():
         match = _KEY.match(key)
         if match is None:
-            raise TliError(folder / ADAPTER_FILE, "every key must name a linear layer of a block", key, "save the adapter from a causal LM")
+            must = "every key must name a linear layer of a block of the text decoder"
+            raise TliError(folder / ADAPTER_FILE, must, key, "train it on that decoder's layers alone")
+        places.add(match["decoder"])
         factors.setdefault(match["path"], {})[match["factor"]] = tensor.float()
     for path, pair in factors.items():
         if set(pair) != {"A", "B"}:
             raise TliError(
                 folder / ADAPTER_FILE, f"{path} must have lora_A and lora_B", f"only lora_{next(iter(pair))}", "save the adapter again"
             )
+    if len(places) > 1:
+        got = " and ".join(sorted(place or "none" for place in places))
+        raise TliError(folder / ADAPTER_FILE, "all keys must be of one decoder", got, "save the adapter again")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Adapter(scale, {path: (pair["A"], pair["B"]) for path, pair in factors.items()})
+    return Adapter(scale, {path: (pair["A"], pair["B"]) for path, pair in factors.items()}, "".join(places).rstrip("."))
 
 
 def _targets(decoder: "Decoder", index: int, targets: str) -> list[str]:
@@ -301,13 +311,14 @@ def _replace(module: nn.Module, path: str, child: nn.Module) -> None:
     setattr(module.get_submodule(owner), name, child)
 
 
-def _peft_config(paths: list[str], config: LoRAConfig, base_model: str) -> dict:
+def _peft_config(paths: list[str], config: LoRAConfig, base_model: str, inside: str) -> dict:
     by_block: dict[int, set[str]] = {}
     for path in paths:
         _, block, name = path.split(".", 2)
         by_block.setdefault(int(block), set()).add(name.rpartition(".")[2])
     everywhere = set.intersection(*by_block.values())
-    uniform = all(names == everywhere for names in by_block.values())
+    # elsewhere in a model of several towers a short name may be another tower's, too
+    uniform = inside == "model." and all(names == everywhere for names in by_block.values())
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -320,6 +331,6 @@ def _peft_config(paths: list[str], config: LoRAConfig, base_model: str) -> dict:
         "bias": "none",
         "fan_in_fan_out": False,
         # short names mean every chosen block; full paths where blocks differ
-        "target_modules": sorted(everywhere) if uniform else sorted(paths),
+        "target_modules": sorted(everywhere) if uniform else sorted(paths if inside == "model." else (inside + path for path in paths)),
         "layers_to_transform": sorted(by_block),
     }

@@ -19,6 +19,7 @@ import sys
 import time
 import zipfile
 
+from tli.runtime.console import open_console
 from tli.runtime.errors import TliError, disk_errors
 from tli.runtime.files import cache_folder, sha256
 
@@ -113,7 +114,6 @@ def _is_whole(folder: pathlib.Path) -> bool:
 
 
 def _build(folder: pathlib.Path, progress: bool) -> None:
-    import rich.console
     import rich.progress
 
     building = folder.with_suffix(".building")
@@ -122,7 +122,7 @@ def _build(folder: pathlib.Path, progress: bool) -> None:
     result = building / "result"
     try:
         result.mkdir(parents=True)
-        console = rich.console.Console(stderr=True)
+        console = open_console()
         # into a file or a pipe rich would write an empty line
         hidden = not (progress and console.is_terminal)
         with rich.progress.Progress(console=console, disable=hidden, transient=True) as bars:

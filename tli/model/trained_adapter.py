@@ -168,7 +168,8 @@ def check_compatible(recorded: TrainedAdapter, checkpoint: Checkpoint, device_co
         if (tuple(lora_a.shape), tuple(lora_b.shape)) != ((rank, in_features), (out_features, rank)):
             must = f"the adapter must fit the model: A {rank}x{in_features} and B {out_features}x{rank} in {path}"
             raise TliError(where, must, "A {}x{}, B {}x{}".format(*lora_a.shape, *lora_b.shape), remedy)
-    missing = [path for path in shapes if path not in factors and _is_target(path, recorded.peft)]
+    inside = f"{recorded.adapter.decoder}." if recorded.adapter.decoder else ""
+    missing = [path for path in shapes if path not in factors and _is_target(path, inside, recorded.peft)]
     if missing:
         must = f"the file must hold all that {lora.CONFIG_FILE} names"
         raise TliError(where, must, f"no factors for {missing[0]}", "save the adapter again")
@@ -183,8 +184,8 @@ def common_option(adapters: list[TrainedAdapter], name: str, default):
     return next(iter(values.values()))
 
 
-def _is_target(path: str, peft: dict) -> bool:
-    """Whether PEFT would put an adapter on the linear layer at this path of the decoder."""
+def _is_target(path: str, inside: str, peft: dict) -> bool:
+    """Whether PEFT would put an adapter on the linear layer at this path of the decoder, which lies at ``inside``."""
     blocks, targets = peft.get("layers_to_transform"), peft.get("target_modules")
     if peft.get("exclude_modules") or not targets:
         # nothing is known to be missing
@@ -192,5 +193,5 @@ def _is_target(path: str, peft: dict) -> bool:
     if blocks is not None and int(path.split(".")[1]) not in ([blocks] if isinstance(blocks, int) else blocks):
         return False
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, f"model.{path}") is not None
-    return any(f"model.{path}" == target or path.endswith(f".{target}") or path == target for target in targets)
+        return targets == "all-linear" or re.fullmatch(targets, inside + path) is not None
+    return any(inside + path == target or path.endswith(f".{target}") or path == target for target in targets)

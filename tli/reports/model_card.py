@@ -28,7 +28,13 @@ def model_card(report: dict) -> str:
     parts += [
         READING,
         "## How to load it",
-        _LOADING.format(base=base, state=-1 if layer == "output" else layer, prefix=_prefix(config), pool=_pool(config, layer)),
+        _LOADING.format(
+            base=base,
+            loads_by=report["model"].get("loads_by", "AutoModelForCausalLM"),
+            state=-1 if layer == "output" else layer,
+            prefix=_prefix(config),
+            pool=_pool(config, layer),
+        ),
     ]
     if config.get("map", "none") != "none":
         parts.append(_MAP.format(source=config["source"], target=config["target"]))
@@ -38,9 +44,9 @@ def model_card(report: dict) -> str:
 _LOADING = """\
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {loads_by}
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = {loads_by}.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 

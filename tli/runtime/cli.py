@@ -69,9 +69,10 @@ def flag(name: str) -> str:
 
 
 def check(config) -> None:
-    """Fill in what the recipe decides, then raise ``TliError`` for a word that is no choice or a number out of bounds."""
+    """Fill in what the recipe decides, make paths strings, and raise ``TliError`` for a word that is no choice, a number out of bounds."""
     kinds = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
+        object.__setattr__(config, field.name, _without_paths(getattr(config, field.name)))
         metadata, value, words = field.metadata, getattr(config, field.name), _words(kinds[field.name])
         if words and isinstance(value, str) and value not in words:
             raise TliError(flag(field.name), f"the value must be one of {', '.join(words)}", repr(value), "choose one of these")
@@ -83,6 +84,13 @@ def check(config) -> None:
                 raise TliError(flag(field.name), f"the number must be at least {least}", value, "raise it")
             if above is not None and not value > above:
                 raise TliError(flag(field.name), f"the number must be above {above}", value, "raise it")
+
+
+def _without_paths(value):
+    """The value with strings in the place of paths."""
+    if isinstance(value, tuple):
+        return tuple(map(_without_paths, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def parse(config_class, module: str, arguments: list[str] | None = None, many_processes: bool = False):

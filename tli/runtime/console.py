@@ -1,4 +1,4 @@
-"""How a run shows how far it is, and stops cleanly when it is asked to: bars and signals."""
+"""How a run speaks, shows how far it is, and stops cleanly when it is asked to: the console, bars and signals."""
 
 import contextlib
 import signal
@@ -12,6 +12,13 @@ class ShowStep(typing.Protocol):
     """What ``training_bar`` yields."""
 
     def __call__(self, step: int, loss: float, words: int) -> None: ...
+
+
+def open_console(stderr: bool = True):
+    """rich's console on standard error, or on standard output, that shows text as it is: ``[v2]`` in a path is no markup."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 @contextlib.contextmanager
