@@ -260,6 +260,17 @@ def test_the_model_card_has_the_front_matter_that_the_hub_reads():
     assert "/home/someone" not in local
 
 
+def test_the_card_says_which_token_comes_first_and_which_class_loads_the_model():
+    facts, alignments = run_of((WEAK, STRONG), (WEAK, STRONG))
+    assert "behind\nthe beginning-of-sequence token" in model_card(assemble(facts, alignments))
+    facts["model"] |= {"loads_by": "LlavaForConditionalGeneration", "first_token": {"text": "<|endoftext|>", "is": "EOS"}}
+    card = model_card(assemble(facts, alignments))
+    assert "behind\n`<|endoftext|>`, the end-of-sequence token" in card
+    assert "beginning-of-sequence" not in card
+    assert "from transformers import LlavaForConditionalGeneration\n" in card
+    assert "base = LlavaForConditionalGeneration.from_pretrained(" in card
+
+
 def test_the_full_arm_is_said_to_align_the_output():
     report = assemble(*run_of((WEAK, WEAK), (WEAK, WEAK), output={"trained": (WEAK, STRONG), "held_out": (WEAK, STRONG)}, arm="full"))
     card = model_card(report)

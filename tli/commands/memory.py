@@ -123,6 +123,7 @@ class _Tokenizer:
 
         try:
             self.inner = Tokenizer.from_file(str(file))
+            self.inner.encode_special_tokens = True
         except Exception as error:
             raise TliError(file, "the tokenizer must be readable", one_line(error), "download it again") from error
         content = _read(config)

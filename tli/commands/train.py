@@ -20,7 +20,7 @@ import numpy as np
 from tli.config import TokenNorm, TrainConfig
 from tli.data import word_pairs
 from tli.data.loader import BatchLoader
-from tli.data.packing import TokenisedWords, tokenise
+from tli.data.packing import TokenisedWords, first_token, tokenise
 from tli.data.pair_store import DiskBackedPairs
 from tli.data.relatives import LISTS, split_facts
 from tli.metrics import layer_choice, probe
@@ -91,7 +91,10 @@ def train(config: TrainConfig) -> dict:
 
     checkpoint = open_checkpoint(starter.locate(config.model))
     kept = read_kept_texts(config.keep, checkpoint) if config.keep_weight else []
-    words = _tokenise(config, checkpoint, [trained, held_out], kept)
+    tokenizer = checkpoint.tokenizer()
+    words = _tokenise(config, checkpoint, tokenizer, [trained, held_out], kept)
+    if words.alike:
+        console.print(f"{words.alike:,} words have all their tokens in common with another word: to the model they are one")
     texts = [] if config.no_report else read_texts(config.text, checkpoint)
     device_config = _resolve_device(config, state, console)
     config = _choose_token_norm(config, checkpoint, console)
@@ -133,7 +136,7 @@ def train(config: TrainConfig) -> dict:
         choice = _fit_map(config, checkpoint, pool, exact, trained, partners, learnt, console)
         save_map(output, choice.linear, _map_facts(config, checkpoint, choice, output))
     facts = _facts(config, checkpoint, decoder, layer, device_config, trained, held_out, output, progress)
-    facts["model"]["loads_by"] = whole.loads_by
+    facts["model"] |= {"loads_by": whole.loads_by, "first_token": first_token(tokenizer)}
     facts["machine"]["measured_in"] = exact.facts["dtype"]
     if profile is not None:
         held = batches.bytes() + (step.keep.bytes() if step.keep is not None else 0)
@@ -197,11 +200,11 @@ def _resolve_device(config: TrainConfig, state: TrainingState, console) -> Devic
 
 
 def _tokenise(
-    config: TrainConfig, checkpoint: Checkpoint, splits: Sequence[DiskBackedPairs], kept: Sequence[TextWindows]
+    config: TrainConfig, checkpoint: Checkpoint, tokenizer, splits: Sequence[DiskBackedPairs], kept: Sequence[TextWindows]
 ) -> TokenisedWords:
     """All sources, then all targets; with rows for the kept texts, too."""
     texts = (text for side in ("source", "target") for pairs in splits for text in map(operator.attrgetter(side), pairs))
-    words = tokenise(checkpoint.tokenizer(), texts, context_length(checkpoint), config.prefix)
+    words = tokenise(tokenizer, texts, context_length(checkpoint), config.prefix)
     if config.all_rows:
         return words.with_all_rows(checkpoint.config.vocab_size)
     return dataclasses.replace(words, vocab_ids=functools.reduce(np.union1d, (windows.vocab_ids for windows in kept), words.vocab_ids))

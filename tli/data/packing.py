@@ -26,6 +26,8 @@ from tli.runtime.errors import TliError, disk_errors
 
 DEFAULT_WIDTH = 128
 _CHUNK_WORDS = 2048
+# of so few words any may be alike
+_FEW_WORDS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +38,14 @@ class TokenisedWords:
     indptr     int64 [words + 1]  where each word begins in ``ids``
     starts     int32 [words]      the first of its tokens that is the word's own
     vocab_ids  int64 [V]          the token ids that the model keeps embedding rows of, ascending; all that occur are there
+    alike      int                how many different words have all their tokens in common with another one
     """
 
     ids: np.ndarray
     indptr: np.ndarray
     starts: np.ndarray
     vocab_ids: np.ndarray
+    alike: int = 0
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -74,16 +78,24 @@ def sink_token(tokenizer) -> int:
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
 
+def first_token(tokenizer) -> dict[str, str]:
+    """The token that comes first, for a report: as it is written, and what it is to its tokenizer, BOS or EOS."""
+    return {"text": tokenizer.convert_ids_to_tokens(sink_token(tokenizer)), "is": "EOS" if tokenizer.bos_token_id is None else "BOS"}
+
+
 def tokenise(tokenizer, words: Iterable[str], window: int, prefix: str = "") -> TokenisedWords:
     """Tokenise each word, behind ``prefix``, behind one sink: the tokenizer's BOS, or its EOS where it has no BOS.
 
-    A token that lies in the prefix alone is context; the word's own tokens begin with the first that reaches into it. Words are taken
-    some at a time, and their tokens go to a temporary file: of a million words none is held.
+    A token that lies in the prefix alone is context; the word's own tokens begin with the first that reaches into it. A space is no
+    prefix where the tokenizer itself puts one before a text. Words are taken some at a time, and their tokens go to a temporary file: of
+    a million words none is held.
 
     Raises:
-        TliError: a word without tokens, or with more than ``window``.
+        TliError: a word without tokens, or with more than ``window``; a tokenizer that cannot tell most of the words apart.
     """
-    sink = sink_token(tokenizer)
+    sink, prefix = sink_token(tokenizer), "" if prefix == " " and _puts_a_space(tokenizer) else prefix
+    # of each word: what it is, and what its tokens are
+    texts_seen, tokens_seen = array("q"), array("q")
     words, indptr, starts, occurs = iter(words), array("q", [0]), array("i"), np.zeros(0, bool)
     with disk_errors(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
         while texts := list(itertools.islice(words, _CHUNK_WORDS)):
@@ -96,6 +108,8 @@ def tokenise(tokenizer, words: Iterable[str], window: int, prefix: str = "") -> 
                     shown = text if len(text) <= 40 else text[:40] + "..."
                     must = f"a word must have 1 to {window - 1} tokens (the model's window)"
                     raise TliError(f"word {shown!r}", must, len(word_ids) if own else 0, "shorten or remove it")
+                texts_seen.append(hash(text.casefold()))
+                tokens_seen.append(hash(tuple(word_ids)))
                 indptr.append(indptr[-1] + 1 + len(word_ids))
                 starts.append(1 + len(word_ids) - own)
             ids = np.array([token for word_ids in encoded["input_ids"] for token in (sink, *word_ids)], np.int32)
@@ -104,7 +118,25 @@ def tokenise(tokenizer, words: Iterable[str], window: int, prefix: str = "") -> 
             file.write(ids.tobytes())
         file.flush()
         lists = np.frombuffer(indptr, np.int64), np.frombuffer(starts, np.int32)
-        return TokenisedWords(np.memmap(file, np.int32, "r"), *lists, np.flatnonzero(occurs))
+        alike = _alike(np.frombuffer(texts_seen, np.int64), np.frombuffer(tokens_seen, np.int64))
+        return TokenisedWords(np.memmap(file, np.int32, "r"), *lists, np.flatnonzero(occurs), alike)
+
+
+def _puts_a_space(tokenizer) -> bool:
+    """Whether the first word of a text has the tokens that it has behind a space, as SentencePiece's tokenizers do it."""
+    first, both = tokenizer(["a", "a a"], add_special_tokens=False)["input_ids"]
+    return list(both) == 2 * list(first)
+
+
+def _alike(texts: np.ndarray, tokens: np.ndarray) -> int:
+    """How many different words have all their tokens in common with another; raises ``TliError`` for more than a quarter of them."""
+    different = np.unique(np.stack([tokens, texts]), axis=1)
+    _, count = np.unique(different[0], return_counts=True)
+    alike = int(count[count > 1].sum())
+    if 4 * alike > max(different.shape[1], _FEW_WORDS):
+        must = "the tokenizer must tell words apart, and few may have all their tokens in common with another"
+        raise TliError("--model", must, f"{alike:,} of {different.shape[1]:,}", "choose a model whose tokenizer knows this script")
+    return alike
 
 
 @dataclasses.dataclass(frozen=True)

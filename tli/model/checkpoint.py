@@ -173,7 +173,10 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder or self.name, use_fast=True)
+            # what looks like a control token in a text is text
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.folder or self.name, use_fast=True, split_special_tokens=True, trust_remote_code=False
+            )
         except Exception as error:
             raise TliError(
                 self.name, "the tokenizer must be readable", one_line(error), "download the model's tokenizer files again"

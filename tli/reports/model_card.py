@@ -32,6 +32,7 @@ def model_card(report: dict) -> str:
             base=base,
             loads_by=report["model"].get("loads_by", "AutoModelForCausalLM"),
             state=-1 if layer == "output" else layer,
+            first=_first(report["model"].get("first_token")),
             prefix=_prefix(config),
             pool=_pool(config, layer),
         ),
@@ -50,8 +51,8 @@ base = {loads_by}.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
-A word's vector is made from `output_hidden_states=True`, `hidden_states[{state}]` of the word alone behind the beginning-of-sequence
-token{prefix}: {pool}."""
+A word's vector is made from `output_hidden_states=True`, `hidden_states[{state}]` of the word alone behind
+{first}{prefix}: {pool}."""
 
 _MAP = """\
 Behind the map in `map.safetensors` the two languages may be nearer still (the table above says whether): for {source}
@@ -64,6 +65,12 @@ _CAVEATS = """\
 It aligns single words of one list at {place}. It was not tested on sentences, translation or text generation; blocks above the
 adapters see changed states, and the model's other abilities may have suffered. Held-out words come from the same list as the trained ones.
 `report.md` and `report.json` hold all numbers, tests, versions and hashes."""
+
+
+def _first(token: dict | None) -> str:
+    if token is None or token["is"] == "BOS":
+        return "the beginning-of-sequence token"
+    return f"`{token['text']}`, the end-of-sequence token (the tokenizer has no other one to begin with, and does not put it there itself)"
 
 
 def _prefix(config: dict) -> str:
