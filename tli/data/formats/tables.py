@@ -1,0 +1,238 @@
+"""Lists in rows and columns: TSV, CSV, MUSE's ``word word``, Anki's notes, spreadsheets, and CLDF's forms.
+
+A tab ends a cell and a line break a row, whatever quotation marks stand there; only a cell that is wholly in quotes, as spreadsheets write
+it, loses them. With commas, semicolons or bars the rows are CSV's: a quoted cell may hold its separator and line breaks.
+"""
+
+import csv
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from tli.data.formats.languages import TwoLanguages, is_column_name
+from tli.data.formats.source import Asked, BadRow, ListFile, Row
+from tli.data.glosses import html_lines
+from tli.data.pair_store import normalise_word
+from tli.runtime.errors import TliError
+
+OPTIONAL = ("synonyms", "class", "loan", "field", "family")
+_SEPARATORS = {"\t": "a tab", ",": "a comma", ";": "a semicolon", "|": "a bar", " ": "a space"}
+_HEAD_ROWS = 200
+_CLDF = {"language_id", "parameter_id", "form"}
+_ANKI_SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";", "space": " ", "pipe": "|", "colon": ":"}
+
+Cells = tuple[int, list[str]]
+
+
+def table(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row | BadRow]]:
+    """The rows of TSV, CSV and ``word word``, whichever the head of the file looks like."""
+    separator = _separator(file)
+    asked.reading.format = f"table with {_SEPARATORS[separator]} between the cells"
+    if separator not in {".tsv": "\t", ".tab": "\t", ".csv": ",;|"}.get(file.suffix, separator):
+        asked.reading.remarks.append(f"read with {_SEPARATORS[separator]} between the cells, though it is called {file.suffix}")
+    return _named(file.name, _cells(file, separator), asked, _SEPARATORS[separator])
+
+
+def is_anki(file: ListFile) -> bool:
+    """Whether the file is what Anki exports as notes in plain text: its first lines are ``#key:value``."""
+    return file.head.lstrip(b"\xef\xbb\xbf").startswith((b"#separator:", b"#html:"))
+
+
+def anki(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row | BadRow]]:
+    """The first two fields of each note, or those that ``#columns`` names; HTML as it is seen, a line break between glosses."""
+    told: dict[str, str] = {}
+    for record in file.lines():
+        key, colon, value = record.rstrip("\r\n").partition(":")
+        if not (record.startswith("#") and colon):
+            break
+        told[key[1:].strip().lower()] = value
+    named = told.get("separator", "tab").strip().lower()
+    separator = _ANKI_SEPARATORS.get(named, told.get("separator", "\t")[:1])
+    special = {int(value) for key, value in told.items() if key.endswith(" column") and value.strip().isdecimal()}
+    rows: Iterator[Cells] = ((line, fields) for line, fields in _csv_cells(file, separator) if line > len(told))
+    if "columns" in told:
+        rows = itertools.chain([(len(told), told["columns"].split(separator))], rows)
+    else:
+        rows = ((line, [field for i, field in enumerate(fields, 1) if i not in special][:2]) for line, fields in rows)
+    is_html = told.get("html", "false").strip().lower() == "true"
+    asked.reading.format = f"Anki notes{' with HTML' if is_html else ''}"
+    for line, row in _named(file.name, rows, asked, "the separator"):
+        if is_html and isinstance(row, dict):
+            row = {name: html_lines(cell) if name in ("source", "target") else " ".join(html_lines(cell)) for name, cell in row.items()}
+        yield line, row
+
+
+def spreadsheet(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row | BadRow]]:
+    """The rows of a workbook's first sheet that holds any: .xlsx, .xls, .ods."""
+    try:
+        from python_calamine import CalamineError, CalamineWorkbook
+    except ImportError as error:
+        remedy = "pip install 'tli[excel]', or save the sheet as CSV UTF-8"
+        raise TliError(file.name, "a spreadsheet needs python-calamine", "none installed", remedy) from error
+    try:
+        workbook = CalamineWorkbook.from_path(str(file.path))
+        sheets = {name: workbook.get_sheet_by_name(name).to_python(skip_empty_area=False) for name in workbook.sheet_names}
+    except CalamineError as error:
+        raise TliError(file.name, "the spreadsheet must be whole", str(error), "open it and save it again, or as CSV UTF-8") from error
+    filled = {name: rows for name, rows in sheets.items() if rows}
+    name, rows = next(iter(filled.items()), ("", []))
+    asked.reading.format = "spreadsheet"
+    if len(filled) > 1:
+        asked.reading.remarks.append(f"took the sheet {name!r}, the first of {len(filled)}")
+    return _named(file.name, ((line, list(map(_shown, cells))) for line, cells in enumerate(rows, 1)), asked, "cells")
+
+
+def _shown(cell: object) -> str:
+    """A spreadsheet's cell as text; whole numbers as people see them."""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+
+
+def _separator(file: ListFile) -> str:
+    """What stands between the cells: the suffix's own separator where the first row has it, else that which divides the rows alike."""
+    head = file.first_lines(_HEAD_ROWS)
+    first = head[0] if head else ""
+    if re.fullmatch(r"sep=.", first):
+        return first[-1] if first[-1] in _SEPARATORS else ","
+    if "\t" in first or file.suffix in (".tsv", ".tab") and any("\t" in line for line in head):
+        return "\t"
+    if file.suffix == ".csv" and first.count(",") >= 1 > first.count(";"):
+        return ","
+    counts = {separator: [len(row) for row in csv.reader(head, delimiter=separator) if row] for separator in ",;|"}
+    alike = {separator: sum(n == found[0] for n in found) / len(found) for separator, found in counts.items() if found and found[0] > 1}
+    best = max(alike, key=lambda separator: (alike[separator], counts[separator][0]), default="")
+    if best and alike[best] > 0.8:
+        return best
+    if head and all(len(line.split()) == 2 for line in head):
+        return " "
+    return best or ("," if file.suffix == ".csv" else "\t")
+
+
+def _cells(file: ListFile, separator: str) -> Iterator[Cells]:
+    """The line and the cells of every row that is not blank."""
+    if separator == "\t":
+        for line, record in enumerate(file.lines(), 1):
+            cells = record.rstrip("\n").split("\t")
+            if '"' in record:
+                cells = list(map(_unquoted, cells))
+            yield line, cells
+    elif separator == " ":
+        yield from ((line, record.split()) for line, record in enumerate(file.lines(), 1))
+    else:
+        yield from _csv_cells(file, separator)
+
+
+def _unquoted(cell: str) -> str:
+    """A cell that is wholly in quotes, those inside doubled, without them; any other as it is."""
+    inner = cell.strip()[1:-1]
+    is_quoted = len(cell.strip()) > 1 and cell.strip()[0] == cell.strip()[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if is_quoted else cell
+
+
+def _csv_cells(file: ListFile, separator: str) -> Iterator[Cells]:
+    reader, line = csv.reader(file.lines(newline=""), delimiter=separator, strict=True), 1
+    try:
+        for cells in reader:
+            # Excel's own first line
+            if not (line == 1 and len(cells) <= 2 and cells[:1] in (["sep="], [f"sep={separator}"])):
+                yield line, cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise TliError(f"{file.name}:{line}", "the row must be well-formed", str(error), "close or double its quotation marks") from error
+
+
+def _named(name: str, rows: Iterable[Cells], asked: Asked, separated_by: str) -> Iterator[tuple[int, Row | BadRow]]:
+    """Rows by the names of their columns, which the first row has, unless it is a pair itself."""
+    filled = ((line, cells) for line, cells in rows if any(map(str.strip, cells)))
+    head = list(itertools.islice(filled, _HEAD_ROWS))
+    if not head:
+        return
+    first = [normalise_word(cell.strip("\ufeff \t")) for cell in head[0][1]]
+    rest = itertools.chain(head, filled)
+    if set(first) >= _CLDF:
+        asked.reading.format = "CLDF forms"
+        yield from _cldf(name, first, itertools.islice(rest, 1, None), asked)
+        return
+    places = _places(f"{name}:{head[0][0]}", first, head, asked, separated_by)
+    if places is None:
+        places, width, asked.reading.columns = {"source": 0, "target": 1}, len(first), ("1", "2")
+        if asked.source.isdecimal():
+            places = {"source": int(asked.source) - 1, "target": int(asked.target) - 1}
+            asked.reading.columns = (asked.source, asked.target)
+        pair = " = ".join(head[0][1][place] for place in places.values())
+        asked.reading.remarks.append(
+            f"no row of column names: took column {asked.reading.columns[0]} as {asked.source} and column {asked.reading.columns[1]} as "
+            f"{asked.target}; the first pair is {pair}"
+        )
+    else:
+        width, asked.reading.columns = len(first), tuple(head[0][1][place].strip() for place in places.values())
+        next(rest)
+    needed = 1 + max(places["source"], places["target"])
+    wanted = list(places.items())
+    for line, cells in rest:
+        if needed <= len(cells) <= width or len(cells) > width and not any(map(str.strip, cells[width:])):
+            yield line, {column: cells[place] for column, place in wanted if place < len(cells)}
+        else:
+            must = f"the row must have the header's {width} columns, {separated_by} between them"
+            yield line, BadRow(must, f"{len(cells)}: {', '.join(map(repr, cells))}", "mend the row")
+
+
+def _places(where: str, first: list[str], head: Sequence[Cells], asked: Asked, separated_by: str) -> dict[str, int] | None:
+    """Where the columns are that the first row names, or None where it is no row of names.
+
+    Raises:
+        TliError: it is one, but not of the names asked for.
+    """
+    names = [normalise_word(name) for name in (asked.source, asked.target)]
+    if all(first.count(name) == 1 for name in names):
+        again = any(
+            normalise_word(cell.strip()) == name for name in names for _, cells in head[1:] for cell in cells[first.index(name) :][:1]
+        )
+        if not (again and not any(map(is_column_name, names))):
+            places = {"source": first.index(names[0]), "target": first.index(names[1])}
+            return places | {name: first.index(name) for name in OPTIONAL if name in first and name not in names}
+        # --source kitabu --target book: the words of a pair, not the names of columns
+        if len(first) == 2 and names == first:
+            return None
+    elif (
+        all(name.isdecimal() and 1 <= int(name) <= len(first) for name in names)
+        and not set(names) & set(first)
+        or len(first) == 2
+        and not set(names) & set(first)
+        and not all(map(is_column_name, first))
+    ):
+        return None
+    must = f"the header must have the columns {asked.source} and {asked.target} once each, {separated_by} between them"
+    got = f"the columns {', '.join(map(repr, head[0][1]))}"
+    remedy = "name yours with --source and --target"
+    if len(first) > 1:
+        remedy += ", or give the numbers of two columns if the first row is no header, as --source 1 --target 2"
+    raise TliError(where, must, got, remedy)
+
+
+def _cldf(name: str, header: list[str], rows: Iterable[Cells], asked: Asked) -> Iterator[tuple[int, Row | BadRow]]:
+    """Forms of two languages, joined where they name one concept."""
+    at = {column: header.index(column) for column in (*_CLDF, *({"loan"} & set(header)))}
+    languages = TwoLanguages(asked)
+    forms: dict[str, list[tuple[int, str, Row]]] = {"source": [], "target": [], "": []}
+    for line, cells in rows:
+        if len(cells) != len(header):
+            yield line, BadRow(f"the row must have the header's {len(header)} columns", len(cells), "mend the row")
+            continue
+        row = {column: cells[place].strip() for column, place in at.items()}
+        if side := languages.side(row["language_id"]):
+            forms[side].append((line, row["parameter_id"], row))
+    columns = {normalise_word(asked.source), normalise_word(asked.target)}
+    if columns & set(header):
+        must = f"of CLDF forms two languages must be named, not the columns {asked.source} and {asked.target}"
+        there = sorted(languages.found)
+        example = " ".join(f"--{side} {tag}" for side, tag in zip(("source", "target"), there, strict=False))
+        raise TliError(f"{name}:1", must, f"forms of the languages {', '.join(there[:20])}", f"name two of these, as in {example}")
+    languages.require(name)
+    targets: dict[str, list[str]] = {}
+    for _, concept, row in forms["target"]:
+        targets.setdefault(concept, []).append(row["form"])
+    for line, concept, row in forms["source"]:
+        if concept in targets:
+            yield line, {"source": row["form"], "target": targets[concept], "loan": row.get("loan", "")}
+        else:
+            asked.reading.drop(f"forms without one of the same concept in {asked.target}", line, repr(row["form"]))
