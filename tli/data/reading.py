@@ -12,7 +12,7 @@ class Tally:
     line: int
 
     def __str__(self) -> str:
-        return f"such as {self.example} (line {self.line})" if self.count > 1 else f"{self.example} (line {self.line})"
+        return f"{self.count:,}, {'such as ' if self.count > 1 else ''}{self.example} (line {self.line})"
 
 
 @dataclasses.dataclass
@@ -43,7 +43,7 @@ class Reading:
     dropped: dict[str, Tally] = dataclasses.field(default_factory=dict)
 
     def change(self, what: str, line: int, example: object) -> None:
-        """Count something that was done to a word: ``what`` follows the count, as in "words lost a separator at their end"."""
+        """Count something that was done to a word."""
         _count(self.changed, what, line, example)
 
     def drop(self, why: str, line: int, example: object) -> None:
@@ -52,8 +52,8 @@ class Reading:
 
     def notes(self) -> list[str]:
         """All that a user should know, one sentence each; none for a list that was taken as it stands."""
-        changed = [f"{tally.count:,} {what}, {tally}" for what, tally in self.changed.items()]
-        dropped = [f"{tally.count:,} left out: {why}, {tally}" for why, tally in self.dropped.items()]
+        changed = [f"{what}: {tally}" for what, tally in self.changed.items()]
+        dropped = [f"left out, {why}: {tally}" for why, tally in self.dropped.items()]
         return [*self.remarks, *changed, *dropped]
 
 

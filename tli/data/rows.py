@@ -143,7 +143,7 @@ class _Cells:
         if self.split:
             parts = split_glosses(value)
             if parts != [value.strip()]:
-                self.reading.change("cells were split into glosses, or lost notes and markup", line, repr(value))
+                self.reading.change("cells split into glosses, or freed of notes and markup", line, repr(value))
             return [self.clean(line, name, part) for part in parts]
         if value.count("\n") > 0:
             # a quotation mark that was never closed makes one word of many rows
@@ -160,12 +160,14 @@ class _Cells:
         if _UNPRINTABLE.search(word):
             raise BadRow(f"{name} must be printable", ascii(word), "remove the control characters")
         if not value.isascii() and (found := _INVISIBLE.search(value)):
-            self.reading.change("words lost invisible characters, such as marks of direction", line, f"{word!r} (U+{ord(found[0]):04X})")
+            self.reading.change(
+                "words that lost invisible characters (marks of direction, soft hyphens)", line, f"{word!r} (U+{ord(found[0]):04X})"
+            )
         if (shorter := without_final_separator(word)) != word:
-            self.reading.change("words lost a separator at their end", line, repr(word))
+            self.reading.change("words that lost a separator at their end", line, repr(word))
             word = shorter
         if not self.split and has_glosses_or_markup(word):
-            what = "cells hold several glosses, notes or markup and are taken as they are (--split-glosses makes synonyms of them)"
+            what = "cells of several glosses, notes or markup, taken as they are (--split-glosses makes synonyms of them)"
             self.reading.change(what, line, repr(word))
         return word
 

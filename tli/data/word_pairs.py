@@ -102,7 +102,7 @@ def merge_by_source(rows: Iterable[Pair]) -> DiskBackedPairs:
 
 
 def _merged(rows: Iterable[tuple[int, Pair]], reading: Reading) -> WordPairs:
-    lines = array("q")
+    lines = array("L")
     with pair_writer() as writer:
         for line, pair in rows:
             lines.append(line)
@@ -131,13 +131,13 @@ def _tell_merge(rows: Sequence[Pair], lines: Sequence[int], reading: Reading) ->
     for pair, line in zip(rows[1:], lines[1:], strict=True):
         if pair.source != first.source:
             reading.change(
-                "rows hold the word of an earlier row in another spelling and were merged with it",
+                "rows merged with an earlier one whose word is the same in another spelling",
                 line,
                 f"{pair.source} with {first.source}",
             )
         elif set(pair.accepted) - set(first.accepted):
             reading.change(
-                "rows hold the word of an earlier row: their targets became its synonyms", line, f"{pair.source} = {pair.target}"
+                "rows merged with an earlier one of the same word, their targets now its synonyms", line, f"{pair.source} = {pair.target}"
             )
 
 

@@ -104,7 +104,7 @@ def rows(path: str | os.PathLike, asked: Asked) -> Rows:
     found = next(form for form in FORMATS if form.is_it(file))
     asked.reading.format = found.name
     if found.rows not in (objects.parquet, tables.spreadsheet):
-        asked.reading.encoding = file.encoding
+        asked.reading.encoding = file.encoding.removesuffix("-sig")
         if file.is_guessed():
             remark = f"the text is not UTF-8 and was read as {file.encoding}, the best guess; if letters look wrong, convert it with iconv"
             asked.reading.remarks.append(remark)
@@ -133,7 +133,7 @@ def _refuse(file: ListFile) -> None:
         raise TliError(
             file.name, "the file must be in a format of docs/formats.md", what, f"convert it: {command.format(file=file.path.name)}"
         )
-    if file.head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<?xml") and not any(form.is_it(file) for form in FORMATS[3:-1]):
+    if file.head_text.startswith("<?xml") and not any(form.is_it(file) for form in FORMATS[3:-1]):
         raise TliError(file.name, "the XML must be TMX, TBX, TEI or Apertium's", f"the root element {root!r}", "convert it to TSV")
 
 

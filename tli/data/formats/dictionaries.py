@@ -13,7 +13,7 @@ from tli.data.pair_store import alphanumeric
 from tli.runtime.errors import TliError
 
 _DIGITS = {digit: value for value, digit in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
-_STARDICT = b"StarDict's dict ifo file"
+_STARDICT = "StarDict's dict ifo file"
 # the fields of an entry that hold text, by StarDict's letters; of h and x it is marked up
 _TEXT, _MARKED_UP = "mlghxw", "ghxw"
 
@@ -63,14 +63,16 @@ def _dictd_entries(file: ListFile, data: bytes) -> Iterator[tuple[int, str, str]
             got = f"bytes {start} to {start + length} of {len(data)}"
             raise TliError(where, "the entry must lie within the dictionary", got, "use the .index and the .dict of one edition")
         # the fourth column, where there is one, has the headword as it is spelt
-        yield line, numbers[2] if len(numbers) > 2 and numbers[2] else headword, _decoded(where, data[start : start + length])
+        entry = _decoded(where, data[start : start + length], file.encoding)
+        yield line, numbers[2] if len(numbers) > 2 and numbers[2] else headword, entry
 
 
-def _decoded(where: str, entry: bytes) -> str:
+def _decoded(where: str, entry: bytes, encoding: str = "utf-8") -> str:
     try:
-        return entry.decode("utf-8")
+        return entry.decode(encoding)
     except UnicodeDecodeError as error:
-        raise TliError(where, "the entry must be UTF-8", f"byte 0x{error.object[error.start]:02x}", "convert the dictionary") from error
+        must, got = f"the entry must be {encoding.upper()}", f"byte 0x{error.object[error.start]:02x}"
+        raise TliError(where, must, got, "convert the dictionary") from error
 
 
 def _entries(file: ListFile, kind: str) -> bytes:
@@ -106,7 +108,7 @@ def _dictd_entry(headword: str, entry: str, is_indented: bool) -> tuple[str, str
 
 def is_stardict(file: ListFile) -> bool:
     """Whether the file is the .ifo of a StarDict dictionary."""
-    return file.head.lstrip(b"\xef\xbb\xbf").startswith(_STARDICT)
+    return file.head_text.startswith(_STARDICT)
 
 
 def stardict(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row | BadRow]]:

@@ -24,7 +24,7 @@ _CODES = {"bpt", "ept", "ph", "it", "ut"}
 
 def root_of(file: ListFile) -> str:
     """The name of the root element, without a prefix; empty for what is no XML."""
-    head = file.head.decode("utf-16" if file.encoding.startswith("utf-16") else "utf-8", "replace").lstrip("\ufeff \t\r\n")
+    head = file.head_text
     head = re.sub(r"<\?.*?\?>|<!--.*?-->|<!DOCTYPE[^\[>]*(\[.*?\]\s*)?>", "", head, flags=re.DOTALL).lstrip() if head[:1] == "<" else ""
     found = re.match(r"<(?:[\w.-]+:)?([A-Za-z][\w.-]*)[\s/>]", head)
     return found[1] if found else ""

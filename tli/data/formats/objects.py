@@ -24,23 +24,16 @@ _WIKTIONARY_CLASSES = {"adj": "adjective", "adv": "adverb", "num": "numeral", "p
 
 
 def is_json(file: ListFile) -> bool:
-    """Whether the text is one JSON document."""
-    begins = file.head.lstrip(b"\xef\xbb\xbf \t\r\n")[:2]
-    return not is_jsonl(file) and (
-        file.suffix == ".json"
-        or re.match(rb"\[\s*[{\]]|\{\s*[\"}]", file.head.lstrip(b"\xef\xbb\xbf \t\r\n")) is not None
-        and begins[:1] in (b"[", b"{")
-    )
+    """Whether the text is one JSON document: the suffix says so, or it begins like a list of objects."""
+    return file.suffix == ".json" or re.match(r"\[\s*\{|\{\s*\"", file.head_text) is not None
 
 
 def is_jsonl(file: ListFile) -> bool:
     """Whether every line is a JSON value: the suffix says so, or the first two are objects, whatever the suffix."""
     if file.suffix in (".jsonl", ".ndjson"):
         return True
-    if not file.head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-        return False
-    first = file.first_lines(2)
-    return all(map(_is_object, first)) and (len(first) > 1 or file.suffix != ".json")
+    first = file.first_lines(2) if file.head_text.startswith("{") else []
+    return all(map(_is_object, first)) and len(first) > (file.suffix == ".json")
 
 
 def _is_object(line: str) -> bool:
@@ -111,7 +104,7 @@ def _parquet_rows(name: str, files: list[pathlib.Path], asked: Asked) -> Iterato
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise TliError(name, "parquet needs pyarrow", "none installed", "pip install 'tli[datasets]'") from error
+        raise TliError(name, "parquet needs pyarrow", "none installed", "pip install 'tli[parquet]'") from error
 
     def values() -> Iterator[tuple[int, object]]:
         number = itertools.count(1)
@@ -172,8 +165,8 @@ def _found(folded: dict, wanted: str) -> typing.Any:
     if "." in wanted and (deeper := list(_walk(folded, name.split(".")))):
         return deeper[0] if len(deeper) == 1 else deeper
     translation = folded.get("translation")
-    tags = [tag for tag in translation if same(wanted, tag)] if isinstance(translation, dict) else []
-    return translation[tags[0]] if tags else _MISSING
+    of_language = [text for tag, text in translation.items() if same(wanted, tag)] if isinstance(translation, dict) else []
+    return of_language[0] if of_language else _MISSING
 
 
 def _walk(value: object, path: list[str]) -> Iterator[object]:
@@ -234,5 +227,5 @@ def _glosses(entry: dict) -> list[str]:
     """The innermost gloss of each sense; a form of another word has none of its own."""
     senses = [sense for sense in entry.get("senses") or [] if isinstance(sense, dict)]
     senses = [sense for sense in senses if not {"form_of", "alt_of"} & sense.keys() and "form-of" not in (sense.get("tags") or [])]
-    innermost = [glosses[-1] for sense in senses if isinstance(glosses := sense.get("glosses"), list) and glosses]
-    return [gloss for gloss in innermost if isinstance(gloss, str)]
+    glosses = [sense.get("glosses") for sense in senses]
+    return [of_sense[-1] for of_sense in glosses if isinstance(of_sense, list) and of_sense and isinstance(of_sense[-1], str)]

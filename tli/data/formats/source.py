@@ -117,6 +117,11 @@ class ListFile:
         return [line.rstrip("\r\n") for line in itertools.islice(filter(str.strip, self.lines()), count)]
 
     @functools.cached_property
+    def head_text(self) -> str:
+        """The text that the list begins with, without a byte order mark and blanks."""
+        return self.head.decode(self.encoding, "replace").lstrip("\ufeff \t\r\n")
+
+    @functools.cached_property
     def encoding(self) -> str:
         """The encoding of the text: what a mark or XML says, else UTF-8, else the best guess; ``guessed`` says which."""
         marks = [name for mark, name in _BYTE_ORDER_MARKS.items() if self.head.startswith(mark)]

@@ -35,7 +35,7 @@ def table(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row | BadRow]]:
 
 def is_anki(file: ListFile) -> bool:
     """Whether the file is what Anki exports as notes in plain text: its first lines are ``#key:value``."""
-    return file.head.lstrip(b"\xef\xbb\xbf").startswith((b"#separator:", b"#html:"))
+    return file.head_text.startswith(("#separator:", "#html:"))
 
 
 def anki(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row | BadRow]]:
@@ -55,11 +55,14 @@ def anki(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row | BadRow]]:
     else:
         rows = ((line, [field for i, field in enumerate(fields, 1) if i not in special][:2]) for line, fields in rows)
     is_html = told.get("html", "false").strip().lower() == "true"
+    if is_html:
+        rows = ((line, ["\n".join(html_lines(field)) for field in fields]) for line, fields in rows)
     asked.reading.format = f"Anki notes{' with HTML' if is_html else ''}"
     for line, row in _named(file.name, rows, asked, "the separator"):
-        if is_html and isinstance(row, dict):
-            row = {name: html_lines(cell) if name in ("source", "target") else " ".join(html_lines(cell)) for name, cell in row.items()}
-        yield line, row
+        yield (
+            line,
+            row if isinstance(row, BadRow) else {name: cell.split("\n") for name, cell in row.items() if name in ("source", "target")},
+        )
 
 
 def spreadsheet(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row | BadRow]]:
@@ -152,20 +155,16 @@ def _named(name: str, rows: Iterable[Cells], asked: Asked, separated_by: str) ->
         asked.reading.format = "CLDF forms"
         yield from _cldf(name, first, itertools.islice(rest, 1, None), asked)
         return
-    places = _places(f"{name}:{head[0][0]}", first, head, asked, separated_by)
-    if places is None:
-        places, width, asked.reading.columns = {"source": 0, "target": 1}, len(first), ("1", "2")
-        if asked.source.isdecimal():
-            places = {"source": int(asked.source) - 1, "target": int(asked.target) - 1}
-            asked.reading.columns = (asked.source, asked.target)
-        pair = " = ".join(head[0][1][place] for place in places.values())
-        asked.reading.remarks.append(
-            f"no row of column names: took column {asked.reading.columns[0]} as {asked.source} and column {asked.reading.columns[1]} as "
-            f"{asked.target}; the first pair is {pair}"
-        )
-    else:
-        width, asked.reading.columns = len(first), tuple(head[0][1][place].strip() for place in places.values())
+    places, is_header = _places(f"{name}:{head[0][0]}", first, head, asked, separated_by)
+    width = len(first)
+    if is_header:
+        asked.reading.columns = tuple(head[0][1][place].strip() for place in places.values())
         next(rest)
+    else:
+        asked.reading.columns = tuple(str(place + 1) for place in places.values())
+        columns = (f"column {places[side] + 1} is {wanted}" for side, wanted in (("source", asked.source), ("target", asked.target)))
+        pair = " = ".join(head[0][1][places[side]].strip() for side in ("source", "target"))
+        asked.reading.remarks.append(f"no row of column names: {', '.join(columns)}; the first pair is {pair}")
     needed = 1 + max(places["source"], places["target"])
     wanted = list(places.items())
     for line, cells in rest:
@@ -176,31 +175,27 @@ def _named(name: str, rows: Iterable[Cells], asked: Asked, separated_by: str) ->
             yield line, BadRow(must, f"{len(cells)}: {', '.join(map(repr, cells))}", "mend the row")
 
 
-def _places(where: str, first: list[str], head: Sequence[Cells], asked: Asked, separated_by: str) -> dict[str, int] | None:
-    """Where the columns are that the first row names, or None where it is no row of names.
+def _places(where: str, first: list[str], head: Sequence[Cells], asked: Asked, separated_by: str) -> tuple[dict[str, int], bool]:
+    """Where the columns are, and whether the first row names them or is a pair itself.
 
     Raises:
-        TliError: it is one, but not of the names asked for.
+        TliError: it names others than those asked for.
     """
-    names = [normalise_word(name) for name in (asked.source, asked.target)]
-    if all(first.count(name) == 1 for name in names):
+    names = {"source": normalise_word(asked.source), "target": normalise_word(asked.target)}
+    found = {side: first.index(name) for side, name in names.items() if first.count(name) == 1}
+    if len(found) == 2:
+        # --source kitabu --target book: words of the first pair where they come again, not the names of columns
         again = any(
-            normalise_word(cell.strip()) == name for name in names for _, cells in head[1:] for cell in cells[first.index(name) :][:1]
+            normalise_word("".join(cells[at : at + 1]).strip()) == names[side] for _, cells in head[1:] for side, at in found.items()
         )
-        if not (again and not any(map(is_column_name, names))):
-            places = {"source": first.index(names[0]), "target": first.index(names[1])}
-            return places | {name: first.index(name) for name in OPTIONAL if name in first and name not in names}
-        # --source kitabu --target book: the words of a pair, not the names of columns
-        if len(first) == 2 and names == first:
-            return None
-    elif (
-        all(name.isdecimal() and 1 <= int(name) <= len(first) for name in names)
-        and not set(names) & set(first)
-        or len(first) == 2
-        and not set(names) & set(first)
-        and not all(map(is_column_name, first))
-    ):
-        return None
+        if again and not any(map(is_column_name, names.values())):
+            return found, False
+        return found | {name: first.index(name) for name in OPTIONAL if name in first and name not in names.values()}, True
+    if not any(name in first for name in names.values()):
+        if all(name.isdecimal() and 1 <= int(name) <= len(first) for name in names.values()):
+            return {side: int(name) - 1 for side, name in names.items()}, False
+        if len(first) == 2 and not all(map(is_column_name, first)):
+            return {"source": 0, "target": 1}, False
     must = f"the header must have the columns {asked.source} and {asked.target} once each, {separated_by} between them"
     got = f"the columns {', '.join(map(repr, head[0][1]))}"
     remedy = "name yours with --source and --target"
