@@ -105,9 +105,8 @@ def rows(path: str | os.PathLike, asked: Asked) -> Rows:
     asked.reading.format = found.name
     if found.rows not in (objects.parquet, tables.spreadsheet):
         asked.reading.encoding = file.encoding.removesuffix("-sig")
-        if file.is_guessed():
-            remark = f"the text is not UTF-8 and was read as {file.encoding}, the best guess; if letters look wrong, convert it with iconv"
-            asked.reading.remarks.append(remark)
+        if guess := file.guess():
+            asked.reading.remarks.append(guess)
     return found.rows(file, asked)
 
 
@@ -120,7 +119,7 @@ def _refuse(file: ListFile) -> None:
             )
     if b"ustar" in file.head[257:263]:
         raise TliError(file.name, "the file must be one list", "a tar archive", f"run tar -xf {file.path.name} and name one of its files")
-    if file.head.startswith((b"PAR1", b"PK\x03\x04", b"\xd0\xcf\x11\xe0")) or file.encoding.startswith("utf-16"):
+    if file.head.startswith((b"PAR1", b"PK\x03\x04", b"\xd0\xcf\x11\xe0")) or file.encoding.startswith(("utf-16", "utf-32")):
         return
     zeros = file.head.count(0)
     if zeros > 1 and zeros > len(file.head) / 50:

@@ -40,6 +40,10 @@ _BYTE_ORDER_MARKS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
+# what lists that are not UTF-8 are in, the most widespread first
+_ENCODINGS = ("cp1252", "cp1251", "cp1250", "cp1256", "cp932", "gb18030", "big5", "cp949", "cp1254", "cp1253", "cp1255", "koi8_r", "cp1257",
+              "cp1258", "cp874", "euc_jp", "mac_roman", "cp850")  # fmt: skip
+_ALIKE = 0.02
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError, NotImplementedError)
 
 
@@ -157,18 +161,21 @@ class ListFile:
             raise TliError(f"{self.name}:{line}", "the file must be UTF-8", f"byte 0x{byte:02x}", remedy)
         from charset_normalizer import from_bytes
 
-        found = from_bytes(bytes(sample))
+        found = from_bytes(b" ".join(word for word in re.split(rb"[\s,;]+", sample) if not word.isascii()), cp_isolation=list(_ENCODINGS))
         best = found.best()
         if best is None:
             remedy = "convert it with iconv -f ENCODING -t UTF-8"
             raise TliError(f"{self.name}:{line}", "the file must be text in a known encoding", f"byte 0x{byte:02x}", remedy)
-        # a few Western letters look alike in a dozen encodings: of equals, the usual one
-        equals = [match.encoding for match in found if (match.chaos, match.coherence) == (best.chaos, best.coherence)]
-        return next((name for name in ("cp1252", "cp1251", "cp1256") if name in equals), best.encoding)
+        # few letters look alike in many encodings: of those that are about as likely, the most widespread
+        alike = [match for match in found if match.chaos <= best.chaos + _ALIKE and match.coherence >= best.coherence - _ALIKE]
+        return min((name for match in alike for name in match.could_be_from_charset), key=_ENCODINGS.index)
 
-    def is_guessed(self) -> bool:
-        """Whether nothing but its letters says how the text is encoded."""
-        return not self.encoding.lower().startswith("utf") and b"<?xml" not in self.head[:100]
+    def guess(self) -> str:
+        """What a user should know where nothing but its letters says how the text is encoded; else empty."""
+        if self.encoding.lower().startswith("utf") or b"<?xml" in self.head[:100]:
+            return ""
+        example = next((word for line in self.lines() if not line.isascii() for word in line.split() if not word.isascii()), "")
+        return f"not UTF-8: read as {self.encoding}, the best guess, with words such as {example}; if letters are wrong, convert it with iconv"
 
     def _member(self) -> str | None:
         """The one list in a zip archive; None for what only looks like an archive, such as a spreadsheet.
