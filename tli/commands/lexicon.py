@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterable
 
 from tli.config import LexiconConfig
 from tli.data.dictionary import AGREEMENT, FREEDICT, check
@@ -47,7 +48,6 @@ def show(pairs: WordPairs) -> None:
 def write_tsv(pairs: WordPairs, path: pathlib.Path, source: str, target: str) -> None:
     """Write pairs as tli's own TSV, which reads back to equal pairs: source, target, and those optional columns that hold something."""
     columns = {
-        "synonyms": lambda pair: ";".join(pair.synonyms),
         "class": lambda pair: pair.word_class,
         "loan": lambda pair: _LOAN[pair.loan],
         "field": lambda pair: pair.field,
@@ -55,11 +55,19 @@ def write_tsv(pairs: WordPairs, path: pathlib.Path, source: str, target: str) ->
     }
     used = {name: text for name, text in columns.items() if any(map(text, pairs))}
     with disk_errors(path), atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write("\t".join([source, target, *used]) + "\n")
+
+        def write(cells: Iterable[str]) -> None:
+            file.write("\t".join(map(_cell, cells)) + "\n")
+
+        write([source, target, "synonyms", *used])
         for pair in pairs:
-            file.write("\t".join(map(_cell, [pair.source, pair.target, *(text(pair) for text in used.values())])) + "\n")
+            # the column's separator within a synonym: it and the rest stand on rows of their own, which are merged again
+            first = next((i for i, synonym in enumerate(pair.synonyms) if ";" in synonym), len(pair.synonyms))
+            write([pair.source, pair.target, ";".join(pair.synonyms[:first]), *(text(pair) for text in used.values())])
+            for synonym in pair.synonyms[first:]:
+                write([pair.source, synonym])
 
 
 def _cell(text: str) -> str:
     """A cell as the table's reader takes it: one that is wholly in quotes is put in quotes once more."""
-    return '"' + text.replace('"', '""') + '"' if text.startswith('"') and text.endswith('"') else text
+    return '"' + text.replace('"', '""') + '"' if len(text) > 1 and text[0] == text[-1] == '"' else text

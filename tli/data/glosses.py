@@ -33,14 +33,14 @@ def split_glosses(text: str) -> list[str]:
 
     Never empty: of a cell that holds nothing else, the cell as it stands.
     """
-    plain = without_notes(" ".join(html_lines(text, "\n")) if _TAG.search(text) or _ENTITY.search(text) else text)
+    plain = without_notes("\n".join(html_lines(text)) if _TAG.search(text) or _ENTITY.search(text) else text)
     glosses = [" ".join(_ABBREVIATION.sub("", part).split()) for part in _SEPARATOR.split(plain)]
     return list(dict.fromkeys(gloss for gloss in glosses if gloss)) or [text.strip()]
 
 
-def html_lines(text: str, between: str = "\n") -> list[str]:
+def html_lines(text: str) -> list[str]:
     """The lines of a piece of HTML as a reader would see them: no tags, entities resolved, no sound files."""
-    broken = _LINE_BREAK.sub(between, _SOUND.sub(" ", text))
+    broken = _LINE_BREAK.sub("\n", _SOUND.sub(" ", text))
     lines = html.unescape(_TAG.sub("", broken)).replace("\u00a0", " ").split("\n")
     return [line.strip() for line in lines if line.strip()]
 

@@ -32,6 +32,7 @@ class Format(typing.NamedTuple):
     name: str
     is_it: Callable[[ListFile], bool]
     rows: Callable[[ListFile, Asked], Rows]
+    is_text: bool = True
 
 
 def _root(*names: str) -> Callable[[ListFile], bool]:
@@ -44,8 +45,8 @@ def _begins(*marks: bytes) -> Callable[[ListFile], bool]:
 
 # the first that a file is of; a table is what is left
 FORMATS = (
-    Format("parquet", _begins(b"PAR1"), objects.parquet),
-    Format("spreadsheet", _begins(b"PK\x03\x04", b"\xd0\xcf\x11\xe0"), tables.spreadsheet),
+    Format("parquet", _begins(b"PAR1"), objects.parquet, is_text=False),
+    Format("spreadsheet", _begins(b"PK\x03\x04", b"\xd0\xcf\x11\xe0"), tables.spreadsheet, is_text=False),
     Format("StarDict dictionary", dictionaries.is_stardict, dictionaries.stardict),
     Format("dictd dictionary", dictionaries.is_dictd, dictionaries.dictd),
     Format("Anki notes", tables.is_anki, tables.anki),
@@ -66,6 +67,7 @@ _REFUSED: tuple[tuple[bytes, tuple[str, ...], str, str], ...] = (
     (b"7z\xbc\xaf\x27\x1c", (), "a 7-Zip archive", "7z x {file}"),
     (b"Rar!", (), "a RAR archive", "unrar x {file}"),
     (b"%PDF", (), "a PDF", "pdftotext -layout {file} words.txt"),
+    (b"", (".tar",), "a tar archive", "tar -xf {file}"),
     (b"ARROW1", (".arrow", ".feather"), "an Arrow file", "write it as parquet, with Dataset.to_parquet or pyarrow.parquet.write_table"),
     (b"\x93NUMPY", (".npy",), "a NumPy array", "export it as TSV"),
     (b"!-1SLOB", (".slob",), "an Aard 2 dictionary", _PYGLOSSARY),
@@ -99,41 +101,26 @@ def rows(path: str | os.PathLike, asked: Asked) -> Rows:
         path = forms[0] if forms else path
     elif not folder.exists():
         _refuse_hub_names(os.fspath(path))
-    file = ListFile(dictionaries.beside(pathlib.Path(path)) if os.fspath(path) != "-" else path)
-    _refuse(file)
+    file = ListFile(dictionaries.beside(pathlib.Path(path)))
+    for mark, suffixes, what, command in _REFUSED:
+        if mark and file.head.startswith(mark) or file.suffix in suffixes:
+            _refuse(file, what, command)
     found = next(form for form in FORMATS if form.is_it(file))
+    if found is FORMATS[-1]:
+        root = markup.root_of(file).lower()
+        if root in _REFUSED_ROOTS or file.head_text.startswith("<?xml"):
+            _refuse(file, *_REFUSED_ROOTS.get(root, (f"XML with the root element {root!r}", "write its words as TSV")))
     asked.reading.format = found.name
-    if found.rows not in (objects.parquet, tables.spreadsheet):
+    if found.is_text:
         asked.reading.encoding = file.encoding.removesuffix("-sig")
         if guess := file.guess():
             asked.reading.remarks.append(guess)
     return found.rows(file, asked)
 
 
-def _refuse(file: ListFile) -> None:
-    """Raise ``TliError`` for what is known and not read, with the command that converts it, and for what is no text."""
-    for mark, suffixes, what, command in _REFUSED:
-        if mark and file.head.startswith(mark) or file.suffix in suffixes:
-            raise TliError(
-                file.name, "the file must be in a format of docs/formats.md", what, f"convert it: {command.format(file=file.path.name)}"
-            )
-    if b"ustar" in file.head[257:263]:
-        raise TliError(file.name, "the file must be one list", "a tar archive", f"run tar -xf {file.path.name} and name one of its files")
-    if file.head.startswith((b"PAR1", b"PK\x03\x04", b"\xd0\xcf\x11\xe0")) or file.encoding.startswith(("utf-16", "utf-32")):
-        return
-    zeros = file.head.count(0)
-    if zeros > 1 and zeros > len(file.head) / 50:
-        raise TliError(
-            file.name, "the file must be text, or of a binary format of docs/formats.md", "bytes that are no text", "export it as TSV"
-        )
-    root = markup.root_of(file)
-    if root.lower() in _REFUSED_ROOTS:
-        what, command = _REFUSED_ROOTS[root.lower()]
-        raise TliError(
-            file.name, "the file must be in a format of docs/formats.md", what, f"convert it: {command.format(file=file.path.name)}"
-        )
-    if file.head_text.startswith("<?xml") and not any(form.is_it(file) for form in FORMATS[3:-1]):
-        raise TliError(file.name, "the XML must be TMX, TBX, TEI or Apertium's", f"the root element {root!r}", "convert it to TSV")
+def _refuse(file: ListFile, what: str, command: str) -> typing.NoReturn:
+    remedy = f"convert it: {command.format(file=file.path.name)}"
+    raise TliError(file.name, "the file must be in a format of docs/formats.md", what, remedy)
 
 
 def _refuse_hub_names(path: str) -> None:

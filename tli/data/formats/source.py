@@ -28,6 +28,7 @@ STANDARD_INPUT = "-"
 HEAD_BYTES = 1 << 16
 # no honest list shrinks so far; a small file must not fill the memory
 _MOST_RATIO, _ALWAYS_ALLOWED = 200, 64 << 20
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 _PACKED: dict[bytes, tuple[str, typing.Any]] = {
     b"\x1f\x8b": ("gzip", gzip.open),
     b"BZh": ("bzip2", bz2.open),
@@ -44,6 +45,8 @@ _BYTE_ORDER_MARKS = {
 _ENCODINGS = ("cp1252", "cp1251", "cp1250", "cp1256", "cp932", "gb18030", "big5", "cp949", "cp1254", "cp1253", "cp1255", "koi8_r", "cp1257",
               "cp1258", "cp874", "euc_jp", "mac_roman", "cp850")  # fmt: skip
 _ALIKE = 0.02
+# no text has many of these
+_CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\x1b"))
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError, NotImplementedError)
 
 
@@ -83,7 +86,7 @@ class ListFile:
             if magic.startswith(mark):
                 self.packed = kind
         shown = pathlib.PurePath(self.name)
-        if magic.startswith(b"PK\x03\x04") and (member := self._member()) is not None:
+        if magic.startswith(_ZIP) and (member := self._member()) is not None:
             self.packed, shown = "zip", pathlib.PurePath(member)
         elif self.packed and shown.suffix.lower() in (".gz", ".bz2", ".xz", ".dz"):
             shown = shown.with_suffix("")
@@ -139,6 +142,10 @@ class ListFile:
         zeros = [self.head[start::2].count(0) / max(1, len(self.head[start::2])) for start in (0, 1)]
         if not marks and max(zeros) > 0.3 and min(zeros) < 0.05:
             return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+        controls = len(self.head) - len(self.head.translate(None, _CONTROLS))
+        if controls > 1 and controls > len(self.head) / 50:
+            must = "the file must be text, or of a binary format of docs/formats.md"
+            raise TliError(self.name, must, "bytes that are no text", "export it as TSV")
         with self.damage(), self.bytes() as file:
             wrong = _first_line_that_is_not_utf8(file)
         if wrong is None:
@@ -175,7 +182,9 @@ class ListFile:
         if self.encoding.lower().startswith("utf") or b"<?xml" in self.head[:100]:
             return ""
         example = next((word for line in self.lines() if not line.isascii() for word in line.split() if not word.isascii()), "")
-        return f"not UTF-8: read as {self.encoding}, the best guess, with words such as {example}; if letters are wrong, convert it with iconv"
+        return (
+            f"not UTF-8: read as {self.encoding}, the best guess, with words such as {example}; if letters are wrong, convert it with iconv"
+        )
 
     def _member(self) -> str | None:
         """The one list in a zip archive; None for what only looks like an archive, such as a spreadsheet.
