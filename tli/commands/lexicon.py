@@ -2,10 +2,11 @@
 
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from tli.config import LexiconConfig
 from tli.data.dictionary import AGREEMENT, FREEDICT, check
+from tli.data.pair_store import Pair
 from tli.data.word_pairs import WordPairs, read_list, read_pairs
 from tli.runtime.errors import TliError, disk_errors
 from tli.runtime.files import atomic_write
@@ -47,7 +48,8 @@ def show(pairs: WordPairs) -> None:
 
 def write_tsv(pairs: WordPairs, path: pathlib.Path, source: str, target: str) -> None:
     """Write pairs as tli's own TSV, which reads back to equal pairs: source, target, and those optional columns that hold something."""
-    columns = {
+    columns: dict[str, Callable[[Pair], str]] = {
+        "synonyms": lambda pair: ";".join(pair.synonyms[: _first_with_semicolon(pair)]),
         "class": lambda pair: pair.word_class,
         "loan": lambda pair: _LOAN[pair.loan],
         "field": lambda pair: pair.field,
@@ -59,13 +61,17 @@ def write_tsv(pairs: WordPairs, path: pathlib.Path, source: str, target: str) ->
         def write(cells: Iterable[str]) -> None:
             file.write("\t".join(map(_cell, cells)) + "\n")
 
-        write([source, target, "synonyms", *used])
+        write([source, target, *used])
         for pair in pairs:
-            # the column's separator within a synonym: it and the rest stand on rows of their own, which are merged again
-            first = next((i for i, synonym in enumerate(pair.synonyms) if ";" in synonym), len(pair.synonyms))
-            write([pair.source, pair.target, ";".join(pair.synonyms[:first]), *(text(pair) for text in used.values())])
-            for synonym in pair.synonyms[first:]:
+            write([pair.source, pair.target, *(text(pair) for text in used.values())])
+            # the others stand on rows of their own, which are merged again
+            for synonym in pair.synonyms[_first_with_semicolon(pair) :]:
                 write([pair.source, synonym])
+
+
+def _first_with_semicolon(pair: Pair) -> int:
+    """How many synonyms can stand in the column ``synonyms``: those before the first that holds its separator."""
+    return next((i for i, synonym in enumerate(pair.synonyms) if ";" in synonym), len(pair.synonyms))
 
 
 def _cell(text: str) -> str:
