@@ -143,6 +143,25 @@ def test_an_open_quote_in_csv_makes_no_word_of_many_rows(tmp_path):
     assert "close the quotation mark" in said
 
 
+@pytest.mark.parametrize(("separator", "name"), [(" - ", "a hyphen"), (" – ", "a dash"), (" = ", "an equals sign"), (": ", "a colon")])
+def test_lists_typed_as_text(tmp_path, separator, name):
+    pairs = read(tmp_path, "list.txt", table([*WORDS, ("well-known", "far and wide")], separator, header=None))
+    assert list(pairs) == [*PAIRS, Pair("well-known", "far and wide")]
+    assert pairs.reading.format == f"table with {name} between the cells"
+
+
+def test_a_table_of_markdown_and_comments_at_the_top(tmp_path):
+    markdown = table([("", *row, "") for row in [("---", ":--"), *WORDS]], "|", ("", "swahili", "english", ""))
+    assert list(read(tmp_path, "list.md", markdown)) == PAIRS
+    comments = "# Swahili, English\n# made by hand\n"
+    for header in (("swahili", "english"), ("#swahili", "english"), ("# Swahili", "english"), None):
+        pairs = read(tmp_path, "list.tsv", comments + table(WORDS, header=header))
+        assert list(pairs) == PAIRS
+        assert pairs.reading.notes()[0] == "passed over 2 rows of comment at the top, such as # Swahili, English"
+    hashes = [(f"#{a}", b) for a, b in WORDS]
+    assert [pair.source for pair in read(tmp_path, "list.tsv", table(hashes, header=None))] == [a for a, _ in hashes]
+
+
 ANKI = "#separator:tab\n#html:true\n#tags column:3\n"
 NOTES = [("<b>kitabu</b>", "book&nbsp;"), ("ndege", "bird<br>plane"), ("mtoto [sound:mtoto.mp3]", "<div>child</div><div>baby</div>")]
 NOTE_PAIRS = [Pair("kitabu", "book"), Pair("ndege", "bird", ("plane",)), Pair("mtoto", "child", ("baby",))]
@@ -322,11 +341,22 @@ def test_english_definitions_are_no_translations(tmp_path):
     assert "left out" in read_pairs(tmp_path / "en.jsonl", "english", "swahili").reading.notes()[0]
 
 
+def test_names_that_no_row_has_are_told_once(tmp_path):
+    said = message(tmp_path, "d.jsonl", lines({"a": a, "b": b} for a, b in WORDS))
+    assert said == (
+        "d.jsonl:1: every row must have the keys swahili and english, got the keys 'a', 'b', and the like in all 5 rows; "
+        "name yours with --source and --target"
+    )
+
+
 def test_deeper_keys_and_lists_of_glosses(tmp_path):
     rows = [{"lemma": {"form": a}, "meanings": [{"en": b}, {"en": "x"}]} for a, b in WORDS]
     assert read(tmp_path, "d.jsonl", lines(rows), "lemma.form", "meanings.en")[0] == Pair("bandari", "port", ("x",))
     smol = [{"sl": "en", "tl": "sw", "src": b, "trgs": [a, "x"]} for a, b in WORDS]
     assert read(tmp_path, "gatitos.jsonl", lines(smol), "src", "trgs")[0] == Pair("port", "bandari", ("x",))
+    assert list(read(tmp_path, "gatitos.jsonl", lines(smol)))[0] == Pair("bandari", "port")
+    assert read(tmp_path, "gatitos.jsonl", lines(smol), "english", "swahili")[0] == Pair("port", "bandari", ("x",))
+    assert "got the languages 'en', 'sw'; name two of these" in message(tmp_path, "gatitos.jsonl", lines(smol), "hausa", "english")
     turned = read(tmp_path, "gatitos.jsonl", lines(smol), "trgs", "src")
     assert list(turned)[:2] == [Pair("bandari", "port"), Pair("x", "port", tuple(b for _, b in WORDS[1:]))]
 

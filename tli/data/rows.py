@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from tli.data import formats
 from tli.data.formats.source import STANDARD_INPUT, Asked, BadRow, Row
@@ -90,15 +90,18 @@ def _rows(path: str | os.PathLike, asked: Asked, skip_bad_rows: bool, split: boo
                     raise OtherMeaning("family", f"{name!r} in {count} of {_FAMILY_ROWS} rows")
     where = reading.name
     if bad and not skip_bad_rows:
-        _refuse(where, bad, reading.dropped["bad rows"].count)
+        _refuse(where, bad, reading.dropped["bad rows"].count, reading.rows)
     if not reading.rows or bad and reading.rows == reading.dropped["bad rows"].count:
         got = f"none; {reading.notes()[-1]}" if reading.dropped else "none"
         what = f" in what seems to be a {reading.format}" if reading.format and not reading.format.startswith(("table", "JSON")) else ""
         raise TliError(f"{where}:1", f"the list must hold at least one pair{what}", got, "add pairs or name another file")
 
 
-def _refuse(where: str, bad: list[tuple[int, BadRow]], count: int) -> None:
+def _refuse(where: str, bad: list[tuple[int, BadRow]], count: int, rows: int) -> NoReturn:
     line, first = bad[0]
+    if count == rows > 1:
+        # not the rows are wrong, but what was asked of them
+        raise TliError(f"{where}:{line}", first.must, f"{first.got}, and the like in all {rows:,} rows", first.remedy)
     if count == 1:
         raise TliError(f"{where}:{line}", first.must, first.got, f"{first.remedy}, or {_SKIP}")
     listed = " | ".join(f"line {line}: {row}" for line, row in bad) + (" | ..." if count > len(bad) else "")

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tli.data.formats.source import Asked, Row
 from tli.runtime.errors import TliError
@@ -29,13 +30,13 @@ class TwoLanguages:
             self.found[tag] = next(sides, "")
         return self.found[tag]
 
-    def rows(self, line: int, terms: Iterable[tuple[str, str]]) -> Iterator[tuple[int, Row]]:
+    def rows(self, line: int, terms: Iterable[tuple[str, Any]]) -> Iterator[tuple[int, Row]]:
         """The row of each source term of a concept, with all target terms; a concept that lacks one is counted and left out."""
-        sides: dict[str, list[str]] = {"source": [], "target": [], "": []}
+        sides: dict[str, list] = {"source": [], "target": [], "": []}
         for tag, term in terms:
             sides[self.side(tag)].append(term)
         if not (sides["source"] and sides["target"]):
-            held = ", ".join(term for side in sides.values() for term in side) or "an empty one"
+            held = ", ".join(str(term) for side in sides.values() for term in side) or "an empty one"
             self.asked.reading.drop(f"entries without both {self.asked.source} and {self.asked.target}", line, repr(held))
         for term in sides["source"] if sides["target"] else []:
             yield line, {"source": term, "target": sides["target"]}

@@ -140,10 +140,13 @@ def _rows(name: str, values: Iterator[tuple[int, object]], asked: Asked) -> Iter
         elif is_wiktionary(value):
             asked.reading.format = "Wiktionary entries (Wiktextract)"
             yield from _wiktionary(f"{name}:{line}", line, value, languages)
+        elif {"sl", "tl", "src"} <= value.keys() and not {asked.source, asked.target} & value.keys():
+            # SMOL and GATITOS: codes of both languages, a segment and its translations
+            translations = value.get("trgs") or [value.get("trg")]
+            yield from languages.rows(line, [(str(value["sl"]), value["src"]), *((str(value["tl"]), text) for text in translations)])
         else:
             yield line, _row(value, asked)
-    if asked.reading.format.startswith("Wiktionary"):
-        languages.require(name)
+    languages.require(name)
 
 
 def _row(value: dict, asked: Asked) -> Row | BadRow:

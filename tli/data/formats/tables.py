@@ -17,6 +17,8 @@ from tli.runtime.errors import TliError
 
 OPTIONAL = ("synonyms", "class", "loan", "field", "family")
 _SEPARATORS = {"\t": "a tab", ",": "a comma", ";": "a semicolon", "|": "a bar", " ": "a space"}
+# between the words of lists that people type as text
+_TYPED = {" - ": "a hyphen", " \u2013 ": "a dash", " = ": "an equals sign", ": ": "a colon"}
 _HEAD_ROWS = 200
 _CLDF = {"language_id", "parameter_id", "form"}
 _ANKI_SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";", "space": " ", "pipe": "|", "colon": ":"}
@@ -27,10 +29,11 @@ Cells = tuple[int, list[str]]
 def table(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row | BadRow]]:
     """The rows of TSV, CSV and ``word word``, whichever the head of the file looks like."""
     separator = _separator(file)
-    asked.reading.format = f"table with {_SEPARATORS[separator]} between the cells"
+    separated_by = (_SEPARATORS | _TYPED)[separator]
+    asked.reading.format = f"table with {separated_by} between the cells"
     if separator not in {".tsv": "\t", ".tab": "\t", ".csv": ",;|"}.get(file.suffix, separator):
-        asked.reading.remarks.append(f"read with {_SEPARATORS[separator]} between the cells, though it is called {file.suffix}")
-    return _named(file.name, _cells(file, separator), asked, _SEPARATORS[separator])
+        asked.reading.remarks.append(f"read with {separated_by} between the cells, though it is called {file.suffix}")
+    return _named(file.name, _cells(file, separator), asked, separated_by)
 
 
 def is_anki(file: ListFile) -> bool:
@@ -92,7 +95,8 @@ def _shown(cell: object) -> str:
 
 def _separator(file: ListFile) -> str:
     """What stands between the cells: the suffix's own separator where the first row has it, else that which divides the rows alike."""
-    head = file.first_lines(_HEAD_ROWS)
+    lines = file.first_lines(_HEAD_ROWS)
+    head = [line for line in lines if not line.startswith("#")] or lines
     first = head[0] if head else ""
     if re.fullmatch(r"sep=.", first):
         return first[-1] if first[-1] in _SEPARATORS else ","
@@ -105,6 +109,9 @@ def _separator(file: ListFile) -> str:
     best = max(alike, key=lambda separator: (alike[separator], counts[separator][0]), default="")
     if best and alike[best] > 0.8:
         return best
+    typed = [separator for separator in _TYPED if head and all(line.count(separator) == 1 for line in head)]
+    if typed:
+        return typed[0]
     if head and all(len(line.split()) == 2 for line in head):
         return " "
     return best or ("," if file.suffix == ".csv" else "\t")
@@ -120,6 +127,11 @@ def _cells(file: ListFile, separator: str) -> Iterator[Cells]:
             yield line, cells
     elif separator == " ":
         yield from ((line, record.split()) for line, record in enumerate(file.lines(), 1))
+    elif separator in _TYPED:
+        yield from ((line, record.strip().split(separator)) for line, record in enumerate(file.lines(), 1))
+    elif separator == "|":
+        # the rule below the names of a table in Markdown is no row
+        yield from ((line, cells) for line, cells in _csv_cells(file, separator) if "".join(cells).strip("-:+ ") or not any(cells))
     else:
         yield from _csv_cells(file, separator)
 
@@ -149,7 +161,11 @@ def _named(name: str, rows: Iterable[Cells], asked: Asked, separated_by: str) ->
     head = list(itertools.islice(filled, _HEAD_ROWS))
     if not head:
         return
-    first = [normalise_word(cell.strip("\ufeff \t")) for cell in head[0][1]]
+    first_row = next((i for i, (_, cells) in enumerate(head) if not _is_comment(cells, asked)), 0)
+    if first_row:
+        asked.reading.remarks.append(f"passed over {first_row} rows of comment at the top, such as {' '.join(head[0][1]):.60}")
+        del head[:first_row]
+    first = [normalise_word(cell.strip("\ufeff# \t")) for cell in head[0][1]]
     rest = itertools.chain(head, filled)
     if set(first) >= _CLDF:
         asked.reading.format = "CLDF forms"
@@ -162,7 +178,8 @@ def _named(name: str, rows: Iterable[Cells], asked: Asked, separated_by: str) ->
         next(rest)
     else:
         asked.reading.columns = tuple(str(place + 1) for place in places.values())
-        columns = (f"column {places[side] + 1} is {wanted}" for side, wanted in (("source", asked.source), ("target", asked.target)))
+        named = {side: side if wanted.isdecimal() else wanted for side, wanted in (("source", asked.source), ("target", asked.target))}
+        columns = (f"column {places[side] + 1} is {wanted}" for side, wanted in named.items())
         pair = " = ".join(head[0][1][places[side]].strip() for side in ("source", "target"))
         asked.reading.remarks.append(f"no row of column names: {', '.join(columns)}; the first pair is {pair}")
     needed = 1 + max(places["source"], places["target"])
@@ -173,6 +190,11 @@ def _named(name: str, rows: Iterable[Cells], asked: Asked, separated_by: str) ->
         else:
             must = f"the row must have the header's {width} columns, {separated_by} between them"
             yield line, BadRow(must, f"{len(cells)}: {', '.join(map(repr, cells))}", "mend the row")
+
+
+def _is_comment(cells: list[str], asked: Asked) -> bool:
+    """Whether a row at the top of a table is a comment: ``# made by hand``, but not ``#swahili``, a column's name."""
+    return cells[0].startswith("#") and normalise_word(cells[0].strip("# ")) not in map(normalise_word, (asked.source, asked.target))
 
 
 def _places(where: str, first: list[str], head: Sequence[Cells], asked: Asked, separated_by: str) -> tuple[dict[str, int], bool]:
@@ -198,8 +220,9 @@ def _places(where: str, first: list[str], head: Sequence[Cells], asked: Asked, s
             return {"source": 0, "target": 1}, False
     must = f"the header must have the columns {asked.source} and {asked.target} once each, {separated_by} between them"
     got = f"the columns {', '.join(map(repr, head[0][1]))}"
-    remedy = "name yours with --source and --target"
+    remedy = "put a tab between the words of each row, and a header above them"
     if len(first) > 1:
+        remedy = "name yours with --source and --target"
         remedy += ", or give the numbers of two columns if the first row is no header, as --source 1 --target 2"
     raise TliError(where, must, got, remedy)
 
