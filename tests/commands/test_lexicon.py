@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
+from tli.commands.evaluate import _read_lists
 from tli.commands.lexicon import lexicon
 from tli.config import LIST_OPTIONS, EvaluateConfig, LexiconConfig, ListConfig, ProtocolConfig
 from tli.data.pair_store import Pair
-from tli.data.word_pairs import SHIPPED, read_list, read_pairs
+from tli.data.word_pairs import SHIPPED, list_facts, read_list, read_pairs, split_pairs
 from tli.runtime.errors import TliError
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
@@ -124,6 +125,39 @@ def test_a_command_says_each_thing_once_whatever_brackets_are_in_it(tmp_path, ca
 
 def test_evaluate_can_be_told_all_that_a_list_is_read_by():
     assert {field.name for field in dataclasses.fields(EvaluateConfig)} >= set(LIST_OPTIONS)
+
+
+def test_evaluate_reads_a_list_as_training_did_unless_it_is_told_otherwise(tmp_path):
+    from rich.console import Console
+
+    path = tmp_path / "words.tsv"
+    path.write_text("sw\ten\n" + "".join(f"neno{i}\tgloss{i}, thing{i}\n" for i in range(40)) + "peke\t\n")
+
+    class Run:
+        report = {"pairs": list_facts(path)}
+        config = {
+            "pairs": str(path),
+            "source": "sw",
+            "target": "en",
+            "skip_bad_rows": True,
+            "split_glosses": True,
+            "held_out": 0.2,
+            "seed": 3,
+        }
+
+        def option(self, name, default):
+            return self.config.get(name, default)
+
+    run, console = Run(), Console(stderr=True)
+    splits, facts = _read_lists(EvaluateConfig(adapters=("x",)), [run], console)
+    pairs = read_pairs(path, "sw", "en", skip_bad_rows=True, split_glosses=True)
+    assert pairs[0] == Pair("neno0", "gloss0", ("thing0",))
+    assert [list(splits[name]) for name in ("trained", "held_out")] == list(map(list, split_pairs(pairs, 0.2, 3, "words")))
+    assert (facts["sha256"], facts["source"], facts["split_is_recorded"]) == (run.report["pairs"]["sha256"], "sw", True)
+    whole, _ = _read_lists(EvaluateConfig(adapters=("x",), split_glosses=False), [run], console)
+    assert whole["trained"][0].synonyms == ()
+    with pytest.raises(TliError, match="words.tsv:42: en must hold a word"):
+        _read_lists(EvaluateConfig(adapters=("x",), skip_bad_rows=False), [run], console)
 
 
 def test_the_protocol_reads_its_list_many_times():

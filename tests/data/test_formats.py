@@ -121,6 +121,15 @@ def test_excels_semicolons_and_its_own_first_line(tmp_path):
     assert list(read(tmp_path, "list.csv", content)) == [Pair("nyumba", "house; home"), Pair("paka", "cat")]
 
 
+def test_a_line_that_has_no_end_is_refused(tmp_path):
+    assert "words.txt:1: the header must have the columns" in message(tmp_path, "words.txt", "x" * 300_000)
+    assert "words.csv:1: the row must be well-formed, got field larger than field limit" in message(
+        tmp_path, "words.csv", "x," + "y" * 300_000
+    )
+    with_tabs = "sep=\t\n" + table(WORDS)
+    assert list(read(tmp_path, "words.csv", with_tabs)) == PAIRS
+
+
 def test_commas_in_a_list_called_tsv_are_read_and_said(tmp_path):
     pairs = read(tmp_path, "words.tsv", table(WORDS, ","))
     assert list(pairs) == PAIRS

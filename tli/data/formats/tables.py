@@ -19,7 +19,7 @@ OPTIONAL = ("synonyms", "class", "loan", "field", "family")
 _SEPARATORS = {"\t": "a tab", ",": "a comma", ";": "a semicolon", "|": "a bar", " ": "a space"}
 # between the words of lists that people type as text
 _TYPED = {" - ": "a hyphen", " \u2013 ": "a dash", " = ": "an equals sign", ": ": "a colon"}
-_HEAD_ROWS = 200
+_HEAD_ROWS, _HEAD_LETTERS = 200, 4096
 _CLDF = {"language_id", "parameter_id", "form"}
 _ANKI_SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";", "space": " ", "pipe": "|", "colon": ":"}
 
@@ -62,10 +62,9 @@ def anki(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row | BadRow]]:
         rows = ((line, ["\n".join(html_lines(field)) for field in fields]) for line, fields in rows)
     asked.reading.format = f"Anki notes{' with HTML' if is_html else ''}"
     for line, row in _named(file.name, rows, asked, "the separator"):
-        yield (
-            line,
-            row if isinstance(row, BadRow) else {name: cell.split("\n") for name, cell in row.items() if name in ("source", "target")},
-        )
+        if isinstance(row, dict):
+            row = {side: row[side].split("\n") for side in ("source", "target")}
+        yield line, row
 
 
 def spreadsheet(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row | BadRow]]:
@@ -95,7 +94,7 @@ def _shown(cell: object) -> str:
 
 def _separator(file: ListFile) -> str:
     """What stands between the cells: the suffix's own separator where the first row has it, else that which divides the rows alike."""
-    lines = file.first_lines(_HEAD_ROWS)
+    lines = [line[:_HEAD_LETTERS] for line in file.first_lines(_HEAD_ROWS)]
     head = [line for line in lines if not line.startswith("#")] or lines
     first = head[0] if head else ""
     if re.fullmatch(r"sep=.", first):
@@ -118,7 +117,7 @@ def _separator(file: ListFile) -> str:
 
 
 def _cells(file: ListFile, separator: str) -> Iterator[Cells]:
-    """The line and the cells of every row that is not blank."""
+    """The line and the cells of every row."""
     if separator == "\t":
         for line, record in enumerate(file.lines(), 1):
             cells = record.rstrip("\n").split("\t")
@@ -147,9 +146,7 @@ def _csv_cells(file: ListFile, separator: str) -> Iterator[Cells]:
     reader, line = csv.reader(file.lines(newline=""), delimiter=separator, strict=True), 1
     try:
         for cells in reader:
-            # Excel's own first line
-            if not (line == 1 and len(cells) <= 2 and cells[:1] in (["sep="], [f"sep={separator}"])):
-                yield line, cells
+            yield line, cells
             line = reader.line_num + 1
     except csv.Error as error:
         raise TliError(f"{file.name}:{line}", "the row must be well-formed", str(error), "close or double its quotation marks") from error
@@ -157,7 +154,8 @@ def _csv_cells(file: ListFile, separator: str) -> Iterator[Cells]:
 
 def _named(name: str, rows: Iterable[Cells], asked: Asked, separated_by: str) -> Iterator[tuple[int, Row | BadRow]]:
     """Rows by the names of their columns, which the first row has, unless it is a pair itself."""
-    filled = ((line, cells) for line, cells in rows if any(map(str.strip, cells)))
+    # Excel's own first line, sep=; says nothing more by now
+    filled = ((line, cells) for line, cells in rows if any(map(str.strip, cells)) and cells != ["sep=", ""])
     head = list(itertools.islice(filled, _HEAD_ROWS))
     if not head:
         return
