@@ -350,6 +350,16 @@ def test_english_definitions_are_no_translations(tmp_path):
     assert "left out" in read_pairs(tmp_path / "en.jsonl", "english", "swahili").reading.notes()[0]
 
 
+def test_an_object_may_map_words_to_glosses_or_hold_the_list(tmp_path):
+    mapping = {"kitabu": "book", "ndege": ["bird", "plane"], "x:y": "a, b", "peke": ""}
+    pairs = read(tmp_path, "d.json", json.dumps(mapping, indent=1), skip_bad_rows=True)
+    assert [(pair.source, *pair.accepted) for pair in pairs] == [("kitabu", "book"), ("ndege", "bird", "plane"), ("x:y", "a, b")]
+    assert pairs.reading.notes()[0] == "took the keys as swahili and their values as english"
+    assert message(tmp_path, "d.json", json.dumps(mapping, indent=1)).startswith("d.json:8: english must hold a word")
+    held = {"n": 1, "words": [{"swahili": "a", "english": "b"}]}
+    assert message(tmp_path, "d.json", json.dumps(held)).endswith("""got an object; run jq -c '.["words"][]' d.json > words.jsonl""")
+
+
 def test_names_that_no_row_has_are_told_once(tmp_path):
     said = message(tmp_path, "d.jsonl", lines({"a": a, "b": b} for a, b in WORDS))
     assert said == (

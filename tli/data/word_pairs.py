@@ -102,7 +102,7 @@ def merge_by_source(rows: Iterable[Pair]) -> DiskBackedPairs:
 
 
 def _merged(rows: Iterable[tuple[int, Pair]], reading: Reading) -> WordPairs:
-    lines = array("L")
+    lines = array("I")
     with pair_writer() as writer:
         for line, pair in rows:
             lines.append(line)

@@ -44,24 +44,47 @@ def _is_object(line: str) -> bool:
 
 
 def json_document(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row | BadRow]]:
-    """The objects of a JSON list; it is read whole."""
+    """The objects of a JSON list, or the members of an object that maps words to glosses; it is read whole."""
     asked.reading.format = "JSON list"
     text = "".join(file.lines(newline=""))
     document = _parsed(file.name, text)
-    if not isinstance(document, list):
-        kind = "an object" if isinstance(document, dict) else json.dumps(document)[:80]
-        raise TliError(f"{file.name}:1", "the file must be a list of objects", kind, "put the rows in [ ]")
-    return _rows(file.name, _with_lines(text, document), asked)
+    if isinstance(document, list):
+        return _rows(file.name, _with_lines(text, document), asked)
+    if isinstance(document, dict) and _maps_words(document) and not {asked.source, asked.target} & document.keys():
+        asked.reading.format = "JSON object of words and their glosses"
+        asked.reading.remarks.append(f"took the keys as {asked.source} and their values as {asked.target}")
+        return _members(text)
+    kind = "an object" if isinstance(document, dict) else json.dumps(document)[:80]
+    inner = next((key for key, value in document.items() if isinstance(value, list)), None) if isinstance(document, dict) else None
+    remedy = "put the rows in [ ]" if inner is None else f"run jq -c '.[\"{inner}\"][]' {file.path.name} > words.jsonl"
+    raise TliError(f"{file.name}:1", "the file must be a list of objects", kind, remedy)
+
+
+def _maps_words(document: dict) -> bool:
+    return all(isinstance(text, str) for value in document.values() for text in (value if isinstance(value, list) else [value]))
+
+
+def _members(text: str) -> Iterator[tuple[int, Row]]:
+    """Each member of an object, its key as source, with the line where it begins."""
+    decoder, between, line, counted, end = json.JSONDecoder(), re.compile(r"[,:\s]*"), 1, 0, text.index("{") + 1
+    while text[start := _end(between, text, end)] != "}":
+        line, counted = line + text.count("\n", counted, start), start
+        key, end = decoder.raw_decode(text, start)
+        value, end = decoder.raw_decode(text, _end(between, text, end))
+        yield line, {"source": key, "target": value}
+
+
+def _end(pattern: re.Pattern, text: str, start: int) -> int:
+    """Where a match that begins at ``start`` ends; the pattern matches nothing, too."""
+    found = pattern.match(text, start)
+    return start if found is None else found.end()
 
 
 def _with_lines(text: str, document: list) -> Iterator[tuple[int, object]]:
     """The line where each value of a list begins; json.loads keeps no positions, so walk through the text, known to be valid."""
     decoder, between, line, counted, end = json.JSONDecoder(), re.compile(r"[,\s]*"), 1, 0, text.index("[") + 1
     for _ in document:
-        gap = between.match(text, end)
-        # it matches nothing, too
-        assert gap is not None
-        start = gap.end()
+        start = _end(between, text, end)
         line, counted = line + text.count("\n", counted, start), start
         row, end = decoder.raw_decode(text, start)
         yield line, row
