@@ -485,7 +485,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(settings, word_list, tmp_pa
     )
     (tmp_path / "empty.tsv").write_text("")
     (tmp_path / "one.tsv").write_text("swahili\nkitabu\n")
-    (tmp_path / "latin.tsv").write_bytes(b"swahili\tenglish\nkitabu\tbook\nkahawa\tcaf\xe9\n")
+    (tmp_path / "latin.tsv").write_bytes(b"swahili\tenglish\nkitabu\tb\xc3\xb4ok\nkahawa\tcaf\xe9\n")
     (tmp_path / "blank.tsv").write_text("swahili\tenglish\nkitabu\tbook\n  \tbed\n")
     (tmp_path / "long.tsv").write_text(word_list.read_text() + "x" * 500 + "\tlong\tnoun\tno\t\ttest\n")
     (tmp_path / "few.tsv").write_text("swahili\tenglish\nkitabu\tbook\nmtu\tperson\nmaji\twater\n")

@@ -166,7 +166,7 @@ def test_a_table_of_markdown_and_comments_at_the_top(tmp_path):
     for header in (("swahili", "english"), ("#swahili", "english"), ("# Swahili", "english"), None):
         pairs = read(tmp_path, "list.tsv", comments + table(WORDS, header=header))
         assert list(pairs) == PAIRS
-        assert pairs.reading.notes()[0] == "passed over 2 rows of comment at the top, such as # Swahili, English"
+        assert pairs.reading.notes()[0] == "rows of comment at the top, passed over: 2, such as # Swahili, English"
     hashes = [(f"#{a}", b) for a, b in WORDS]
     assert [pair.source for pair in read(tmp_path, "list.tsv", table(hashes, header=None))] == [a for a, _ in hashes]
 
@@ -188,6 +188,12 @@ NOTE_PAIRS = [Pair("kitabu", "book"), Pair("ndege", "bird", ("plane",)), Pair("m
 )
 def test_ankis_notes_lose_markup_and_sounds(tmp_path, content):
     assert list(read(tmp_path, "notes.txt", content)) == NOTE_PAIRS
+
+
+@pytest.mark.parametrize("separator", ["", '"', "\0"])
+def test_ankis_notes_without_a_separator_are_refused(tmp_path, separator):
+    said = message(tmp_path, "notes.txt", f"#separator:{separator}\n" + table(NOTES, header=None))
+    assert "notes.txt:1: the notes must name their separator" in said
 
 
 def test_ankis_notes_without_html_keep_their_signs(tmp_path):

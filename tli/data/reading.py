@@ -54,7 +54,9 @@ class Reading:
         """All that a user should know, one sentence each; none for a list that was taken as it stands."""
         changed = [f"{what}: {tally}" for what, tally in self.changed.items()]
         dropped = [f"left out, {why}: {tally}" for why, tally in self.dropped.items()]
-        return [*self.remarks, *changed, *dropped]
+        # an example may hold line breaks, and characters that steer a terminal
+        notes = [*self.remarks, *changed, *dropped]
+        return [" ".join("".join(letter if letter.isprintable() else " " for letter in note).split()) for note in notes]
 
 
 def _count(tallies: dict[str, Tally], what: str, line: int, example: object) -> None:

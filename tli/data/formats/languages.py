@@ -92,6 +92,7 @@ def _name_meaning(name: str) -> frozenset[tuple[str, str]]:
 
     try:
         found = langcodes.find(name)
-    except LookupError:
+    # its trie answers some names with bytes that are none of its values
+    except (LookupError, UnicodeDecodeError, SystemError):
         return frozenset()
     return frozenset({(langcodes.standardize_tag(found.language or "", macro=True), "")})

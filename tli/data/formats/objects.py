@@ -136,7 +136,7 @@ def _parquet_rows(name: str, files: list[pathlib.Path], asked: Asked) -> Iterato
                 with ParquetFile(path) as parquet_file:
                     for batch in parquet_file.iter_batches(1024):
                         yield from zip(number, batch.to_pylist(), strict=False)
-            except (ArrowException, OSError) as error:
+            except (ArrowException, OSError, UnicodeDecodeError) as error:
                 raise TliError(path, "the parquet file must be whole", " ".join(str(error).split())[:120], "download it again") from error
 
     return _rows(name, values(), asked)

@@ -163,7 +163,7 @@ class ListFile:
                     if not well_formed and len(sample) < HEAD_BYTES:
                         sample += record
         line, byte = wrong
-        if is_marked or is_utf8 > others:
+        if is_marked or is_utf8 >= others:
             remedy = "mend the line: the others are UTF-8; or convert the file with iconv -f WINDOWS-1252 -t UTF-8 if all of it is so"
             raise TliError(f"{self.name}:{line}", "the file must be UTF-8", f"byte 0x{byte:02x}", remedy)
         from charset_normalizer import from_bytes

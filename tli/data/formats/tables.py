@@ -50,7 +50,9 @@ def anki(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row | BadRow]]:
             break
         told[key[1:].strip().lower()] = value
     named = told.get("separator", "tab").strip().lower()
-    separator = _ANKI_SEPARATORS.get(named, told.get("separator", "\t")[:1])
+    separator = _ANKI_SEPARATORS.get(named, named[:1])
+    if not separator.strip('"') or not separator.isprintable() and separator != "\t":
+        raise TliError(f"{file.name}:1", "the notes must name their separator", repr(told["separator"]), "export them from Anki again")
     special = {int(value) for key, value in told.items() if key.endswith(" column") and value.strip().isdecimal()}
     rows: Iterator[Cells] = ((line, fields) for line, fields in _csv_cells(file, separator) if line > len(told))
     if "columns" in told:
@@ -161,7 +163,7 @@ def _named(name: str, rows: Iterable[Cells], asked: Asked, separated_by: str) ->
         return
     first_row = next((i for i, (_, cells) in enumerate(head) if not _is_comment(cells, asked)), 0)
     if first_row:
-        asked.reading.remarks.append(f"passed over {first_row} rows of comment at the top, such as {' '.join(head[0][1]):.60}")
+        asked.reading.remarks.append(f"rows of comment at the top, passed over: {first_row}, such as {' '.join(head[0][1]):.60}")
         del head[:first_row]
     first = [normalise_word(cell.strip("\ufeff# \t")) for cell in head[0][1]]
     rest = itertools.chain(head, filled)
