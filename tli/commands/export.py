@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tli.config import ExportConfig
-from tli.model.checkpoint import Checkpoint, open_checkpoint
+from tli.model.checkpoint import Checkpoint, open_checkpoint, require_plain
 from tli.model.linear_map import FittedMap, save_map
 from tli.model.lora import Adapter
 from tli.model.trained_adapter import check_compatible, load_adapter
@@ -151,7 +151,7 @@ class _Weights:
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored, a view of its file; or in fp32 where that is in NF4."""
         if name not in self.parts:
-            return self._stored(name)
+            return self._plain(name)
         try:
             return ops.dequantise(
                 ops.NF4Weight.from_state_dict({part: self._stored(part) for part in self.parts[name]}, name), torch.float32
@@ -173,6 +173,13 @@ class _Weights:
                 numbers = 2 * stored.nbytes if name in self.parts else stored.numel()
                 sizes[name] = numbers * dtype.itemsize if name in self.parts or stored.is_floating_point() else stored.nbytes
         return sizes
+
+    def _plain(self, name: str) -> Tensor:
+        tensor = self._stored(name)
+        # other tensors may be of integers: numbers of positions, for instance
+        if name.endswith(".weight"):
+            require_plain(self.paths[self.shard_of[name]], name, tensor)
+        return tensor
 
     def _stored(self, name: str) -> Tensor:
         file = self.shard_of[name]
