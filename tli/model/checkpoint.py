@@ -123,7 +123,7 @@ class Checkpoint:
             return table[rows]
 
     def require_rows(self, largest: int) -> None:
-        """Raise ``TliError`` where ``largest``, a token id, has no row in the embedding table: the tokenizer is another model's, or grew."""
+        """Raise ``TliError`` where ``largest``, a token id, has no row in the embedding: the tokenizer is another model's, or grew."""
         if largest >= self.config.vocab_size:
             must = f"every token must have one of the embedding's {self.config.vocab_size:,} rows"
             got = f"token {self.tokenizer().convert_ids_to_tokens(largest)!r} with the id {largest:,}"

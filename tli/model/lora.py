@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import typing
 import zlib
 
@@ -32,6 +33,19 @@ if typing.TYPE_CHECKING:
 _KEY_PREFIX = "base_model.model.model."
 _KEY = re.compile(r"^base_model\.model\.model\.(?P<path>layers\.(?P<block>\d+)\..+)\.lora_(?P<factor>[AB])\.weight$")
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+# keys of an adapter_config.json that are computed with here, and those that change nothing about how a saved adapter computes: a key of
+# neither kind must be unset, so an adapter of a kind that is not known, or not yet, is never taken for W + s·B·A
+_COMPUTED = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights")
+_WITHOUT_EFFECT = (
+    # what it is of, and which layers it has, of which the tensors themselves speak
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    # of training, of how the factors start (see _STARTS), and of switches whose other half must be unset
+    *("inference_mode", "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("runtime_config", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
+)
+# starts of the factors that leave the base as it is; the others take a part of it away, which only PEFT on the same base does again
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,10 +169,15 @@ def check_gradients(decoder: nn.Module, step: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An adapter off the disk: factors by module path, and the scale to use them with."""
+    """An adapter off the disk: factors by module path, and the scale to use them with; ``scales`` of modules that have their own."""
 
     scale: float
     factors: dict[str, tuple[Tensor, Tensor]]
+    scales: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def scale_of(self, path: str) -> float:
+        """s of the module at this path."""
+        return self.scales.get(path, self.scale)
 
     def attach(self, module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         """Wrap, for evaluation, each linear layer of ``module`` that has factors under ``prefix`` + its path.
@@ -181,7 +200,7 @@ class Adapter:
                     f"A {tuple(lora_a.shape)}, B {tuple(lora_b.shape)}",
                     "use the model that the adapter was trained on",
                 )
-            wrapped = LoRALinear(child, lora_a.shape[0], self.scale, dropout=0.0)
+            wrapped = LoRALinear(child, lora_a.shape[0], self.scale_of(prefix + path), dropout=0.0)
             wrapped.lora_A.data, wrapped.lora_B.data = lora_a.to(child.weight.device), lora_b.to(child.weight.device)
             _replace(module, path, wrapped.requires_grad_(False).eval())
             wrapped_layers[path] = child
@@ -219,23 +238,18 @@ def load(folder: str | os.PathLike) -> Adapter:
     """Read a PEFT LoRA adapter, tli's own or another's.
 
     Raises:
-        TliError: a missing file, a kind of adapter other than plain LoRA, keys that are not linear layers' in blocks.
+        TliError: a missing file, a kind of adapter other than plain LoRA, keys that are not linear layers' in blocks, NaN or infinity.
     """
     folder = pathlib.Path(folder)
     for file in (CONFIG_FILE, ADAPTER_FILE):
         if not (folder / file).is_file():
-            raise TliError(folder, f"an adapter's folder must hold {file}", "none", "name a folder that holds a PEFT adapter")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise TliError(
-            folder / CONFIG_FILE, "the file must be JSON with r and lora_alpha", repr(error), "save the adapter again"
-        ) from error
-    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out") if config.get(key)]
-    if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
-        what = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
-        raise TliError(folder / CONFIG_FILE, "the adapter must be plain LoRA", what, "train one without it")
+            got, remedy = "none", "name a folder that holds a PEFT adapter"
+            if file == ADAPTER_FILE and (pickled := folder / "adapter_model.bin").is_file():
+                paths = (json.dumps(str(path)) for path in (pickled, folder / file))
+                code = "import torch; from safetensors.torch import save_file; save_file(torch.load({}, weights_only=True), {})"
+                got, remedy = pickled.name, f"convert it: python -c {shlex.quote(code.format(*paths))}"
+            raise TliError(folder, f"an adapter's folder must hold {file}", got, remedy)
+    config = _read_config(folder / CONFIG_FILE)
     try:
         tensors = load_file(folder / ADAPTER_FILE)
     except (SafetensorError, OSError) as error:
@@ -245,14 +259,57 @@ def load(folder: str | os.PathLike) -> Adapter:
         match = _KEY.match(key)
         if match is None:
             raise TliError(folder / ADAPTER_FILE, "every key must name a linear layer of a block", key, "save the adapter from a causal LM")
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise TliError(folder / ADAPTER_FILE, "every factor must be of finite numbers", f"others in {key}", "train the adapter again")
         factors.setdefault(match["path"], {})[match["factor"]] = tensor.float()
     for path, pair in factors.items():
         if set(pair) != {"A", "B"}:
             raise TliError(
                 folder / ADAPTER_FILE, f"{path} must have lora_A and lora_B", f"only lora_{next(iter(pair))}", "save the adapter again"
             )
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Adapter(scale, {path: (pair["A"], pair["B"]) for path, pair in factors.items()})
+    scale = rank_and_scale({**config, "rank_pattern": None, "alpha_pattern": None}, "")[1]
+    scales = {path: own for path in factors if (own := rank_and_scale(config, path)[1]) != scale}
+    return Adapter(scale, {path: (pair["A"], pair["B"]) for path, pair in factors.items()}, scales)
+
+
+def rank_and_scale(config: dict, path: str) -> tuple[int, float]:
+    """R and s of the linear layer at this path of the decoder, as PEFT takes them from an ``adapter_config.json``."""
+
+    def of(pattern: str, default: str) -> float:
+        found = (value for key, value in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", f"model.{path}"))
+        return next(found, config[default])
+
+    rank, alpha = int(of("rank_pattern", "r")), float(of("alpha_pattern", "lora_alpha"))
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _read_config(file: pathlib.Path) -> dict:
+    """An ``adapter_config.json`` of which everything that it says is understood."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+        alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
+        for key in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})):
+            re.compile(key)
+    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+        raise TliError(file, "the file must be JSON with r and lora_alpha", repr(error), "save the adapter again") from error
+    for rank in ranks:
+        if type(rank) is not int or rank < 1:
+            raise TliError(file, "every rank must be a whole number of at least 1", rank, "save the adapter again")
+    for alpha in alphas:
+        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+            raise TliError(file, "every lora_alpha must be a finite number above 0", alpha, "save the adapter again")
+    if config.get("peft_type") != "LORA" or config.get("bias") not in (None, "none"):
+        got = f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise TliError(file, "the adapter must be plain LoRA", got, "train one without it")
+    start = config.get("init_lora_weights")
+    if start not in _STARTS:
+        remedy = "save it in PEFT with path_initial_model_for_weight_conversion, which makes it plain LoRA"
+        raise TliError(file, "the adapter must be plain LoRA on the model as it is", f"init_lora_weights {start}", remedy)
+    odd = [key for key, value in config.items() if value and key not in (*_COMPUTED, *_WITHOUT_EFFECT)]
+    if odd:
+        raise TliError(file, "the adapter must be plain LoRA", ", ".join(odd), "train one without it")
+    return config
 
 
 def _targets(decoder: "Decoder", index: int, targets: str) -> list[str]:
