@@ -206,6 +206,8 @@ def _tokenise(
     texts = (text for side in ("source", "target") for pairs in splits for text in map(operator.attrgetter(side), pairs))
     words = tokenise(tokenizer, texts, context_length(checkpoint), config.prefix)
     if config.all_rows:
+        # of fewer rows it is asked as they are read
+        checkpoint.require_rows(int(words.vocab_ids[-1]))
         return words.with_all_rows(checkpoint.config.vocab_size)
     return dataclasses.replace(words, vocab_ids=functools.reduce(np.union1d, (windows.vocab_ids for windows in kept), words.vocab_ids))
 
