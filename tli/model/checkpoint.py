@@ -311,8 +311,8 @@ def _read_config(name: str, folder: pathlib.Path | None) -> tuple[Any, dict]:
             )
         raise TliError(name, "config.json must describe a model that transformers knows", got, remedy) from error
     require_unquantised(plain, name)
-    # the whole has the head, which the decoder's class does not
-    config.tie_word_embeddings = whole.tie_word_embeddings
+    # the whole has the head, unless it leaves that to a causal LM inside
+    config.tie_word_embeddings = getattr(whole, "tie_word_embeddings", config.tie_word_embeddings)
     family_of(config.model_type, name)
     _require_causal(config, name)
     return config, plain
