@@ -47,6 +47,7 @@ FAMILIES = {
     "smollm3": Family({"num_key_value_heads": 4}),
     "gemma": Family({"head_dim": 256, "num_key_value_heads": 16, "num_attention_heads": 16}, norm_offset=1.0),
     "ministral": Family({"num_key_value_heads": 8}),
+    "ministral3": Family({"head_dim": 128, "num_key_value_heads": 8}),
     "hunyuan_v1_dense": Family({}, head_norms=True),
     "olmo2": Family({}, head_norms=True, across_heads=True),
     "olmo3": Family({}, head_norms=True, across_heads=True),
