@@ -69,7 +69,7 @@ def change_config(folder, **changes) -> None:
 
 def assert_whole_models_states(folder, whole=None, layers=(1, 2)) -> None:
     """States packed into a trie are those of transformers' whole model."""
-    whole = (whole or AutoModelForCausalLM.from_pretrained(folder)).float().eval()
+    whole = (whole or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).eval()
     checkpoint = open_checkpoint(str(folder))
     words = tokenise(checkpoint.tokenizer(), WORDS, context_length(checkpoint))
     batch = to_batch(words.pack(np.arange(len(WORDS))), torch.float32, CPU.device)

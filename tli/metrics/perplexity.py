@@ -11,6 +11,7 @@ independent, so the intervals resample whole windows.
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -76,7 +77,7 @@ def predict(
     reason = stream_layers(checkpoint, windows_batch(windows, device_config), windows.vocab_ids, device_config, [None, *adapters], visit)
     if reason is not None:
         return [], reason
-    head, cap = read_head(checkpoint, device_config), getattr(checkpoint.config, "final_logit_softcapping", None)
+    head = read_head(checkpoint, device_config)
     width = windows.tokens.shape[1]
     parts: list[list[Tensor]] = [[] for _ in outputs]
     for window, length in enumerate(windows.lengths):
@@ -85,7 +86,7 @@ def predict(
         for at, truth in zip(positions.split(_CHUNK_POSITIONS), following.split(_CHUNK_POSITIONS)):
             base = probabilities = None
             for stream, states in zip(parts, outputs):
-                logs = log_probabilities(states[at], head, cap, device_config.ops.linear)
+                logs = log_probabilities(states[at], head, checkpoint.config, device_config.ops.linear)
                 if base is None or probabilities is None:
                     base, probabilities = logs, logs.exp()
                 moved = (probabilities * (base - logs)).sum(1), (probabilities - logs.exp()).abs().sum(1) / 2
@@ -149,9 +150,11 @@ def read_head(checkpoint: Checkpoint, device_config: DeviceConfig) -> Tensor:
     return weight.to(device_config.device, device_config.dtype)
 
 
-def log_probabilities(states: Tensor, head: Tensor, cap: float | None, linear: Callable[..., Tensor]) -> Tensor:
-    """log softmax of the logits, fp32 [positions, V]; ``cap`` is Gemma 2's soft-capping."""
+def log_probabilities(states: Tensor, head: Tensor, config: typing.Any, linear: Callable[..., Tensor]) -> Tensor:
+    """log softmax of the logits, fp32 [positions, V]; by the model's ``config`` Granite's are divided, and Gemma 2's soft-capped."""
     logits = torch.cat([linear(states.float(), rows.float()) for rows in head.split(_HEAD_ROWS)], dim=1)
+    logits = logits / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     return logits.log_softmax(dim=1)

@@ -72,8 +72,8 @@ def probe(
 
     if stream_layers(checkpoint, batch, words.vocab_ids, device_config, [None], visit) is not None:
         return None
-    head, cap = read_head(checkpoint, device_config), getattr(checkpoint.config, "final_logit_softcapping", None)
-    likeliest = log_probabilities(outputs[0][batch.indices], head, cap, device_config.ops.linear).argmax(1).cpu().numpy()
+    head = read_head(checkpoint, device_config)
+    likeliest = log_probabilities(outputs[0][batch.indices], head, checkpoint.config, device_config.ops.linear).argmax(1).cpu().numpy()
     given = np.zeros(len(asked), bool)
     for owner, wanted, begin in zip(owners, tokens, batch.indptr.tolist()):
         # the first node is the last of the question, whose likeliest token is the first of the answer

@@ -266,7 +266,8 @@ def open_checkpoint(name: str) -> Checkpoint:
     config, plain = _read_config(name, folder)
     shard_of = _shard_of(name, folder, plain)
     prefix = _decoder_prefix(name, shard_of)
-    odd = next((key for key in shard_of if key.startswith(f"{prefix}layers.") and not _UNDERSTOOD.search(key)), None)
+    of_decoder = (f"{prefix}layers.", f"{prefix}embed_tokens.", f"{prefix}norm.", "lm_head.")
+    odd = next((key for key in shard_of if key.startswith(of_decoder) and not _UNDERSTOOD.search(key)), None)
     if odd:
         raise TliError(name, QUANTISED, f"tensors as {odd}", original_of(plain, name))
     return Checkpoint(name, folder, config, shard_of, prefix)

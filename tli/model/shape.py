@@ -86,7 +86,8 @@ class Shape:
         linear = self.linear()
         numbers = sum(n * k for n, k in linear.values())
         biases = sum(n for path, (n, _) in linear.items() if path.rpartition(".")[2] in self.biases)
-        norms = (4 if self.traits.norms_behind else 2) * self.width + 2 * self.head_dim * self.traits.head_norms
+        normed = self.queries + self.keys if self.traits.across_heads else 2 * self.head_dim
+        norms = (4 if self.traits.norms_behind else 2) * self.width + normed * self.traits.head_norms
         return int(numbers * (NF4_BYTES if weights == "nf4" else element)) + element * (biases + norms)
 
 
