@@ -24,7 +24,6 @@ from tli.model.lora import Adapter
 from tli.model.text_windows import TextWindows, windows_batch
 from tli.runtime import ops
 from tli.runtime.device import DeviceConfig
-from tli.runtime.errors import TliError
 from tli.stats.bootstrap import means_with_intervals
 from tli.stats.tests import compare_paired
 
@@ -65,8 +64,10 @@ def predict(
         done:           called after each layer, and after each window at the head
 
     Returns:
-        The base's predictions, then each adapter's; or, where shards are absent, none, and why.
+        The base's predictions, then each adapter's; or, where shards are absent or the model has no head, none, and why.
     """
+    if head_name(checkpoint) is None:
+        return [], f"{checkpoint.name} has no head (lm_head.weight), as a model that was made for embeddings"
     outputs: list[Tensor] = []
 
     def visit(layer: int | str, states: Sequence[Tensor]) -> None:
@@ -133,18 +134,24 @@ def _exp(value: float | None) -> float | None:
     return None if value is None else math.exp(min(value, 700.0))
 
 
-def read_head(checkpoint: Checkpoint, device_config: DeviceConfig) -> Tensor:
-    """The weight [V, D] that turns normed states into logits: the embedding table where the two are tied."""
+def head_name(checkpoint: Checkpoint) -> str | None:
+    """Which tensor turns normed states into logits, the embedding table where the two are tied; None for a model without a head."""
     if checkpoint.config.tie_word_embeddings:
+        return f"{checkpoint.prefix}embed_tokens.weight"
+    return next((name for name in checkpoint.shard_of if name.endswith("lm_head.weight")), None)
+
+
+def read_head(checkpoint: Checkpoint, device_config: DeviceConfig) -> Tensor:
+    """The weight [V, D] that turns normed states into logits."""
+    name = head_name(checkpoint)
+    # whoever reads a head has asked for its name
+    assert name is not None
+    if name.endswith("embed_tokens.weight"):
         weight = checkpoint.embedding_rows(None)
     else:
-        names = [name for name in checkpoint.shard_of if name.endswith("lm_head.weight")]
-        if not names:
-            must = "a model whose head is not tied to its embedding must hold lm_head.weight"
-            raise TliError(checkpoint.name, must, f"{len(checkpoint.shard_of)} other tensors", "evaluate without --text")
         shape = (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
         # the head stands outside the decoder, whose prefix the names otherwise have
-        weight = dataclasses.replace(checkpoint, prefix="").read({names[0]: shape})[names[0]]
+        weight = dataclasses.replace(checkpoint, prefix="").read({name: shape})[name]
     if isinstance(weight, ops.NF4Weight):
         weight = ops.dequantise(weight, device_config.dtype)
     return weight.to(device_config.device, device_config.dtype)

@@ -265,11 +265,13 @@ def snapshot(decoder: nn.Module, scale: float) -> Adapter:
     return Adapter(scale, {path: (a.lora_A.detach().clone(), a.lora_B.detach().clone()) for path, a in found.items()})
 
 
-def save(decoder: nn.Module, config: LoRAConfig, folder: str | os.PathLike, base_model: str, decoder_path: str = "model") -> None:
+def save(
+    decoder: nn.Module, config: LoRAConfig, folder: str | os.PathLike, base_model: str, decoder_path: str = "model", task: str = "CAUSAL_LM"
+) -> None:
     """Write the decoder's adapters to ``folder`` as a PEFT adapter, each file whole or not at all.
 
-    The same adapters give the same bytes. ``decoder_path`` is that of the decoder in the class that PEFT's users load
-    (``tli/model/whole_model.py``).
+    The same adapters give the same bytes. ``decoder_path`` is that of the decoder in the class that PEFT's users load, ``task`` PEFT's
+    task type for it (``tli/model/whole_model.py``).
     """
     folder = pathlib.Path(folder)
     tensors, inside = {}, f"{decoder_path}." if decoder_path else ""
@@ -278,7 +280,8 @@ def save(decoder: nn.Module, config: LoRAConfig, folder: str | os.PathLike, base
         tensors[f"{_KEY_PREFIX}{inside}{path}.lora_B.weight"] = adapter.lora_B.detach().cpu().contiguous()
     with atomic_write(folder / ADAPTER_FILE) as temporary:
         temporary.write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
-    write_text(folder / CONFIG_FILE, json.dumps(_peft_config(list(adapters(decoder)), config, base_model, inside), indent=2) + "\n")
+    peft_config = _peft_config(list(adapters(decoder)), config, base_model, inside, task)
+    write_text(folder / CONFIG_FILE, json.dumps(peft_config, indent=2) + "\n")
 
 
 def load(folder: str | os.PathLike) -> Adapter:
@@ -417,7 +420,7 @@ def _replace(module: nn.Module, path: str, child: nn.Module) -> None:
     setattr(module.get_submodule(owner), name, child)
 
 
-def _peft_config(paths: list[str], config: LoRAConfig, base_model: str, inside: str) -> dict:
+def _peft_config(paths: list[str], config: LoRAConfig, base_model: str, inside: str, task: str) -> dict:
     by_block: dict[int, set[str]] = {}
     for path in paths:
         _, block, name = path.split(".", 2)
@@ -427,7 +430,7 @@ def _peft_config(paths: list[str], config: LoRAConfig, base_model: str, inside: 
     uniform = inside == "model." and all(names == everywhere for names in by_block.values())
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": config.rank,
