@@ -232,5 +232,6 @@ def test_paths_may_be_relative_and_of_any_kind(make_model, word_list, tmp_path, 
     assert config["base_model_name_or_path"] == str(tmp_path / "llama")
     monkeypatch.chdir("/")
     from tli.commands.evaluate import evaluate
+
     assert evaluate(EvaluateConfig(adapters=(tmp_path / "out",), output=tmp_path / "evaluation"))["pairs"]["split_is_recorded"]
     export(ExportConfig(adapter=tmp_path / "out", output=tmp_path / "merged"))

@@ -12,7 +12,7 @@ from tli.runtime.errors import TliError, one_line
 
 @dataclasses.dataclass(frozen=True)
 class WholeModel:
-    """``loads_by``: what to import from transformers; ``decoder``: path of the text decoder in what it loads; ``task``: PEFT's task type."""
+    """``loads_by``: what to import from transformers; ``decoder``: path of the text decoder in it; ``task``: PEFT's task type for it."""
 
     loads_by: str = "AutoModelForCausalLM"
     decoder: str = "model"
