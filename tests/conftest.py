@@ -16,6 +16,15 @@ from tli.data import word_pairs
 
 interpreter.mend_bfloat16()
 
+# what sets a family apart, where its defaults would hide it: narrow windows, which alternate with full attention in families that have
+# both; Granite's multipliers, which are 1 unless set; blocks without positions among few
+_WINDOWED = ("mistral", "ministral", "gemma2", "gemma3_text", "olmo3", "exaone4")
+_APART = {
+    **dict.fromkeys(_WINDOWED, {"sliding_window": 24}),
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1, "logits_scaling": 3.0},
+    "smollm3": {"no_rope_layer_interval": 2},
+}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests that use the starter as ``network``; skip ``gpu`` tests without a GPU."""
@@ -69,9 +78,7 @@ def make_model(tmp_path_factory, tokenizer) -> Callable[..., pathlib.Path]:
             sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": blocks, "vocab_size": len(tokenizer)}
             heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64}
             ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "tie_word_embeddings": tied}
-            # the narrow window alternates with full attention in families that have both
-            window = {"sliding_window": 24} if family in ("mistral", "gemma2", "gemma3_text") else {}
-            config = AutoConfig.for_model(family, **{**sizes, **heads, **ids, **window, **overrides})
+            config = AutoConfig.for_model(family, **{**sizes, **heads, **ids, **_APART.get(family, {}), **overrides})
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config)
             # the usual initialisation (std 0.02) is so close to linear that errors in masks and positions would not show

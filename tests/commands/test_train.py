@@ -519,3 +519,16 @@ def test_json_is_one_object_on_standard_output(settings):
     assert facts["config"]["rank"] == 4
     assert facts["measurements"]
     assert "Layer 2" in result.stderr
+
+
+def test_a_model_without_a_head_is_trained_and_asked_for_no_text(make_model, word_list, tmp_path, tokenizer, capsys):
+    # as models for embeddings are saved: the bare decoder, its head left out and tied to nothing
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(make_model("mistral", tied=False)).save_pretrained(tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    config = TrainConfig(model=str(tmp_path / "bare"), pairs=str(word_list), rank=2, batch=27, epochs=1, output=str(tmp_path / "out"))
+    facts = train(config)
+    assert facts["harm"] == []
+    assert facts["probe"] is None
+    assert "has no head (lm_head.weight)" in " ".join(capsys.readouterr().err.split())

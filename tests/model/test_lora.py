@@ -242,8 +242,10 @@ def spoil(folder, kind: str) -> None:
         weights.write_bytes(weights.read_bytes()[:-10])
     elif kind == "half":
         save_file({key: tensor for key, tensor in tensors.items() if "q_proj.lora_B" not in key}, weights)
-    elif kind == "bare":
-        save_file({key.replace("base_model.model.model.", "base_model.model."): tensor for key, tensor in tensors.items()}, weights)
+    elif kind == "tower":
+        save_file({key.replace("model.layers", "vision_tower.layers"): tensor for key, tensor in tensors.items()}, weights)
+    elif kind == "two":
+        save_file({key.replace("model.model.layers.0", "model.layers.0"): tensor for key, tensor in tensors.items()}, weights)
     elif kind == "no json":
         config.write_text("{")
     elif kind == "dora":
@@ -258,10 +260,11 @@ def spoil(folder, kind: str) -> None:
         ("no weights", "must hold adapter_model.safetensors, got none; "),
         ("truncated", "the file must be whole safetensors, got "),
         ("half", "layers.0.self_attn.q_proj must have lora_A and lora_B, got only lora_A; "),
-        ("bare", "every key must name a linear layer of a block, got base_model.model.layers."),
+        ("tower", "every key must name a linear layer of a block of the text decoder, got base_model.model.vision_tower.layers."),
+        ("two", "all keys must be of one decoder, got model. and none; "),
         ("no json", "the file must be JSON with r and lora_alpha, got "),
-        ("dora", "the adapter must be plain LoRA, got use_dora; "),
-        ("other", "the adapter must be plain LoRA, got peft_type IA3"),
+        ("dora", "layers.0.mlp.down_proj must have lora_A and lora_B and lora_magnitude_vector, got only lora_A and lora_B; "),
+        ("other", "the adapter must be plain LoRA, or DoRA, got peft_type IA3"),
     ],
 )
 def test_a_bad_adapter_is_one_clear_line(make_model, tokenizer, tmp_path, kind, message):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from tli.commands.export import export
 from tli.commands.train import train
-from tli.config import EvaluateConfig, TrainConfig
+from tli.config import EvaluateConfig, ExportConfig, TrainConfig
 from tli.data.batch import to_batch
 from tli.data.packing import tokenise
 from tli.model import lora
@@ -24,6 +25,7 @@ from tli.runtime.errors import TliError
 SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 TEXT = {**SIZES, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+AUDIO = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 WORDS = ["kitabu", "kitanda", "house"]
 
 
@@ -37,17 +39,24 @@ def configs(vocabulary: int) -> dict:
         "Llava": t.LlavaConfig(text_config=t.LlamaConfig(**text), vision_config=t.CLIPVisionConfig(**VISION)),
         "Mistral3": t.Mistral3Config(text_config=t.MistralConfig(**text), vision_config=t.PixtralVisionConfig(**VISION)),
         "SmolVLM": t.SmolVLMConfig(text_config=t.LlamaConfig(**text), vision_config=dict(VISION)),
+        # of sound: its config says nothing of the head, which is in a causal LM inside
+        "Voxtral": t.VoxtralConfig(
+            text_config=t.LlamaConfig(**text).to_dict(), audio_config={**AUDIO, "num_mel_bins": 16, "max_source_positions": 20}
+        ),
+        # without a head, as a model of text and images for embeddings
+        "LlavaModel": t.LlavaConfig(text_config=t.LlamaConfig(**text), vision_config=t.CLIPVisionConfig(**VISION)),
     }
 
 
-@pytest.fixture(scope="module", params=["Gemma3", "Llava", "Mistral3", "SmolVLM"])
+@pytest.fixture(scope="module", params=["Gemma3", "Llava", "Mistral3", "SmolVLM", "Voxtral", "LlavaModel"])
 def composite(request, tokenizer, tmp_path_factory):
-    """A small random model of text and images."""
+    """A small random model of text and images, or sound."""
     import transformers
 
     folder = tmp_path_factory.mktemp("composite") / request.param.lower()
     torch.manual_seed(0)
-    model = getattr(transformers, f"{request.param}ForConditionalGeneration")(configs(len(tokenizer))[request.param])
+    named = request.param if request.param.endswith("Model") else f"{request.param}ForConditionalGeneration"
+    model = getattr(transformers, named)(configs(len(tokenizer))[request.param])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2) if parameter.ndim > 1 else parameter.add_(0.3 * torch.randn_like(parameter))
@@ -99,7 +108,7 @@ def test_peft_loads_the_adapter_by_the_cards_own_lines(composite, word_list, tmp
     factors = {name: parameter for name, parameter in model.named_parameters() if "lora_B" in name}
     assert len(factors) == 14
     assert all(parameter.any() for parameter in factors.values())
-    assert not any("vision" in name for name in factors)
+    assert not any("vision" in name or "audio" in name for name in factors)
     ids, plain = own_states(composite)
     expected = own_states(composite, out)[1]
     assert apart(whole_states(model, ids), expected) < 1e-4
@@ -119,6 +128,23 @@ def test_pefts_own_adapter_of_the_text_decoder_is_read(composite, tmp_path):
     ids, found = own_states(composite, tmp_path)
     assert apart(found, whole_states(model, ids)) < 1e-4
     assert apart(found, own_states(composite)[1]) > 1e-3
+
+
+def test_a_merged_copy_is_the_whole_model_with_the_adapter(composite, tmp_path):
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    whole = whole_model(open_checkpoint(str(composite)))
+    model = getattr(transformers, whole.loads_by).from_pretrained(composite, dtype=torch.float32)
+    settings = {"r": 3, "target_modules": rf"{re.escape(whole.decoder)}\..*\.(q|down)_proj", "rank_pattern": {r".*\.1\..*q_proj": 2}}
+    get_peft_model(model, LoraConfig(**settings, init_lora_weights=False)).save_pretrained(tmp_path / "adapter")
+    export(ExportConfig(adapter=tmp_path / "adapter", output=tmp_path / "merged", model=str(composite), dtype="float32"))
+    merged, notes = getattr(transformers, whole.loads_by).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not notes["missing_keys"]
+    assert not notes["unexpected_keys"]
+    ids, expected = own_states(composite, tmp_path / "adapter")
+    assert apart(whole_states(merged.eval(), ids), expected) < 1e-4
+    assert apart(own_states(tmp_path / "merged")[1], expected) < 1e-4
 
 
 def test_an_adapter_of_the_vision_tower_is_refused(composite, tmp_path):
@@ -206,8 +232,6 @@ def test_paths_may_be_relative_and_of_any_kind(make_model, word_list, tmp_path, 
     assert config["base_model_name_or_path"] == str(tmp_path / "llama")
     monkeypatch.chdir("/")
     from tli.commands.evaluate import evaluate
-    from tli.commands.export import export
-    from tli.config import ExportConfig
 
     assert evaluate(EvaluateConfig(adapters=(tmp_path / "out",), output=tmp_path / "evaluation"))["pairs"]["split_is_recorded"]
     export(ExportConfig(adapter=tmp_path / "out", output=tmp_path / "merged"))

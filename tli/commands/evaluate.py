@@ -158,7 +158,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     if (config.layers is not None and len(measured) < len(layers)) or not measured or unread:
         raise TliError(
             "--text" if unread else "--layers",
-            "the blocks must be there",
+            "the blocks and the head must be there" if unread else "the blocks must be there",
             unread or missing,
             "put the missing shard there, or ask for less",
         )

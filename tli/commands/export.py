@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tli.config import ExportConfig
-from tli.model.checkpoint import Checkpoint, open_checkpoint
+from tli.model.checkpoint import Checkpoint, open_checkpoint, require_plain
 from tli.model.linear_map import FittedMap, save_map
 from tli.model.lora import Adapter
 from tli.model.trained_adapter import check_compatible, load_adapter
@@ -150,7 +150,7 @@ class _Weights:
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored, a view of its file; or in fp32 where that is in NF4."""
         if name not in self.parts:
-            return self._stored(name)
+            return self._plain(name)
         try:
             return ops.dequantise(
                 ops.NF4Weight.from_state_dict({part: self._stored(part) for part in self.parts[name]}, name), torch.float32
@@ -172,6 +172,13 @@ class _Weights:
                 numbers = 2 * stored.nbytes if name in self.parts else stored.numel()
                 sizes[name] = numbers * dtype.itemsize if name in self.parts or stored.is_floating_point() else stored.nbytes
         return sizes
+
+    def _plain(self, name: str) -> Tensor:
+        tensor = self._stored(name)
+        # other tensors may be of integers: numbers of positions, for instance
+        if name.endswith(".weight"):
+            require_plain(self.paths[self.shard_of[name]], name, tensor)
+        return tensor
 
     def _stored(self, name: str) -> Tensor:
         file = self.shard_of[name]
@@ -205,24 +212,22 @@ def _files(sizes: dict[str, int], limit: float) -> dict[str, list[str]]:
 def _write_weights(source: _Weights, adapter: Adapter, files: dict[str, list[str]], dtype: torch.dtype, folder: pathlib.Path, console):
     from rich.progress import Progress
 
-    factors = {f"{source.checkpoint.prefix}{path}.weight": pair for path, pair in adapter.factors.items()}
+    paths = {f"{source.checkpoint.prefix}{path}.weight": path for path in adapter.factors}
     with Progress(console=console) as bar:
         task = bar.add_task("merging", total=sum(map(len, files.values())))
 
         def merged(name: str) -> Tensor:
             bar.advance(task)
-            return _merged(source.read(name), factors.get(name), adapter.scale, dtype, name)
+            weight = source.read(name)
+            return _rounded(adapter.merge(paths[name], weight) if name in paths else weight, dtype, name)
 
         for file, names in files.items():
             with source.opened(names), atomic_write(folder / file) as temporary:
                 _save({name: merged(name) for name in names}, temporary)
 
 
-def _merged(weight: Tensor, factors: tuple[Tensor, Tensor] | None, scale: float, dtype: torch.dtype, name: str) -> Tensor:
-    """W + s·B·A in fp32, rounded once."""
-    if factors is not None:
-        lora_a, lora_b = factors
-        weight = torch.addmm(weight.float(), lora_b, lora_a, alpha=scale)
+def _rounded(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A tensor of the output: its floating-point numbers in ``dtype``."""
     if not weight.is_floating_point():
         return weight
     rounded = weight.to(dtype)

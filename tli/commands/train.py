@@ -121,7 +121,7 @@ def train(config: TrainConfig) -> dict:
     progress = state.restore(step.adapters, step.optimiser) if config.resume else Progress()
     with open_loggers(output, progress.step, config.tensorboard) as loggers:
         fit(step, batches, state, progress, loggers, console, profile)
-    lora.save(decoder, adapter, output, config.model or starter.NAME, whole.decoder)
+    lora.save(decoder, adapter, output, config.model or starter.NAME, whole.decoder, whole.task)
     training_report.clear(output)
     for stale in (MAP_FILE, MAP_REPORT_FILE):
         (output / stale).unlink(missing_ok=True)
@@ -206,6 +206,8 @@ def _tokenise(
     texts = (text for side in ("source", "target") for pairs in splits for text in map(operator.attrgetter(side), pairs))
     words = tokenise(tokenizer, texts, context_length(checkpoint), config.prefix)
     if config.all_rows:
+        # of fewer rows it is asked as they are read
+        checkpoint.require_rows(int(words.vocab_ids[-1]))
         return words.with_all_rows(checkpoint.config.vocab_size)
     return dataclasses.replace(words, vocab_ids=functools.reduce(np.union1d, (windows.vocab_ids for windows in kept), words.vocab_ids))
 
@@ -248,14 +250,16 @@ def _probe(config: TrainConfig, checkpoint: Checkpoint, exact: DeviceConfig, spl
 def _measure_harm(
     checkpoint: Checkpoint, texts: list[TextWindows], exact: DeviceConfig, adapter: lora.Adapter | None, seed: int, console
 ) -> list[dict]:
-    """What training cost the language model, text by text; empty where the model's files are not all here."""
+    """What training cost the language model, text by text; empty where the model's files are not all here, or it has no head."""
     assert adapter is not None
     found = []
     with layer_bar(console, sum(checkpoint.blocks + 2 + len(windows.lengths) for windows in texts), "measuring harm") as done:
         for windows in texts:
             predictions, unread = predict(checkpoint, windows, exact, [adapter], done)
-            if unread is None:
-                found.append(harm(predictions, windows, seed))
+            if unread is not None:
+                console.print(f"what training cost the language model is not measured: {unread}")
+                break
+            found.append(harm(predictions, windows, seed))
     return found
 
 

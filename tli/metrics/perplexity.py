@@ -11,6 +11,7 @@ independent, so the intervals resample whole windows.
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,7 +24,6 @@ from tli.model.lora import Adapter
 from tli.model.text_windows import TextWindows, windows_batch
 from tli.runtime import ops
 from tli.runtime.device import DeviceConfig
-from tli.runtime.errors import TliError
 from tli.stats.bootstrap import means_with_intervals
 from tli.stats.tests import compare_paired
 
@@ -64,8 +64,10 @@ def predict(
         done:           called after each layer, and after each window at the head
 
     Returns:
-        The base's predictions, then each adapter's; or, where shards are absent, none, and why.
+        The base's predictions, then each adapter's; or, where shards are absent or the model has no head, none, and why.
     """
+    if head_name(checkpoint) is None:
+        return [], f"{checkpoint.name} has no head (lm_head.weight), as a model that was made for embeddings"
     outputs: list[Tensor] = []
 
     def visit(layer: int | str, states: Sequence[Tensor]) -> None:
@@ -76,7 +78,7 @@ def predict(
     reason = stream_layers(checkpoint, windows_batch(windows, device_config), windows.vocab_ids, device_config, [None, *adapters], visit)
     if reason is not None:
         return [], reason
-    head, cap = read_head(checkpoint, device_config), getattr(checkpoint.config, "final_logit_softcapping", None)
+    head = read_head(checkpoint, device_config)
     width = windows.tokens.shape[1]
     parts: list[list[Tensor]] = [[] for _ in outputs]
     for window, length in enumerate(windows.lengths):
@@ -85,7 +87,7 @@ def predict(
         for at, truth in zip(positions.split(_CHUNK_POSITIONS), following.split(_CHUNK_POSITIONS)):
             base = probabilities = None
             for stream, states in zip(parts, outputs):
-                logs = log_probabilities(states[at], head, cap, device_config.ops.linear)
+                logs = log_probabilities(states[at], head, checkpoint.config, device_config.ops.linear)
                 if base is None or probabilities is None:
                     base, probabilities = logs, logs.exp()
                 moved = (probabilities * (base - logs)).sum(1), (probabilities - logs.exp()).abs().sum(1) / 2
@@ -132,26 +134,34 @@ def _exp(value: float | None) -> float | None:
     return None if value is None else math.exp(min(value, 700.0))
 
 
-def read_head(checkpoint: Checkpoint, device_config: DeviceConfig) -> Tensor:
-    """The weight [V, D] that turns normed states into logits: the embedding table where the two are tied."""
+def head_name(checkpoint: Checkpoint) -> str | None:
+    """Which tensor turns normed states into logits, the embedding table where the two are tied; None for a model without a head."""
     if checkpoint.config.tie_word_embeddings:
+        return f"{checkpoint.prefix}embed_tokens.weight"
+    return next((name for name in checkpoint.shard_of if name.endswith("lm_head.weight")), None)
+
+
+def read_head(checkpoint: Checkpoint, device_config: DeviceConfig) -> Tensor:
+    """The weight [V, D] that turns normed states into logits."""
+    name = head_name(checkpoint)
+    # whoever reads a head has asked for its name
+    assert name is not None
+    if name.endswith("embed_tokens.weight"):
         weight = checkpoint.embedding_rows(None)
     else:
-        names = [name for name in checkpoint.shard_of if name.endswith("lm_head.weight")]
-        if not names:
-            must = "a model whose head is not tied to its embedding must hold lm_head.weight"
-            raise TliError(checkpoint.name, must, f"{len(checkpoint.shard_of)} other tensors", "evaluate without --text")
         shape = (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
         # the head stands outside the decoder, whose prefix the names otherwise have
-        weight = dataclasses.replace(checkpoint, prefix="").read({names[0]: shape})[names[0]]
+        weight = dataclasses.replace(checkpoint, prefix="").read({name: shape})[name]
     if isinstance(weight, ops.NF4Weight):
         weight = ops.dequantise(weight, device_config.dtype)
     return weight.to(device_config.device, device_config.dtype)
 
 
-def log_probabilities(states: Tensor, head: Tensor, cap: float | None, linear: Callable[..., Tensor]) -> Tensor:
-    """log softmax of the logits, fp32 [positions, V]; ``cap`` is Gemma 2's soft-capping."""
+def log_probabilities(states: Tensor, head: Tensor, config: typing.Any, linear: Callable[..., Tensor]) -> Tensor:
+    """log softmax of the logits, fp32 [positions, V]; by the model's ``config`` Granite's are divided, and Gemma 2's soft-capped."""
     logits = torch.cat([linear(states.float(), rows.float()) for rows in head.split(_HEAD_ROWS)], dim=1)
+    logits = logits / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     return logits.log_softmax(dim=1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tli.data.batch import to_batch
 from tli.data.packing import TokenisedWords, sink_token
 from tli.data.pair_store import Pair
-from tli.metrics.perplexity import log_probabilities, read_head
+from tli.metrics.perplexity import head_name, log_probabilities, read_head
 from tli.model.checkpoint import Checkpoint, context_length
 from tli.model.hidden_states import stream_layers
 from tli.runtime.device import DeviceConfig
@@ -51,15 +51,15 @@ def probe(
         done:            called after each layer
 
     Returns:
-        bool [B]: whether greedy decoding gives an accepted gloss of each asked pair; None where the model's files are not all here, or
-        where a prompt is longer than its context.
+        bool [B]: whether greedy decoding gives an accepted gloss of each asked pair; None where the model's files are not all here, where
+        it has no head, or where a prompt is longer than its context.
     """
     prompt = "".join(_line(pair, source, target) + f" {pair.target}\n" for pair in examples)
     owners = np.repeat(np.arange(len(asked)), [len(pair.accepted) for pair in asked])
     texts = [(prompt + _line(pair, source, target), f" {gloss}\n") for pair in asked for gloss in pair.accepted]
     words, tokens = _tokenised(checkpoint.tokenizer(), texts)
     longest = int(words.lengths.max())
-    if longest > context_length(checkpoint):
+    if longest > context_length(checkpoint) or head_name(checkpoint) is None:
         return None
     packed = words.pack(np.arange(len(texts)), width=max(_WIDTH, longest))
     batch = to_batch(packed, device_config.dtype, device_config.device)
@@ -72,8 +72,8 @@ def probe(
 
     if stream_layers(checkpoint, batch, words.vocab_ids, device_config, [None], visit) is not None:
         return None
-    head, cap = read_head(checkpoint, device_config), getattr(checkpoint.config, "final_logit_softcapping", None)
-    likeliest = log_probabilities(outputs[0][batch.indices], head, cap, device_config.ops.linear).argmax(1).cpu().numpy()
+    head = read_head(checkpoint, device_config)
+    likeliest = log_probabilities(outputs[0][batch.indices], head, checkpoint.config, device_config.ops.linear).argmax(1).cpu().numpy()
     given = np.zeros(len(asked), bool)
     for owner, wanted, begin in zip(owners, tokens, batch.indptr.tolist()):
         # the first node is the last of the question, whose likeliest token is the first of the answer

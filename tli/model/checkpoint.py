@@ -11,6 +11,7 @@ import json
 import math
 import pathlib
 import re
+import shlex
 from typing import Any, Literal, overload
 
 import torch
@@ -20,13 +21,22 @@ from torch import Tensor
 from tli.model import hub
 from tli.model.families import FAMILIES, family_of
 from tli.model.safetensors_io import advise_random_access, read_tensor
-from tli.model.shape import Layer
+from tli.model.shape import QUANTISED, Layer, original_of, require_unquantised
 from tli.runtime import ops
 from tli.runtime.errors import TliError, one_line
 
 # of the embedding table, enough to tell two models apart
 _HASHED_ROWS = 64
-_FIRST_BLOCK_KEY = re.compile(r"^(?P<prefix>(?!.*vision).*?)layers\.0\.self_attn\.q_proj\.weight$")
+# whatever its weight is stored as
+_FIRST_BLOCK_KEY = re.compile(r"^(?P<prefix>.*?)layers\.0\.self_attn\.q_proj\.[^.]+$")
+# what the names of a decoder's tensors end in: weights, biases, old Llamas' frequencies, and the parts of an NF4 weight
+_UNDERSTOOD = re.compile(
+    r"\.(weight|bias|inv_freq|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__nf4))$"
+)
+_SINGLE = "model.safetensors"
+_SHARD_NUMBER = re.compile(r"-\d+-of-\d+")
+# of weights in whatever format
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".ggml", ".h5", ".msgpack", ".npz", ".onnx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +109,8 @@ class Checkpoint:
 
     def embedding_rows(self, rows: Tensor | None) -> Tensor:
         """The embedding table's ``rows`` (int64 [V], or None for all of it): [V, width] in the checkpoint's dtype."""
+        if rows is not None:
+            self.require_rows(int(rows.max()))
         name = "embed_tokens.weight"
         shape = (self.config.vocab_size, self.config.hidden_size)
         file = self._shard(name)
@@ -109,6 +121,13 @@ class Checkpoint:
                 return table.clone()
             advise_random_access(table, rows)
             return table[rows]
+
+    def require_rows(self, largest: int) -> None:
+        """Raise ``TliError`` where ``largest``, a token id, has no row in the embedding: the tokenizer is another model's, or grew."""
+        if largest >= self.config.vocab_size:
+            must = f"every token must have one of the embedding's {self.config.vocab_size:,} rows"
+            got = f"token {self.tokenizer().convert_ids_to_tokens(largest)!r} with the id {largest:,}"
+            raise TliError(self.name, must, got, "use the tokenizer that belongs to these weights, or resize the model's embedding first")
 
     def final_norm(self) -> tuple[Tensor, float]:
         """The final norm's effective weight, fp32 [width], and its epsilon.
@@ -202,6 +221,7 @@ class Checkpoint:
         except SafetensorError as error:
             raise TliError(self.path(file), f"the file must hold {self.prefix + name}", one_line(error), "download it again") from error
         if shape is not None:
+            require_plain(self.path(file), self.prefix + name, tensor)
             self._require_shape(file, name, tensor.shape, shape)
         return tensor
 
@@ -217,7 +237,10 @@ class Checkpoint:
 
 def context_length(checkpoint: Checkpoint) -> int:
     """How many tokens the model sees at once, in every block."""
-    return min(checkpoint.config.max_position_embeddings, getattr(checkpoint.config, "sliding_window", None) or math.inf)
+    config = checkpoint.config
+    # of a family that has both kinds of block, a model may use one
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    return min(config.max_position_embeddings, (windowed and getattr(config, "sliding_window", None)) or math.inf)
 
 
 def open_checkpoint(name: str) -> Checkpoint:
@@ -230,35 +253,70 @@ def open_checkpoint(name: str) -> Checkpoint:
     if folder is not None and not folder.is_dir():
         raise TliError("--model", "the model must be a folder or a hub name", f"{name}, which is no folder", "check the path")
     if folder is not None and not (folder / "config.json").is_file():
-        raise TliError(folder, "the folder must hold a config.json", "none", "name a Hugging Face checkpoint's folder")
-    config = _read_config(name, folder)
-    shard_of = _shard_of(name, folder)
-    prefixes = [match["prefix"] for match in map(_FIRST_BLOCK_KEY.match, shard_of) if match]
-    if not prefixes:
-        raise TliError(
-            name, "the checkpoint must hold a decoder's layers.0.self_attn.q_proj.weight", "none", "use a checkpoint of a decoder"
-        )
-    return Checkpoint(name, folder, config, shard_of, prefixes[0])
+        got, remedy = "none", "name a Hugging Face checkpoint's folder"
+        if (folder / "adapter_config.json").is_file():
+            got, remedy = "an adapter's adapter_config.json", "name the model that the adapter is for"
+        elif snapshots := sorted(folder.glob("snapshots/*/config.json")):
+            got, remedy = "a hub cache's snapshots", f"name one of them: {snapshots[-1].parent}"
+        raise TliError(folder, "the folder must hold a config.json", got, remedy)
+    if folder is None and "@" in name:
+        repository, _, revision = name.partition("@")
+        remedy = f"hf download {repository} --revision {revision} --local-dir FOLDER, and name that folder"
+        raise TliError("--model", "a hub name must stand without a revision", name, remedy)
+    config, plain = _read_config(name, folder)
+    shard_of = _shard_of(name, folder, plain)
+    prefix = _decoder_prefix(name, shard_of)
+    of_decoder = (f"{prefix}layers.", f"{prefix}embed_tokens.", f"{prefix}norm.", "lm_head.")
+    odd = next((key for key in shard_of if key.startswith(of_decoder) and not _UNDERSTOOD.search(key)), None)
+    if odd:
+        raise TliError(name, QUANTISED, f"tensors as {odd}", original_of(plain, name))
+    return Checkpoint(name, folder, config, shard_of, prefix)
 
 
-def _read_config(name: str, folder: pathlib.Path | None):
+def _decoder_prefix(name: str, shard_of: dict[str, str]) -> str:
+    """What stands before ``layers.0.`` in the names of the text decoder's tensors; towers of images and sound embed no tokens."""
+    unmerged = next((key for key in shard_of if ".base_layer." in key or ".lora_" in key), None)
+    if unmerged:
+        remedy = "merge it (model.merge_and_unload() in PEFT), save that, and use the result"
+        raise TliError(name, "the checkpoint must be a model without an adapter around it", unmerged, remedy)
+    found = dict.fromkeys(match["prefix"] for match in map(_FIRST_BLOCK_KEY.match, shard_of) if match)
+    prefixes = [prefix for prefix in found if f"{prefix}embed_tokens.weight" in shard_of]
+    if len(prefixes) != 1:
+        must = "the checkpoint must hold one decoder's embed_tokens.weight and layers.0.self_attn.q_proj.weight"
+        raise TliError(name, must, " and ".join(prefixes) or "none", "use a checkpoint of a decoder")
+    return prefixes[0]
+
+
+def require_plain(path: pathlib.Path, name: str, tensor: Tensor) -> None:
+    """Raise ``TliError`` for a weight that is stored as codes: integers, or floating-point numbers of a byte."""
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        raise TliError(path, QUANTISED, f"{name} in {ops.name_of(tensor.dtype)}", "use the model's original checkpoint")
+
+
+def _read_config(name: str, folder: pathlib.Path | None) -> tuple[Any, dict]:
+    """transformers' config of the text decoder, and ``config.json`` as it is."""
     from transformers import AutoConfig
 
-    _fetch(name, folder, "config.json")
+    path, plain = _fetch(name, folder, "config.json"), {}
     try:
-        config = AutoConfig.from_pretrained(folder or name)
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        whole = AutoConfig.from_pretrained(folder or name, trust_remote_code=False)
+        # a model of text and images keeps its decoder's config inside
+        config = whole.get_text_config()
     except Exception as error:
-        raise TliError(name, "config.json must describe a model that transformers knows", one_line(error), "check the file") from error
-    # a model of text and images keeps its decoder's config inside, and has the head, which the decoder's class does not
-    tied, config = config.tie_word_embeddings, config.get_text_config()
-    config.tie_word_embeddings = tied
+        got, remedy = one_line(error), "check the file"
+        if "auto_map" in plain:
+            got, remedy = (
+                f"{plain.get('model_type')}, which is code beside the weights (auto_map)",
+                "choose a model that needs no such code",
+            )
+        raise TliError(name, "config.json must describe a model that transformers knows", got, remedy) from error
+    require_unquantised(plain, name)
+    # the whole has the head, unless it leaves that to a causal LM inside
+    config.tie_word_embeddings = getattr(whole, "tie_word_embeddings", config.tie_word_embeddings)
     family_of(config.model_type, name)
     _require_causal(config, name)
-    stored = getattr(config, "quantization_config", None) or {}
-    if stored and (stored.get("quant_method") != "bitsandbytes" or stored.get("bnb_4bit_quant_type") != "nf4"):
-        got = f"quantization_config {stored.get('quant_method')}, {stored.get('bnb_4bit_quant_type') or 'no NF4'}"
-        raise TliError(name, "the weights must be unquantised or bitsandbytes' NF4", got, "use the model's original checkpoint")
-    return config
+    return config, plain
 
 
 def _require_causal(config, name: str) -> None:
@@ -270,15 +328,39 @@ def _require_causal(config, name: str) -> None:
             raise TliError(name, must, f"{key} {value} in config.json", "take the causal model that this one was made from")
 
 
-def _shard_of(name: str, folder: pathlib.Path | None) -> dict[str, str]:
+def _shard_of(name: str, folder: pathlib.Path | None, plain: dict) -> dict[str, str]:
     index = _fetch(name, folder, "model.safetensors.index.json", optional=True)
     if index is None:
-        with _open(_fetch(name, folder, "model.safetensors")) as single:
-            return dict.fromkeys(single.keys(), "model.safetensors")
+        shard_of: dict[str, str] = {}
+        for file in [_SINGLE] if folder is None else _unindexed(folder, plain):
+            with _open(_fetch(name, folder, file)) as shard:
+                shard_of |= dict.fromkeys(shard.keys(), file)
+        return shard_of
     try:
         return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise TliError(index, "the index must be JSON with a weight_map", one_line(error), "download it again") from error
+
+
+def _unindexed(folder: pathlib.Path, plain: dict) -> list[str]:
+    """The weight files of a folder without an index: the usual one, or else the shards of its only variant (``model.fp16.safetensors``)."""
+    if (folder / _SINGLE).is_file():
+        return [_SINGLE]
+    files = sorted(path.name for path in folder.glob("model*.safetensors"))
+    if len({_SHARD_NUMBER.sub("", file) for file in files}) == 1:
+        return files
+    there = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+    remedy = "download the missing file or name another folder"
+    if any(file.endswith(".bin") for file in there):
+        kind = (plain.get("architectures") or ["AutoModelForCausalLM"])[0]
+        where = json.dumps(str(folder))
+        code = f'from transformers import {kind} as M; M.from_pretrained({where}, dtype="auto").save_pretrained({where})'
+        remedy = f"convert it: python -c {shlex.quote(code)}"
+    elif len(files) > 1:
+        remedy = f"rename one of them to {_SINGLE}"
+    elif there:
+        remedy = "use the model in Hugging Face's format"
+    raise TliError(folder, f"the folder must hold {_SINGLE}", ", ".join(there[:4]) or "none", remedy)
 
 
 @overload

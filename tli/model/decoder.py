@@ -92,18 +92,21 @@ def init_empty_decoder(checkpoint: Checkpoint, blocks: int, vocab_ids: np.ndarra
 
     # built for real but for the blocks and the vocabulary, so that every buffer (rotary frequencies, scales) is the family's own
     config = _config(checkpoint, blocks)
-    decoder = AutoModel.from_config(_config(checkpoint, blocks=0), dtype=torch.float32)
+    real = AutoModel.from_config(_config(checkpoint, blocks=0), dtype=torch.float32)
     # some families have frequencies for each kind of block there is
-    decoder.rotary_emb = type(decoder.rotary_emb)(config)
-    decoder.to(device_config.device)
+    real.rotary_emb = type(real.rotary_emb)(config)
+    real.to(device_config.device)
     with torch.device("meta"):
-        decoder.layers = AutoModel.from_config(config, dtype=device_config.dtype).layers
+        # a decoder notes what kinds of block it has as it is built
+        decoder = AutoModel.from_config(config, dtype=device_config.dtype)
+    for name, child in real.named_children():
+        if name != "layers":
+            setattr(decoder, name, child)
     for child in decoder.layers.modules():
         if type(child) is nn.Linear:
             child.__class__ = FrozenLinear
             # the line above has made it a FrozenLinear
             child.ops = device_config.ops  # type: ignore[assignment]
-    decoder.config = config
     table = checkpoint.embedding_rows(None if vocab_ids is None else torch.from_numpy(vocab_ids))
     decoder.embed_tokens.weight = nn.Parameter(table.to(device_config.device, device_config.dtype), requires_grad=False)
     return decoder.requires_grad_(False).eval()

@@ -22,6 +22,7 @@ class Family:
     norm_offset       what its norms add to the stored weight
     norms_behind      attention and MLP have a norm behind them, too
     head_norms        queries and keys have a norm for each head
+    across_heads      that norm is one of all heads together
     soft_caps         attention's scores are soft-capped, which has no fused form
     rotary_kinds      how many sets of rotary frequencies its blocks have
     """
@@ -30,6 +31,7 @@ class Family:
     norm_offset: float = 0.0
     norms_behind: bool = False
     head_norms: bool = False
+    across_heads: bool = False
     soft_caps: bool = False
     rotary_kinds: int = 1
 
@@ -41,6 +43,15 @@ FAMILIES = {
     "mistral": Family({"num_key_value_heads": 8}),
     "qwen2": Family({"num_key_value_heads": 32, "attention_bias": "q_proj,k_proj,v_proj"}),
     "qwen3": Family({"head_dim": 128, "num_key_value_heads": 32}, head_norms=True),
+    "granite": Family({"mlp_bias": False}),
+    "smollm3": Family({"num_key_value_heads": 4}),
+    "gemma": Family({"head_dim": 256, "num_key_value_heads": 16, "num_attention_heads": 16}, norm_offset=1.0),
+    "ministral": Family({"num_key_value_heads": 8}),
+    "ministral3": Family({"head_dim": 128, "num_key_value_heads": 8}),
+    "hunyuan_v1_dense": Family({}, head_norms=True),
+    "olmo2": Family({}, head_norms=True, across_heads=True),
+    "olmo3": Family({}, head_norms=True, across_heads=True),
+    "exaone4": Family({}, head_norms=True),
     "gemma2": Family({**_GEMMA, "attn_logit_softcapping": 50.0}, norm_offset=1.0, norms_behind=True, soft_caps=True),
     "gemma3_text": Family({**_GEMMA, "vocab_size": 262208}, norm_offset=1.0, norms_behind=True, head_norms=True, rotary_kinds=2),
 }

@@ -66,7 +66,8 @@ def download(name: str, file: str, optional: bool = False) -> pathlib.Path | Non
             raise TliError(
                 "--model", "the model must be in reach", f"no folder {name} and no hub connection", "check the path or the network"
             ) from error
-        raise TliError(name, f"the repository must hold {file}", "none", "choose a repository with safetensors") from error
+        remedy = f"choose a repository with safetensors; of another, hf download {name} --local-dir FOLDER, and name that folder"
+        raise TliError(name, f"the repository must hold {file}", "none", remedy) from error
     except Exception as error:
         raise TliError(
             "--model", "the model must be a folder or a hub name in reach", one_line(error), "check the name and the network"

@@ -4,7 +4,8 @@
 until the first step. ``save`` writes what ``PeftModel.from_pretrained`` reads on the whole model: keys carry the names of
 the family's ForCausalLM class even where only a truncated decoder was trained (PEFT merely warns about other names and
 keeps a random start), and ``layers_to_transform`` names the blocks (without it PEFT puts adapters on every one).
-Source: Hu et al. 2021 (arXiv 2106.09685); rsLoRA: Kalajdzievski 2023 (arXiv 2312.03732).
+Source: Hu et al. 2021 (arXiv 2106.09685); rsLoRA: Kalajdzievski 2023 (arXiv 2312.03732); DoRA, which is read only: Liu et al. 2024
+(arXiv 2402.09353).
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import typing
 import zlib
 
@@ -32,8 +34,24 @@ if typing.TYPE_CHECKING:
 _KEY_PREFIX = "base_model.model."
 # where classes of transformers have their text decoder; not in a vision_tower
 _DECODER = r"(?:(?:model|language_model|text_model|decoder|transformer)\.)*"
-_KEY = re.compile(rf"^base_model\.model\.(?P<decoder>{_DECODER})(?P<path>layers\.(?P<block>\d+)\..+)\.lora_(?P<factor>[AB])\.weight$")
+# PEFT leaves out the magnitudes' own .weight
+_KEY = re.compile(
+    rf"^base_model\.model\.(?P<decoder>{_DECODER})(?P<path>layers\.\d+\..+)\.lora_(?P<part>[AB](?=\.weight)|magnitude_vector)(\.weight)?$"
+)
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+# keys of an adapter_config.json that are computed with here, and those that change nothing about how a saved adapter computes: a key of
+# neither kind must be unset, so an adapter of a kind that is not known, or not yet, is never taken for W + s·B·A
+_COMPUTED = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "bias", "init_lora_weights")
+_WITHOUT_EFFECT = (
+    # what it is of, and which layers it has, of which the tensors themselves speak
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    # of training, of how the factors start (see _STARTS), and of switches whose other half must be unset
+    *("inference_mode", "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("runtime_config", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
+)
+# starts of the factors that leave the base as it is; the others take a part of it away, which only PEFT on the same base does again
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,13 +173,50 @@ def check_gradients(decoder: nn.Module, step: int) -> None:
             )
 
 
+class DoRALinear(LoRALinear):
+    """y = g·(x·Wᵀ + s·(x·Aᵀ)·Bᵀ) + bias, for evaluation: g [N] gives each row of W + s·B·A the length that DoRA learnt for it."""
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float, gain: Tensor):
+        super().__init__(linear, rank, scale, dropout=0.0)
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        products = self.ops.lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scale)
+        scaled = products * self.gain.to(products.dtype)
+        return scaled if self.bias is None else scaled + self.bias
+
+
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An adapter off the disk: factors by module path in the decoder, the scale to use them with, and where PEFT has that decoder."""
+    """An adapter off the disk: factors by module path in the decoder, and the scale to use them with.
+
+    scale       s; ``scales`` of modules that have their own
+    factors     A fp32 [R, K] and B fp32 [N, R]
+    decoder     where PEFT has the decoder
+    magnitudes  DoRA's lengths of the rows of W + s·B·A, fp32 [N]
+    """
 
     scale: float
     factors: dict[str, tuple[Tensor, Tensor]]
     decoder: str = "model"
+    scales: dict[str, float] = dataclasses.field(default_factory=dict)
+    magnitudes: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def scale_of(self, path: str) -> float:
+        """s of the module at this path."""
+        return self.scales.get(path, self.scale)
+
+    def merge(self, path: str, weight: Tensor) -> Tensor:
+        """W + s·B·A of the module at this path, fp32 [N, K]; with DoRA, its rows at their learnt lengths."""
+        merged = self._sum(path, weight)
+        return merged * self._gain(path, merged)[:, None] if path in self.magnitudes else merged
+
+    def _sum(self, path: str, weight: Tensor) -> Tensor:
+        lora_a, lora_b = (factor.to(weight.device) for factor in self.factors[path])
+        return torch.addmm(weight.float(), lora_b, lora_a, alpha=self.scale_of(path))
+
+    def _gain(self, path: str, merged: Tensor) -> Tensor:
+        return self.magnitudes[path].to(merged.device) / merged.norm(dim=1)
 
     def attach(self, module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         """Wrap, for evaluation, each linear layer of ``module`` that has factors under ``prefix`` + its path.
@@ -184,11 +239,18 @@ class Adapter:
                     f"A {tuple(lora_a.shape)}, B {tuple(lora_b.shape)}",
                     "use the model that the adapter was trained on",
                 )
-            wrapped = LoRALinear(child, lora_a.shape[0], self.scale, dropout=0.0)
+            wrapped = self._wrapped(prefix + path, child)
             wrapped.lora_A.data, wrapped.lora_B.data = lora_a.to(child.weight.device), lora_b.to(child.weight.device)
             _replace(module, path, wrapped.requires_grad_(False).eval())
             wrapped_layers[path] = child
         return wrapped_layers
+
+    def _wrapped(self, path: str, linear: nn.Linear) -> LoRALinear:
+        rank, scale = len(self.factors[path][0]), self.scale_of(path)
+        if path not in self.magnitudes:
+            return LoRALinear(linear, rank, scale, dropout=0.0)
+        weight = ops.dequantise(linear.weight, torch.float32) if isinstance(linear.weight, ops.NF4Weight) else linear.weight
+        return DoRALinear(linear, rank, scale, self._gain(path, self._sum(path, weight)))
 
 
 def detach(module: nn.Module, wrapped_layers: dict[str, nn.Module]) -> None:
@@ -203,11 +265,13 @@ def snapshot(decoder: nn.Module, scale: float) -> Adapter:
     return Adapter(scale, {path: (a.lora_A.detach().clone(), a.lora_B.detach().clone()) for path, a in found.items()})
 
 
-def save(decoder: nn.Module, config: LoRAConfig, folder: str | os.PathLike, base_model: str, decoder_path: str = "model") -> None:
+def save(
+    decoder: nn.Module, config: LoRAConfig, folder: str | os.PathLike, base_model: str, decoder_path: str = "model", task: str = "CAUSAL_LM"
+) -> None:
     """Write the decoder's adapters to ``folder`` as a PEFT adapter, each file whole or not at all.
 
-    The same adapters give the same bytes. ``decoder_path`` is that of the decoder in the class that PEFT's users load
-    (``tli/model/whole_model.py``).
+    The same adapters give the same bytes. ``decoder_path`` is that of the decoder in the class that PEFT's users load, ``task`` PEFT's
+    task type for it (``tli/model/whole_model.py``).
     """
     folder = pathlib.Path(folder)
     tensors, inside = {}, f"{decoder_path}." if decoder_path else ""
@@ -216,53 +280,98 @@ def save(decoder: nn.Module, config: LoRAConfig, folder: str | os.PathLike, base
         tensors[f"{_KEY_PREFIX}{inside}{path}.lora_B.weight"] = adapter.lora_B.detach().cpu().contiguous()
     with atomic_write(folder / ADAPTER_FILE) as temporary:
         temporary.write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
-    write_text(folder / CONFIG_FILE, json.dumps(_peft_config(list(adapters(decoder)), config, base_model, inside), indent=2) + "\n")
+    peft_config = _peft_config(list(adapters(decoder)), config, base_model, inside, task)
+    write_text(folder / CONFIG_FILE, json.dumps(peft_config, indent=2) + "\n")
 
 
 def load(folder: str | os.PathLike) -> Adapter:
     """Read a PEFT LoRA adapter, tli's own or another's.
 
     Raises:
-        TliError: a missing file, a kind of adapter other than plain LoRA, keys that are not linear layers' in blocks.
+        TliError: a missing file, a kind of adapter other than plain LoRA, keys that are not linear layers' in blocks, NaN or infinity.
     """
     folder = pathlib.Path(folder)
     for file in (CONFIG_FILE, ADAPTER_FILE):
         if not (folder / file).is_file():
-            raise TliError(folder, f"an adapter's folder must hold {file}", "none", "name a folder that holds a PEFT adapter")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise TliError(
-            folder / CONFIG_FILE, "the file must be JSON with r and lora_alpha", repr(error), "save the adapter again"
-        ) from error
-    unsupported = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out") if config.get(key)]
-    if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
-        what = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
-        raise TliError(folder / CONFIG_FILE, "the adapter must be plain LoRA", what, "train one without it")
+            got, remedy = "none", "name a folder that holds a PEFT adapter"
+            if file == ADAPTER_FILE and (pickled := folder / "adapter_model.bin").is_file():
+                paths = (json.dumps(str(path)) for path in (pickled, folder / file))
+                code = "import torch; from safetensors.torch import save_file; save_file(torch.load({}, weights_only=True), {})"
+                got, remedy = pickled.name, f"convert it: python -c {shlex.quote(code.format(*paths))}"
+            raise TliError(folder, f"an adapter's folder must hold {file}", got, remedy)
+    config = _read_config(folder / CONFIG_FILE)
     try:
         tensors = load_file(folder / ADAPTER_FILE)
     except (SafetensorError, OSError) as error:
         raise TliError(folder / ADAPTER_FILE, "the file must be whole safetensors", error, "save the adapter again") from error
-    factors: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     places = set()
     for key, tensor in tensors.items():
         match = _KEY.match(key)
         if match is None:
             must = "every key must name a linear layer of a block of the text decoder"
             raise TliError(folder / ADAPTER_FILE, must, key, "train it on that decoder's layers alone")
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise TliError(folder / ADAPTER_FILE, "every factor must be of finite numbers", f"others in {key}", "train the adapter again")
         places.add(match["decoder"])
-        factors.setdefault(match["path"], {})[match["factor"]] = tensor.float()
-    for path, pair in factors.items():
-        if set(pair) != {"A", "B"}:
-            raise TliError(
-                folder / ADAPTER_FILE, f"{path} must have lora_A and lora_B", f"only lora_{next(iter(pair))}", "save the adapter again"
-            )
+        parts.setdefault(match["path"], {})[match["part"]] = tensor.float()
+    wanted = ["A", "B", *(["magnitude_vector"] if config.get("use_dora") else [])]
+    for path, found in parts.items():
+        if sorted(found) != wanted:
+            must, got = (" and ".join(f"lora_{part}" for part in some) for some in (wanted, sorted(found)))
+            raise TliError(folder / ADAPTER_FILE, f"{path} must have {must}", f"only {got}", "save the adapter again")
     if len(places) > 1:
         got = " and ".join(sorted(place or "none" for place in places))
         raise TliError(folder / ADAPTER_FILE, "all keys must be of one decoder", got, "save the adapter again")
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Adapter(scale, {path: (pair["A"], pair["B"]) for path, pair in factors.items()}, "".join(places).rstrip("."))
+    inside = "".join(places)
+    scale = rank_and_scale({**config, "rank_pattern": None, "alpha_pattern": None}, "")[1]
+    return Adapter(
+        scale,
+        factors={path: (found["A"], found["B"]) for path, found in parts.items()},
+        decoder=inside.rstrip("."),
+        scales={path: own for path in parts if (own := rank_and_scale(config, inside + path)[1]) != scale},
+        magnitudes={path: found["magnitude_vector"] for path, found in parts.items() if "magnitude_vector" in found},
+    )
+
+
+def rank_and_scale(config: dict, path: str) -> tuple[int, float]:
+    """R and s of the linear layer at this path in the class that PEFT adapts, as it takes them from an ``adapter_config.json``."""
+
+    def of(pattern: str, default: str) -> float:
+        found = (value for key, value in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", path))
+        return next(found, config[default])
+
+    rank, alpha = int(of("rank_pattern", "r")), float(of("alpha_pattern", "lora_alpha"))
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _read_config(file: pathlib.Path) -> dict:
+    """An ``adapter_config.json`` of which everything that it says is understood."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+        alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
+        for key in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})):
+            re.compile(key)
+    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+        raise TliError(file, "the file must be JSON with r and lora_alpha", repr(error), "save the adapter again") from error
+    for rank in ranks:
+        if type(rank) is not int or rank < 1:
+            raise TliError(file, "every rank must be a whole number of at least 1", rank, "save the adapter again")
+    for alpha in alphas:
+        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+            raise TliError(file, "every lora_alpha must be a finite number above 0", alpha, "save the adapter again")
+    if config.get("peft_type") != "LORA" or config.get("bias") not in (None, "none"):
+        got = f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise TliError(file, "the adapter must be plain LoRA, or DoRA", got, "train one without it")
+    start = config.get("init_lora_weights")
+    if start not in _STARTS:
+        remedy = "save it in PEFT with path_initial_model_for_weight_conversion, which makes it plain LoRA"
+        raise TliError(file, "the adapter must be plain LoRA on the model as it is", f"init_lora_weights {start}", remedy)
+    odd = [key for key, value in config.items() if value and key not in (*_COMPUTED, *_WITHOUT_EFFECT)]
+    if odd:
+        raise TliError(file, "the adapter must be plain LoRA, or DoRA", ", ".join(odd), "train one without it")
+    return config
 
 
 def _targets(decoder: "Decoder", index: int, targets: str) -> list[str]:
@@ -311,7 +420,7 @@ def _replace(module: nn.Module, path: str, child: nn.Module) -> None:
     setattr(module.get_submodule(owner), name, child)
 
 
-def _peft_config(paths: list[str], config: LoRAConfig, base_model: str, inside: str) -> dict:
+def _peft_config(paths: list[str], config: LoRAConfig, base_model: str, inside: str, task: str) -> dict:
     by_block: dict[int, set[str]] = {}
     for path in paths:
         _, block, name = path.split(".", 2)
@@ -321,7 +430,7 @@ def _peft_config(paths: list[str], config: LoRAConfig, base_model: str, inside: 
     uniform = inside == "model." and all(names == everywhere for names in by_block.values())
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": config.rank,

@@ -11,6 +11,11 @@ import re
 from tli.model.families import FAMILIES, LINEAR, Family, family_of
 from tli.runtime.errors import TliError
 
+QUANTISED = "the weights must be unquantised or bitsandbytes' NF4"
+# under these a config.json speaks of quantised weights, and under those of the model that they were made from
+_QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
+_ORIGINAL_KEYS = ("base_model_name_or_path", "base_model", "_name_or_path", "model_name_or_path")
+
 NF4_BYTES = 0.5 + 4 / 64
 
 # tokens of a window of a page of text: several of them make an interval, and a step of training looks at some
@@ -40,8 +45,9 @@ class Shape:
         """The shape that a ``config.json`` describes; of a model of text and images the decoder's.
 
         Raises:
-            TliError: another family, or a size that is missing or no number.
+            TliError: another family, quantised weights other than NF4, or a size that is missing or no number.
         """
+        require_unquantised(config, name)
         # a config's own names for its text part, as transformers reads them
         config = next((config[key] for key in ("text_config", "decoder", "text_encoder") if isinstance(config.get(key), dict)), config)
         family = str(config.get("model_type"))
@@ -80,8 +86,37 @@ class Shape:
         linear = self.linear()
         numbers = sum(n * k for n, k in linear.values())
         biases = sum(n for path, (n, _) in linear.items() if path.rpartition(".")[2] in self.biases)
-        norms = (4 if self.traits.norms_behind else 2) * self.width + 2 * self.head_dim * self.traits.head_norms
+        normed = self.queries + self.keys if self.traits.across_heads else 2 * self.head_dim
+        norms = (4 if self.traits.norms_behind else 2) * self.width + normed * self.traits.head_norms
         return int(numbers * (NF4_BYTES if weights == "nf4" else element)) + element * (biases + norms)
+
+
+def require_unquantised(config: dict, name: str) -> None:
+    """Raise ``TliError`` where a ``config.json`` speaks, in whichever of its parts, of quantised weights other than bitsandbytes' NF4."""
+    for part in _parts(config):
+        for key in _QUANTISED_KEYS:
+            stored = part.get(key) or {}
+            # whatever else it may be, it is not NF4
+            told = stored if isinstance(stored, dict) else {"quant_method": stored}
+            if told and (told.get("quant_method") != "bitsandbytes" or told.get("bnb_4bit_quant_type") != "nf4"):
+                got = f"{key} {told.get('quant_method')}, {told.get('bnb_4bit_quant_type') or 'no NF4'}"
+                raise TliError(name, QUANTISED, got, original_of(config, name))
+
+
+def original_of(config: dict, name: str) -> str:
+    """What to do about quantised weights: use those that they were made from, whose name a ``config.json`` may tell."""
+    told = (part[key] for key in _ORIGINAL_KEYS for part in _parts(config) if isinstance(part.get(key), str))
+    # many give their own name there
+    original = next(
+        (found for found in told if found.rstrip("/").rpartition("/")[2] not in ("", name.rstrip("/").rpartition("/")[2])), None
+    )
+    return "use the model's original checkpoint" + (f": config.json names {original}" if original else "")
+
+
+def _parts(config: dict) -> list[dict]:
+    """A config and the configs within it, the outer before the inner."""
+    inner = [value for value in config.values() if isinstance(value, dict)]
+    return [config, *(part for value in inner for part in _parts(value))]
 
 
 def targets_of(block: int, targets: str) -> tuple[str, ...]:

@@ -159,16 +159,17 @@ def check_compatible(recorded: TrainedAdapter, checkpoint: Checkpoint, device_co
             raise TliError("--model", must, f"other weights in {checkpoint.name}", "name that model with --model")
     decoder = init_empty_decoder(checkpoint, checkpoint.blocks, np.zeros(1, np.int64), device_config)
     shapes = {path: tuple(module.weight.shape) for path, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-    factors, rank, remedy = recorded.adapter.factors, recorded.peft["r"], "name the adapter's own model with --model"
+    factors, remedy = recorded.adapter.factors, "name the adapter's own model with --model"
+    inside = f"{recorded.adapter.decoder}." if recorded.adapter.decoder else ""
     for path, (lora_a, lora_b) in factors.items():
         if path not in shapes:
             must = f"every key must be a linear layer's of the model, {checkpoint.config.model_type} with {checkpoint.blocks} blocks"
             raise TliError(where, must, path, remedy)
         out_features, in_features = shapes[path]
+        rank, _ = lora.rank_and_scale(recorded.peft, inside + path)
         if (tuple(lora_a.shape), tuple(lora_b.shape)) != ((rank, in_features), (out_features, rank)):
             must = f"the adapter must fit the model: A {rank}x{in_features} and B {out_features}x{rank} in {path}"
             raise TliError(where, must, "A {}x{}, B {}x{}".format(*lora_a.shape, *lora_b.shape), remedy)
-    inside = f"{recorded.adapter.decoder}." if recorded.adapter.decoder else ""
     missing = [path for path in shapes if path not in factors and _is_target(path, inside, recorded.peft)]
     if missing:
         must = f"the file must hold all that {lora.CONFIG_FILE} names"

@@ -12,10 +12,11 @@ from tli.runtime.errors import TliError, one_line
 
 @dataclasses.dataclass(frozen=True)
 class WholeModel:
-    """``loads_by``: what to import from transformers; ``decoder``: path of the text decoder in what it loads."""
+    """``loads_by``: what to import from transformers; ``decoder``: path of the text decoder in it; ``task``: PEFT's task type for it."""
 
     loads_by: str = "AutoModelForCausalLM"
     decoder: str = "model"
+    task: str = "CAUSAL_LM"
 
 
 def whole_model(checkpoint: Checkpoint) -> WholeModel:
@@ -39,4 +40,5 @@ def whole_model(checkpoint: Checkpoint) -> WholeModel:
         path = next(path for path, module in whole.named_modules() if module is decoder)
     except Exception as error:
         raise TliError(checkpoint.name, must, f"{named} ({one_line(error)})", "install what it needs, or take a text-only model") from error
-    return WholeModel(named, path)
+    # PEFT's wrapper for causal LMs asks a model for its inputs to generate from
+    return WholeModel(named, path, "CAUSAL_LM" if whole.can_generate() else "FEATURE_EXTRACTION")

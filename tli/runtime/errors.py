@@ -46,7 +46,7 @@ def disk_errors(where: object):
     except OSError as error:
         if error.errno in _FULL:
             raise TliError(where, "the disk must have room for the output", "no space left", "free some space and run again") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise TliError(where, "the output must be writable", (error.strerror or str(error)).lower(), "choose another folder") from error
         raise
 
