@@ -26,8 +26,8 @@ from tli.runtime.errors import TliError, disk_errors
 
 DEFAULT_WIDTH = 128
 _CHUNK_WORDS = 2048
-# of so few words any may be alike
-_FEW_WORDS = 16
+# of so few words any may be alike, and so many are compared: what a list takes does not grow with them
+_FEW_WORDS, _COMPARED_WORDS = 16, 1 << 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TokenisedWords:
     indptr     int64 [words + 1]  where each word begins in ``ids``
     starts     int32 [words]      the first of its tokens that is the word's own
     vocab_ids  int64 [V]          the token ids that the model keeps embedding rows of, ascending; all that occur are there
-    alike      int                how many different words have all their tokens in common with another one
+    alike      int                how many different words, among the first, have all their tokens in common with another one
     """
 
     ids: np.ndarray
@@ -94,7 +94,7 @@ def tokenise(tokenizer, words: Iterable[str], window: int, prefix: str = "") -> 
         TliError: a word without tokens, or with more than ``window``; a tokenizer that cannot tell most of the words apart.
     """
     sink, prefix = sink_token(tokenizer), "" if prefix == " " and _puts_a_space(tokenizer) else prefix
-    # of each word: what it is, and what its tokens are
+    # of the first words: what each is, and what its tokens are
     texts_seen, tokens_seen = array("q"), array("q")
     words, indptr, starts, occurs = iter(words), array("q", [0]), array("i"), np.zeros(0, bool)
     with disk_errors(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
@@ -108,8 +108,9 @@ def tokenise(tokenizer, words: Iterable[str], window: int, prefix: str = "") -> 
                     shown = text if len(text) <= 40 else text[:40] + "..."
                     must = f"a word must have 1 to {window - 1} tokens (the model's window)"
                     raise TliError(f"word {shown!r}", must, len(word_ids) if own else 0, "shorten or remove it")
-                texts_seen.append(hash(text.casefold()))
-                tokens_seen.append(hash(tuple(word_ids)))
+                if len(texts_seen) < _COMPARED_WORDS:
+                    texts_seen.append(hash(text.casefold()))
+                    tokens_seen.append(hash(tuple(word_ids)))
                 indptr.append(indptr[-1] + 1 + len(word_ids))
                 starts.append(1 + len(word_ids) - own)
             ids = np.array([token for word_ids in encoded["input_ids"] for token in (sink, *word_ids)], np.int32)
