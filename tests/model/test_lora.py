@@ -260,7 +260,7 @@ def spoil(folder, kind: str) -> None:
         ("half", "layers.0.self_attn.q_proj must have lora_A and lora_B, got only lora_A; "),
         ("bare", "every key must name a linear layer of a block, got base_model.model.layers."),
         ("no json", "the file must be JSON with r and lora_alpha, got "),
-        ("dora", "the adapter must be plain LoRA, got use_dora; "),
+        ("dora", "layers.0.mlp.down_proj must have lora_A and lora_B and lora_magnitude_vector, got only lora_A, lora_B; "),
         ("other", "the adapter must be plain LoRA, got peft_type IA3"),
     ],
 )

@@ -213,24 +213,21 @@ def _files(sizes: dict[str, int], limit: float) -> dict[str, list[str]]:
 def _write_weights(source: _Weights, adapter: Adapter, files: dict[str, list[str]], dtype: torch.dtype, folder: pathlib.Path, console):
     from rich.progress import Progress
 
-    deltas = {f"{source.checkpoint.prefix}{path}.weight": (*pair, adapter.scale_of(path)) for path, pair in adapter.factors.items()}
+    adapted = {f"{source.checkpoint.prefix}{path}.weight": path for path in adapter.factors}
     with Progress(console=console) as bar:
         task = bar.add_task("merging", total=sum(map(len, files.values())))
 
         def merged(name: str) -> Tensor:
             bar.advance(task)
-            return _merged(source.read(name), deltas.get(name), dtype, name)
+            weight = source.read(name)
+            return _rounded(adapter.merge(adapted[name], weight) if name in adapted else weight, dtype, name)
 
         for file, names in files.items():
             with source.opened(names), atomic_write(folder / file) as temporary:
                 _save({name: merged(name) for name in names}, temporary)
 
 
-def _merged(weight: Tensor, delta: tuple[Tensor, Tensor, float] | None, dtype: torch.dtype, name: str) -> Tensor:
-    """W + s·B·A in fp32, rounded once; ``delta`` is A, B and s."""
-    if delta is not None:
-        lora_a, lora_b, scale = delta
-        weight = torch.addmm(weight.float(), lora_b, lora_a, alpha=scale)
+def _rounded(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not weight.is_floating_point():
         return weight
     rounded = weight.to(dtype)

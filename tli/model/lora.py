@@ -31,11 +31,13 @@ if typing.TYPE_CHECKING:
     from tli.model.decoder import Decoder
 
 _KEY_PREFIX = "base_model.model.model."
-_KEY = re.compile(r"^base_model\.model\.model\.(?P<path>layers\.(?P<block>\d+)\..+)\.lora_(?P<factor>[AB])\.weight$")
+_KEY = re.compile(
+    r"^base_model\.model\.model\.(?P<path>layers\.(?P<block>\d+)\..+)\.(lora_(?P<factor>[AB])\.weight|lora_magnitude_vector)$"
+)
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # keys of an adapter_config.json that are computed with here, and those that change nothing about how a saved adapter computes: a key of
 # neither kind must be unset, so an adapter of a kind that is not known, or not yet, is never taken for W + s·B·A
-_COMPUTED = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights")
+_COMPUTED = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights", "use_dora")
 _WITHOUT_EFFECT = (
     # what it is of, and which layers it has, of which the tensors themselves speak
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -78,6 +80,8 @@ class LoRALinear(nn.Module):
         self.scale, self.dropout = scale, dropout
         # of the layer whose place this takes
         self.ops = getattr(linear, "ops", ops.REFERENCE)
+        # fp32 [N], what an adapter off the disk multiplies each out-feature by: DoRA's
+        self.gain: Tensor | None = None
         # of this step's dropout; whoever runs the steps sets it anew before each
         self.seed = 0
         out_features, in_features = linear.weight.shape
@@ -86,6 +90,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
+        if self.gain is not None:
+            y = self.ops.lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scale, None, dropout, self.seed) * self.gain
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
         return self.ops.lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scale, self.bias, dropout, self.seed)
 
 
@@ -169,15 +176,34 @@ def check_gradients(decoder: nn.Module, step: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An adapter off the disk: factors by module path, and the scale to use them with; ``scales`` of modules that have their own."""
+    """An adapter off the disk: factors by module path, and the scale to use them with.
+
+    scale       s
+    factors     A fp32 [R, K] and B fp32 [N, R]
+    scales      s of modules that have their own
+    magnitudes  fp32 [N], DoRA's length of each row of W + s·B·A (Liu et al. 2024, arXiv 2402.09353); of other adapters none
+    """
 
     scale: float
     factors: dict[str, tuple[Tensor, Tensor]]
     scales: dict[str, float] = dataclasses.field(default_factory=dict)
+    magnitudes: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def scale_of(self, path: str) -> float:
         """s of the module at this path."""
         return self.scales.get(path, self.scale)
+
+    def merge(self, path: str, weight: Tensor) -> Tensor:
+        """W + s·B·A in fp32, of the linear layer at this path, its rows brought to DoRA's magnitudes."""
+        merged, gain = self._sum(path, weight)
+        return merged if gain is None else merged * gain[:, None]
+
+    def _sum(self, path: str, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """W + s·B·A in fp32, and what DoRA multiplies each of its rows by."""
+        lora_a, lora_b = (factor.to(weight.device) for factor in self.factors[path])
+        total = torch.addmm(weight.float(), lora_b, lora_a, alpha=self.scale_of(path))
+        magnitude = self.magnitudes.get(path)
+        return total, None if magnitude is None else magnitude.to(weight.device) / total.norm(dim=1)
 
     def attach(self, module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         """Wrap, for evaluation, each linear layer of ``module`` that has factors under ``prefix`` + its path.
@@ -202,6 +228,10 @@ class Adapter:
                 )
             wrapped = LoRALinear(child, lora_a.shape[0], self.scale_of(prefix + path), dropout=0.0)
             wrapped.lora_A.data, wrapped.lora_B.data = lora_a.to(child.weight.device), lora_b.to(child.weight.device)
+            if prefix + path in self.magnitudes:
+                held = child.weight
+                plain = ops.dequantise(held, torch.float32) if isinstance(held, ops.NF4Weight) else held
+                _, wrapped.gain = self._sum(prefix + path, plain)
             _replace(module, path, wrapped.requires_grad_(False).eval())
             wrapped_layers[path] = child
         return wrapped_layers
@@ -257,19 +287,24 @@ def load(folder: str | os.PathLike) -> Adapter:
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.match(key)
-        if match is None:
+        if match is None or (match["factor"] is None and not config.get("use_dora")):
             raise TliError(folder / ADAPTER_FILE, "every key must name a linear layer of a block", key, "save the adapter from a causal LM")
-        if not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise TliError(folder / ADAPTER_FILE, "every factor must be of finite numbers", f"others in {key}", "train the adapter again")
-        factors.setdefault(match["path"], {})[match["factor"]] = tensor.float()
-    for path, pair in factors.items():
-        if set(pair) != {"A", "B"}:
-            raise TliError(
-                folder / ADAPTER_FILE, f"{path} must have lora_A and lora_B", f"only lora_{next(iter(pair))}", "save the adapter again"
-            )
+        if not (tensor.is_floating_point() and tensor.isfinite().all() and tensor.ndim == (2 if match["factor"] else 1)):
+            must = "every factor must be a matrix, every magnitude a vector, of finite numbers"
+            raise TliError(folder / ADAPTER_FILE, must, f"others in {key}", "train the adapter again")
+        factors.setdefault(match["path"], {})[f"lora_{match['factor'] or 'magnitude_vector'}"] = tensor.float()
+    names = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(config.get("use_dora"))]
+    for path, found in factors.items():
+        if set(found) != set(names):
+            must, got = f"{path} must have {' and '.join(names)}", f"only {', '.join(sorted(found))}"
+            raise TliError(folder / ADAPTER_FILE, must, got, "save the adapter again")
+        if len({len(found[name]) for name in names[1:]}) > 1:
+            must = f"{path} must have a magnitude for each of its {len(found['lora_B'])} out-features"
+            raise TliError(folder / ADAPTER_FILE, must, len(found[names[2]]), "save the adapter again")
     scale = rank_and_scale({**config, "rank_pattern": None, "alpha_pattern": None}, "")[1]
     scales = {path: own for path in factors if (own := rank_and_scale(config, path)[1]) != scale}
-    return Adapter(scale, {path: (pair["A"], pair["B"]) for path, pair in factors.items()}, scales)
+    pairs = {path: (found["lora_A"], found["lora_B"]) for path, found in factors.items()}
+    return Adapter(scale, pairs, scales, {path: found[names[2]] for path, found in factors.items() if len(names) > 2})
 
 
 def rank_and_scale(config: dict, path: str) -> tuple[int, float]:
