@@ -136,13 +136,13 @@ def test_a_weight_that_is_stored_as_codes_is_refused(copy, tmp_path, dtype, name
 STORED = {
     "gptq": {"quant_method": "gptq", "bits": 4, "model_name_or_path": "someone/original"},
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"},
-    "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True, "bnb_4bit_quant_type": "nf4"},
     "fp4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
     "compressed": {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}},
 }
 
 
-def composite(tmp_path, tokenizer, kind: str = "gemma3") -> tuple[pathlib.Path, torch.nn.Module]:
+def composite(tmp_path, tokenizer, kind: str = "gemma3", **sizes) -> tuple[pathlib.Path, torch.nn.Module]:
     """A small model of text and images or of text and sound, and its folder."""
     import transformers
 
@@ -174,7 +174,7 @@ def composite(tmp_path, tokenizer, kind: str = "gemma3") -> tuple[pathlib.Path, 
         },
     }[kind]
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    settings = {**TEXT, "vocab_size": 400 if len(tokenizer) <= 400 else len(tokenizer), **ids}
+    settings = {**TEXT, **ids, **sizes}
     config = getattr(transformers, classes[kind][0])(text_config=AutoConfig.for_model(text, **settings).to_dict(), **towers)
     torch.manual_seed(0)
     model = getattr(transformers, classes[kind][1])._from_config(config).float()
@@ -247,6 +247,24 @@ def test_nf4_is_understood_whichever_part_of_the_config_says_so(copy, tmp_path):
     assert torch.equal(run_states(tmp_path / "nf4"), before)
 
 
+def test_nf4_of_a_model_of_text_and_images_is_read_as_it_is(tmp_path, tokenizer):
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import BitsAndBytesConfig, Gemma3ForConditionalGeneration
+
+    folder, _ = composite(tmp_path, tokenizer, hidden_size=64, intermediate_size=128)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    whole = Gemma3ForConditionalGeneration.from_pretrained(folder, quantization_config=settings, dtype=torch.float32)
+    whole.save_pretrained(tmp_path / "nf4")
+    decoder = load_truncated_decoder(open_checkpoint(str(tmp_path / "nf4")), 2, np.arange(4), CPU)
+    for index in (0, 1):
+        block = whole.model.language_model.layers[index]
+        for path in ("self_attn.q_proj", "mlp.down_proj"):
+            stored = block.get_submodule(path).weight
+            expected = dequantize_4bit(stored.data, stored.quant_state)
+            torch.testing.assert_close(decoder.layers[index].get_submodule(path).weight, expected, rtol=1e-6, atol=0)
+        assert torch.equal(decoder.layers[index].input_layernorm.weight, block.input_layernorm.weight)
+
+
 def run_states(folder) -> torch.Tensor:
     checkpoint = open_checkpoint(str(folder))
     words = tokenise(checkpoint.tokenizer(), WORDS, context_length(checkpoint))
@@ -295,6 +313,26 @@ def test_tokens_without_a_row_that_no_word_uses_do_no_harm(copy):
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(folder)
     assert_whole_models_states(folder)
+
+
+def test_a_sentencepiece_file_names_what_reads_it(copy):
+    folder, _ = copy()
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"no file of sentencepiece")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(TliError, match="must be readable, got tokenizer.model alone; pip install sentencepiece protobuf"):
+        open_checkpoint(str(folder)).tokenizer()
+
+
+def test_a_tokenizer_in_python_alone_is_refused(copy):
+    from transformers import ByT5Tokenizer
+
+    folder, _ = copy()
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    ByT5Tokenizer().save_pretrained(folder)
+    with pytest.raises(TliError, match=r"must be a fast one \(tokenizer.json\), got ByT5Tokenizer, in Python alone; "):
+        open_checkpoint(str(folder)).tokenizer()
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])

@@ -197,9 +197,15 @@ class Checkpoint:
                 self.folder or self.name, use_fast=True, split_special_tokens=True, trust_remote_code=False
             )
         except Exception as error:
-            raise TliError(
-                self.name, "the tokenizer must be readable", one_line(error), "download the model's tokenizer files again"
-            ) from error
+            got, remedy = one_line(error), "download the model's tokenizer files again"
+            if self.path("tokenizer.json", optional=True) is None and self.path("tokenizer.model", optional=True) is not None:
+                # transformers names another library, which it tries last
+                got, remedy = "tokenizer.model alone", "pip install sentencepiece protobuf, which read it"
+            raise TliError(self.name, "the tokenizer must be readable", got, remedy) from error
+        if not tokenizer.is_fast:
+            # others do not tell which characters a token stands for
+            must, got = "the tokenizer must be a fast one (tokenizer.json)", f"{type(tokenizer).__name__}, in Python alone"
+            raise TliError(self.name, must, got, "choose a model that has one")
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise TliError(self.name, "the tokenizer must have a BOS or EOS token to serve as the sink", "neither", "choose another model")
         return tokenizer

@@ -98,8 +98,9 @@ def require_unquantised(config: dict, name: str) -> None:
             stored = part.get(key) or {}
             # whatever else it may be, it is not NF4
             told = stored if isinstance(stored, dict) else {"quant_method": stored}
-            if told and (told.get("quant_method") != "bitsandbytes" or told.get("bnb_4bit_quant_type") != "nf4"):
-                got = f"{key} {told.get('quant_method')}, {told.get('bnb_4bit_quant_type') or 'no NF4'}"
+            method, kind = told.get("quant_method"), "int8" if told.get("load_in_8bit") else told.get("bnb_4bit_quant_type")
+            if told and (method, kind) != ("bitsandbytes", "nf4"):
+                got = f"{key} {method}, {kind or 'no NF4'}"
                 raise TliError(name, QUANTISED, got, original_of(config, name))
 
 
