@@ -26,7 +26,25 @@ MODELS: tuple[str, ...] = get_args(Model)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class ListConfig:
+    """What every command that reads a word list is told of it."""
+
+    pairs: str | None = option(
+        None,
+        "words",
+        "word pairs: a file of any format of docs/formats.md, or - for standard input (default: the shipped Swahili-English list)",
+    )
+    source: str = option("swahili", "words", "name of the source language's column or key, or of the language")
+    target: str = option("english", "words", "name of the target language's column or key, or of the language")
+    skip_bad_rows: bool = option(False, "words", "leave out rows that hold no pair of words, in place of an error that lists them")
+    split_glosses: bool = option(False, "words", "split cells such as 'house, home (of people)' into glosses, without notes and markup")
+
+
+LIST_OPTIONS = tuple(field.name for field in dataclasses.fields(ListConfig))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(ListConfig):
     """Train LoRA adapters that align word pairs at one layer of a language model."""
 
     EXAMPLE: ClassVar[str] = "{prog} --rank 16 --layer 2"
@@ -58,11 +76,6 @@ class TrainConfig:
     device: str = option("auto", "model", "cpu, cuda or cuda:N (auto: a GPU if there is one)")
     impl: Impl = option("auto", "model", "which implementation of the ops")
 
-    pairs: str | None = option(
-        None, "words", "word pairs: .tsv .csv .json .jsonl or dictd .index (default: the shipped Swahili-English list)"
-    )
-    source: str = option("swahili", "words", "name of the source language's column or key")
-    target: str = option("english", "words", "name of the target language's column or key")
     prefix: str = option(" ", "words", "text before each word, never pooled; a space gives words as they stand in running text", paper="")
     held_out: float = option(0.1, "words", "share of the pairs kept out of training")
     split: Split = option(
@@ -194,7 +207,7 @@ class TuneConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
+class MemoryConfig(ListConfig):
     """Predict, from config.json alone, the memory that training takes at most, by category, and what fits on a device of some size."""
 
     EXAMPLE: ClassVar[str] = "{prog} --arm full --batch 64"
@@ -204,9 +217,6 @@ class MemoryConfig:
     layer: int = option(2, "model", "hidden state to align: the residual stream after this many blocks", least=1)
     all_rows: bool = _as_in_training("all_rows")
 
-    pairs: str | None = _as_in_training("pairs")
-    source: str = _as_in_training("source")
-    target: str = _as_in_training("target")
     prefix: str = _as_in_training("prefix")
     held_out: float = _as_in_training("held_out", help="share of the pairs kept out of training")
 
@@ -226,7 +236,7 @@ class MemoryConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScanConfig:
+class ScanConfig(ListConfig):
     """Measure word pairs at every layer of a language model, in one pass with one block in memory at a time."""
 
     EXAMPLE: ClassVar[str] = "{prog} --sample 686"
@@ -238,9 +248,6 @@ class ScanConfig:
     device: str = _as_in_training("device")
     impl: Impl = _as_in_training("impl")
 
-    pairs: str | None = _as_in_training("pairs")
-    source: str = _as_in_training("source")
-    target: str = _as_in_training("target")
     prefix: str = _as_in_training("prefix", by_recipe=True)
     split: Literal["all", "trained", "held_out"] = option(
         "all",
@@ -273,7 +280,7 @@ class ScanConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MapConfig:
+class MapConfig(ListConfig):
     """Fit the best closed-form map between the word states of two languages, in seconds and without training the model."""
 
     EXAMPLE: ClassVar[str] = "{prog} --layer auto"
@@ -287,9 +294,6 @@ class MapConfig:
     device: str = _as_in_training("device")
     impl: Impl = _as_in_training("impl")
 
-    pairs: str | None = _as_in_training("pairs")
-    source: str = _as_in_training("source")
-    target: str = _as_in_training("target")
     prefix: str = _as_in_training("prefix")
     held_out: float = _as_in_training("held_out", help="share of the pairs kept out of the fit, to judge it by")
     split: Split = _as_in_training("split")
@@ -347,6 +351,8 @@ class EvaluateConfig:
     split: Split = _as_in_training("split", help="where no split is recorded: what that split kept on one side, families or words")
     source: str | None = option(None, "words", "name of the source language's column or key (default: as in training, else swahili)")
     target: str | None = option(None, "words", "name of the target language's column or key (default: as in training, else english)")
+    skip_bad_rows: bool | None = option(None, "words", "leave out rows that hold no pair of words (default: as in training)")
+    split_glosses: bool | None = option(None, "words", "split cells of several glosses (default: as in training)")
     prefix: str | None = option(None, "words", "text before each word, never pooled (default: as in training, else a space)")
 
     layers: str | None = option(None, "measures", "such as 2,8,output, or all (default: the aligned layer, the middle one and the output)")
@@ -395,7 +401,7 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StudyConfig:
+class StudyConfig(ListConfig):
     """How alignment depends on LoRA rank, for an early layer against the full model: a grid of equal runs. (Another study, with its own
     options: python -m tli.study protocol, the paper's protocol with one switch changed at a time.)"""
 
@@ -421,9 +427,6 @@ class StudyConfig:
     dtype: DType = _as_in_training("dtype")
     device: str = _as_in_training("device", help="cpu, cuda or cuda:N (auto: a GPU if there is one, under torchrun that of the process)")
 
-    pairs: str | None = _as_in_training("pairs")
-    source: str = _as_in_training("source")
-    target: str = _as_in_training("target")
     prefix: str = _as_in_training("prefix")
     held_out: float = _as_in_training("held_out", help="share of the pairs that each seed keeps out of training")
     split: Split = _as_in_training("split")
@@ -472,15 +475,12 @@ def _is_rate(text: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProtocolConfig:
+class ProtocolConfig(ListConfig):
     """The paper's protocol with one switch changed at a time, and the number that each choice makes."""
 
     EXAMPLE: ClassVar[str] = "{prog} --epochs 1"
 
     model: str | None = _as_in_training("model")
-    pairs: str | None = _as_in_training("pairs")
-    source: str = _as_in_training("source")
-    target: str = _as_in_training("target")
     seed: int = _as_in_training("seed", least=0)
     epochs: int | None = option(None, "training", "passes over the trained pairs, for a quick look (default: the paper's 5)", least=1)
 
@@ -491,6 +491,8 @@ class ProtocolConfig:
 
     def __post_init__(self):
         check(self)
+        if self.pairs == "-":
+            raise TliError("--pairs", "the list must be a file that each of the runs can read", "standard input", "save it first")
         if self.output is None:
             object.__setattr__(self, "output", f"runs/protocol-{_named_after(self.model)}")
 
@@ -513,19 +515,31 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LexiconConfig:
-    """Look after lists of word pairs: compare one with a dictd dictionary; exit code 1 if they agree too little."""
+class LexiconConfig(ListConfig):
+    """Look after lists of word pairs: show what is understood of one, convert it to tli's own TSV, or compare it with a dictionary."""
 
-    EXAMPLE: ClassVar[str] = "{prog} check --pairs words.tsv"
+    EXAMPLE: ClassVar[str] = "{prog} show words.tmx"
 
-    action: Literal["check"] = argument("check: compare the list with a dictionary")
-    pairs: str | None = _as_in_training("pairs")
-    source: str = _as_in_training("source")
-    target: str = _as_in_training("target")
-    dictionary: str | None = option(None, "words", "a dictd dictionary's .index (default: Debian's dict-freedict-swh-eng)")
+    action: Literal["show", "convert", "check"] = argument(
+        "show: print what is understood of LIST; convert: write the pairs of LIST to OUT as TSV; check: compare a list with a dictd "
+        "dictionary, with exit code 1 if they agree too little"
+    )
+    files: tuple[str, ...] = option((), "arguments", "LIST (default: --pairs), and OUT to convert to")
+    dictionary: str | None = option(None, "words", "of check: a dictd dictionary's .index (default: Debian's dict-freedict-swh-eng)")
+    overwrite: bool = option(False, "output", "of convert: allow OUT to be there")
 
     def __post_init__(self):
         check(self)
+        most = 2 if self.action == "convert" else 1
+        if self.action == "convert" and len(self.files) != 2 or len(self.files) > most:
+            got = f"{len(self.files)}: {' '.join(self.files)}".rstrip(": ")
+            raise TliError(
+                "FILE", f"{self.action} must have {'a list and a file to write' if most == 2 else 'one list'}", got, "see --help"
+            )
+        if self.files and self.pairs is not None:
+            raise TliError("--pairs", "the list must be named once", f"{self.files[0]} and {self.pairs}", "leave one out")
+        if self.files:
+            object.__setattr__(self, "pairs", self.files[0])
 
 
 @dataclasses.dataclass(frozen=True)

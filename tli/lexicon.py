@@ -1,4 +1,4 @@
-"""``python -m tli.lexicon check``: how far a list of word pairs agrees with a dictd dictionary."""
+"""``python -m tli.lexicon``: show a list of word pairs as it is understood, convert it to TSV, or compare it with a dictionary."""
 
 import sys
 

@@ -195,8 +195,8 @@ def test_every_batch_has_each_pair_once_and_knows_its_synonyms(settings, word_li
     from tli.model.checkpoint import open_checkpoint
     from tli.runtime.device import resolve_device
 
-    config = TrainConfig(**settings)
-    words = train_module._tokenise(config, open_checkpoint(settings["model"]), [pairs], [])
+    config, checkpoint = TrainConfig(**settings), open_checkpoint(settings["model"])
+    words = train_module._tokenise(config, checkpoint, checkpoint.tokenizer(), [pairs], [])
     device_config = resolve_device("cpu", "auto")
     # pairs 7, 20 and 4 come to share a gloss with 0, 0 and 3
     shared = [dataclasses.replace(pair, synonyms=(pairs[{7: 0, 20: 0, 4: 3}.get(i, i)].target,)) for i, pair in enumerate(pairs)]
@@ -485,7 +485,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(settings, word_list, tmp_pa
     )
     (tmp_path / "empty.tsv").write_text("")
     (tmp_path / "one.tsv").write_text("swahili\nkitabu\n")
-    (tmp_path / "latin.tsv").write_bytes(b"swahili\tenglish\nkitabu\tbook\nkahawa\tcaf\xe9\n")
+    (tmp_path / "latin.tsv").write_bytes(b"swahili\tenglish\nkitabu\tb\xc3\xb4ok\nkahawa\tcaf\xe9\n")
     (tmp_path / "blank.tsv").write_text("swahili\tenglish\nkitabu\tbook\n  \tbed\n")
     (tmp_path / "long.tsv").write_text(word_list.read_text() + "x" * 500 + "\tlong\tnoun\tno\t\ttest\n")
     (tmp_path / "few.tsv").write_text("swahili\tenglish\nkitabu\tbook\nmtu\tperson\nmaji\twater\n")

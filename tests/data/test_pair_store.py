@@ -92,6 +92,7 @@ FAR = 30_000
     ("name", "head", "row", "wrong", "says"),
     [
         ("words.tsv", b"\xef\xbb\xbfswahili\tenglish\n", b"a%d\tb%d\n", b"caf\xe9\tx\n", "the file must be UTF-8, got byte 0xe9"),
+        ("words.txt", b"swahili\tenglish\n", b"a%d\tb%d\n", b"caf\n", "the header's 2 columns"),
         ("words.csv", b"swahili,english\r\n", b"a%d,b%d\r\n", b"a,b,c\r\n", "the header's 2 columns"),
         ("words.tsv", b"swahili\tenglish\n", b"a%d\tb%d\n", b"a\t \n", "english must hold a word"),
         ("words.jsonl", b"\n", b'{"swahili": "a%d", "english": "b%d"}\n', b"{\n", "the file must be valid JSON"),

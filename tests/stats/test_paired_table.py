@@ -92,6 +92,30 @@ def test_missing_values_are_counted_and_left_out_whatever_the_delimiter(tmp_path
     assert facts["table"]["lines_left_out"] == [3, 5, 7]
 
 
+@pytest.mark.parametrize("missing", ["NaN", "nan", "NA", "n/a", "null", "None", "-", "", "#N/A", "<NA>"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_missing_value_in_every_common_spelling_leaves_its_row_out(tmp_path, capsys, missing, delimiter):
+    path = tmp_path / "table.csv"
+    rows = [("w", "before", "after"), ("a", "0.1", "0.3"), ("b", missing, "0.5"), ("c", "0.2", "0.9"), ("d", "0.3", missing)]
+    path.write_text("\n".join(delimiter.join(row) for row in rows))
+    found = read_table(path, "before", "after")
+    assert (found.before.tolist(), found.after.tolist(), found.left_out) == ([0.1, 0.2], [0.3, 0.9], [3, 5])
+    evaluate(EvaluateConfig(from_csv=str(path)))
+    assert "2 rows; left out, a value is missing: 2 (lines 3, 5)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_comma_is_a_decimal_point_where_it_divides_no_columns(tmp_path, delimiter):
+    path = tmp_path / "table.csv"
+    rows = [("w", "before", "after"), ("a", "0,1", "0,3"), ("b", "-1,5e-1", "0.5"), ("c", "2", "1,25")]
+    path.write_text("\r\n".join(delimiter.join(row) for row in rows))
+    found = read_table(path, "before", "after")
+    assert (found.before.tolist(), found.after.tolist()) == ([0.1, -0.15, 2.0], [0.3, 0.5, 1.25])
+    path.write_text(path.read_text().replace("0,3", "1,000,3"))
+    with pytest.raises(TliError, match=r":2: after must be a finite number, got '1,000,3'"):
+        read_table(path, "before", "after")
+
+
 def test_a_group_that_cannot_be_tested_says_so_beside_those_that_can(tmp_path, capsys):
     path = tmp_path / "table.csv"
     lines = [
@@ -126,7 +150,7 @@ HEADER = "word,before,after,group\n"
          r"'after', 'group'; name one with --before"),
         (HEADER + "a,1,2,x\n", {"group": "kind"}, r"'kind' once, .*; name one with --group"),
         ("before,after,after\n1,2,3\n", {}, "'after' once"),
-        (HEADER + "a,1,2,x\nb,0.5,nan,x\n", {}, r":3: after must be a finite number, got 'nan'; "),
+        (HEADER + "a,1,2,x\nb,0.5,nam,x\n", {}, r":3: after must be a finite number, got 'nam'; "),
         (HEADER + "a,1,2,x\nb,inf,1,x\n", {}, r":3: before must be a finite number, got 'inf'; "),
         (HEADER + 'a,1,2,x\n"b\nb",1,2,x\nc,"0,5",1,x\n', {}, r":5: before must be a finite number, got '0,5'; "),
         (HEADER + "a,1_0,2,x\n", {}, ":2: before must be a finite number, got '1_0'"),

@@ -5,6 +5,7 @@ intervals and tests -> harm to the language model -> tables and files. With ``--
 anywhere, tested, without a model and without torch.
 """
 
+import dataclasses
 import functools
 import pathlib
 import platform
@@ -13,7 +14,7 @@ import typing
 import numpy as np
 
 import tli
-from tli.config import EvaluateConfig
+from tli.config import EvaluateConfig, ListConfig
 from tli.data import word_pairs
 from tli.data.pair_store import DiskBackedPairs
 from tli.data.relatives import LISTS, split_facts
@@ -25,7 +26,7 @@ from tli.reports.tables import Table, show
 from tli.runtime.cli import as_dict
 from tli.runtime.console import open_console
 from tli.runtime.errors import TliError
-from tli.runtime.files import SCHEMA, prepare_output_dir, sha256, write_json, write_text
+from tli.runtime.files import SCHEMA, prepare_output_dir, write_json, write_text
 from tli.stats import paired_table
 
 if typing.TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     )
     pool_bos = common_option(known, "eval_pool_bos", False) if config.sink is None else config.sink == "in"
     seed = known[0].option("seed", 0) if config.seed is None else config.seed
-    splits, lists = _read_lists(config, known)
+    splits, lists = _read_lists(config, known, console)
     splits = word_pairs.sample_splits(splits, seed)
     models = dict.fromkeys([config.model] if config.model else [recorded.model_name() for recorded in known])
     if len(models) > 1:
@@ -194,30 +195,29 @@ def _evaluate_adapters(config: EvaluateConfig, console) -> dict:
     return facts
 
 
-def _read_lists(config: EvaluateConfig, known: "list[TrainedAdapter]") -> tuple[dict[str, DiskBackedPairs], dict]:
+def _read_lists(config: EvaluateConfig, known: "list[TrainedAdapter]", console) -> tuple[dict[str, DiskBackedPairs], dict]:
     """The pairs by list, "trained" and "held_out", or "all" where nobody knows which were trained; and facts about them."""
     from tli.model.trained_adapter import common_option
 
-    source, target, recorded_path, path_held_out, share = (
-        common_option(known, name, default)
-        for name, default in (("source", "swahili"), ("target", "english"), ("pairs", None), ("held_out_pairs", None), ("held_out", None))
-    )
-    source, target = config.source or source, config.target or target
-    path = recorded_path if config.pairs is None else config.pairs
-    pairs = word_pairs.read_pairs(path, source, target)
-    file = pathlib.Path(path or word_pairs.SHIPPED)
+    path_held_out, share = (common_option(known, name, None) for name in ("held_out_pairs", "held_out"))
+    # what is not given is as in training, so that the split is the same
+    listed = ListConfig(**{field.name: _given(config, known, field.name, field.default) for field in dataclasses.fields(ListConfig)})
+    pairs: DiskBackedPairs = word_pairs.read_list(listed, console)
+    file = word_pairs.list_facts(listed.pairs)
     hashes = {recorded.report["pairs"]["sha256"] for recorded in known if recorded.report is not None}
-    is_recorded = hashes == {sha256(file)} and all(recorded.report is not None for recorded in known)
+    is_recorded = hashes == {file["sha256"]} and all(recorded.report is not None for recorded in known)
     if hashes and not is_recorded and config.pairs is None:
         remedy = "name that list with --pairs, or another to be measured as a whole"
-        raise TliError(file, "the list must be the one that the adapter was trained on", "other bytes", remedy)
+        raise TliError(
+            listed.pairs or word_pairs.SHIPPED, "the list must be the one that the adapter was trained on", "other bytes", remedy
+        )
     if is_recorded and config.held_out is not None:
         raise TliError("--held-out", "the split that the run recorded must stand", config.held_out, "leave --held-out out")
     if not is_recorded:
         path_held_out, share = None, config.held_out
     by = LISTS
     if path_held_out is not None:
-        splits = {"trained": pairs, "held_out": word_pairs.read_pairs(path_held_out, source, target)}
+        splits = {"trained": pairs, "held_out": word_pairs.read_list(listed, console, path_held_out)}
     elif share is not None:
         # runs that recorded none kept only words apart
         by = common_option(known, "split", "words") if is_recorded else config.split
@@ -228,12 +228,18 @@ def _read_lists(config: EvaluateConfig, known: "list[TrainedAdapter]") -> tuple[
     if config.held_out_pairs is not None:
         # with a list of its own to hold out, the rest is what was trained
         by = LISTS
-        splits = {"trained": splits.get("trained", pairs), "held_out": word_pairs.read_pairs(config.held_out_pairs, source, target)}
+        splits = {"trained": splits.get("trained", pairs), "held_out": word_pairs.read_list(listed, console, config.held_out_pairs)}
     if "held_out" in splits:
         word_pairs.check_disjoint(splits["trained"], splits["held_out"])
     counts = split_facts(splits["trained"], splits["held_out"], by) if "held_out" in splits else {"all": len(pairs)}
-    facts = {"name": file.name, "sha256": sha256(file), "source": source, "target": target, "split_is_recorded": is_recorded, **counts}
-    return splits, facts
+    return splits, {**file, "source": listed.source, "target": listed.target, "split_is_recorded": is_recorded, **counts}
+
+
+def _given(config: EvaluateConfig, known: "list[TrainedAdapter]", name: str, default: typing.Any) -> typing.Any:
+    """The option as it was given, else as the adapters' runs had it."""
+    from tli.model.trained_adapter import common_option
+
+    return common_option(known, name, default) if getattr(config, name) is None else getattr(config, name)
 
 
 def _layers(config: EvaluateConfig, known: "list[TrainedAdapter]", blocks: int) -> list[Layer]:

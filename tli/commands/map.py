@@ -28,7 +28,7 @@ from tli.runtime.cli import as_dict
 from tli.runtime.console import layer_bar, open_console
 from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
-from tli.runtime.files import SCHEMA, prepare_output_dir, sha256
+from tli.runtime.files import SCHEMA, prepare_output_dir
 
 
 def fit_map(config: MapConfig) -> dict:
@@ -57,7 +57,7 @@ def fit_map(config: MapConfig) -> dict:
     began = time.monotonic()
     console = open_console()
     output = pathlib.Path(config.output).expanduser()
-    pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
+    pairs = word_pairs.read_list(config, console)
     names = ("trained", "held_out")
     whole = dict(zip(names, word_pairs.split_pairs(pairs, config.held_out, config.seed, config.split), strict=True))
     splits = word_pairs.sample_splits(whole, config.seed)
@@ -89,15 +89,13 @@ def fit_map(config: MapConfig) -> dict:
     states: dict[tuple[str, Layer], Sides] = {}
     look([layer], keep_words(states, [layer]))
 
-    list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
     report = {
         "schema": SCHEMA,
         "config": {**as_dict(config), "token_norm": token_norm},
         "model": model_facts(config.model or starter.NAME, checkpoint, hashed(layer)),
         "pairs": {
             **split_facts(whole["trained"], whole["held_out"], config.split),
-            "name": list_file.name,
-            "sha256": sha256(list_file),
+            **word_pairs.list_facts(config.pairs),
         },
         "map": {"layer": layer, **choice.facts()},
         "by_layer": [{"layer": of, **each.facts()} for of, each in choices.items()],

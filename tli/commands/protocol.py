@@ -17,7 +17,7 @@ import numpy as np
 
 from tli.commands.grid import REPORT, Cell, claim_folder, run_cells
 from tli.commands.protocol_controls import adapters_everywhere, save_random_model, sink_only
-from tli.config import ProtocolConfig, TrainConfig
+from tli.config import LIST_OPTIONS, ProtocolConfig, TrainConfig
 from tli.data import word_pairs
 from tli.data.pair_store import Pair
 from tli.data.relatives import split_facts
@@ -38,7 +38,7 @@ from tli.runtime.cli import as_dict
 from tli.runtime.console import cells_bar, open_console
 from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError, disk_errors
-from tli.runtime.files import SCHEMA, sha256, write_json, write_text
+from tli.runtime.files import SCHEMA, write_json, write_text
 
 FILES = ("protocol.json", "protocol.md", "protocol.png")
 # what the option ``model`` says until there is a folder to name
@@ -144,7 +144,7 @@ def protocol(config: ProtocolConfig) -> dict:
     """
     console = open_console()
     output = pathlib.Path(config.output).expanduser()
-    pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
+    pairs = word_pairs.read_list(config, console)
     splits = dict(zip(("trained", "held_out"), word_pairs.split_pairs(pairs, TrainConfig().held_out, config.seed)))
     checkpoint = open_checkpoint(starter.locate(config.model))
     runs = {switch.name: options_of(switch, config, output) for switch in ABLATIONS}
@@ -192,7 +192,7 @@ def protocol(config: ProtocolConfig) -> dict:
 
 def options_of(switch: Ablation, config: ProtocolConfig, output: pathlib.Path) -> dict:
     """The options of the run that a row is trained by: the paper's recipe spelled out, with the row's own change."""
-    given = {name: getattr(config, name) for name in ("model", "pairs", "source", "target", "seed", "epochs")} | switch.trained
+    given = {name: getattr(config, name) for name in ("model", *LIST_OPTIONS, "seed", "epochs")} | switch.trained
     if given["model"] == RANDOM:
         given["model"] = str(_random_folder(output))
     options = as_dict(TrainConfig(recipe="paper", **given))
@@ -205,13 +205,12 @@ def _random_folder(output: pathlib.Path) -> pathlib.Path:
 
 def _facts(config: ProtocolConfig, checkpoint: Checkpoint, splits: Mapping[str, Sequence[Pair]], deepest: int) -> dict:
     """What must be the same for a stopped protocol to go on: plain JSON values."""
-    file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
     local = None if checkpoint.folder is None else checkpoint.folder.resolve().name
     name = starter.NAME if config.model is None else local or config.model
     return {
-        "config": {name: getattr(config, name) for name in ("source", "target", "seed", "epochs")},
+        "config": {name: getattr(config, name) for name in (*LIST_OPTIONS, "seed", "epochs") if name != "pairs"},
         "model": {"name": name, "family": checkpoint.config.model_type, "blocks": checkpoint.blocks, "sha256": checkpoint.sha256(deepest)},
-        "pairs": {"name": file.name, "sha256": sha256(file), **split_facts(splits["trained"], splits["held_out"], "families")},
+        "pairs": {**word_pairs.list_facts(config.pairs), **split_facts(splits["trained"], splits["held_out"], "families")},
         "versions": environment.versions(),
     }
 

@@ -33,7 +33,7 @@ from tli.runtime.cli import as_dict
 from tli.runtime.console import layer_bar, open_console
 from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
-from tli.runtime.files import SCHEMA, prepare_output_dir, sha256, write_json
+from tli.runtime.files import SCHEMA, prepare_output_dir, write_json
 from tli.stats.bootstrap import word_clusters
 
 FILES = ("scan.json", "scan.png")
@@ -65,7 +65,7 @@ def scan(config: ScanConfig) -> dict:
     began = time.monotonic()
     console = open_console()
     output = pathlib.Path(config.output).expanduser()
-    pairs, listed = _pairs(config)
+    pairs, listed = _pairs(config, console)
     false_negatives = word_pairs.false_negative_pairs(pairs)
     adapted = None if config.adapter is None else load_adapter(config.adapter)
     streams = {"base": None} if adapted is None else {"base": None, "adapter": adapted.adapter}
@@ -94,13 +94,12 @@ def scan(config: ScanConfig) -> dict:
         )
 
     clusters = word_clusters(len(pairs), false_negatives)
-    list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "config": {**as_dict(config), "token_norm": token_norm},
         "model": model_facts(name, checkpoint, hashed(max(layer for _, layer in scans if layer != "output"))),
         "adapter": None if adapted is None else adapted.facts(),
-        "pairs": {"name": list_file.name, "sha256": sha256(list_file), "listed": listed, "scanned": len(pairs)},
+        "pairs": {**word_pairs.list_facts(config.pairs), "listed": listed, "scanned": len(pairs)},
         "missing_output": missing_output,
         "choice": {
             "gap": layer_choice.choose_layer(layers.by_layer(scans, "base", "word", "gap"), clusters, config.seed),
@@ -130,9 +129,9 @@ def _layer_maps(pairs: Sequence[Pair], config: ScanConfig) -> LayerMaps | None:
     return None
 
 
-def _pairs(config: ScanConfig) -> tuple[DiskBackedPairs, int]:
+def _pairs(config: ScanConfig, console) -> tuple[DiskBackedPairs, int]:
     """The pairs of the chosen split, or a random sample of them, in the order of the list, and how many the split has."""
-    pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
+    pairs: DiskBackedPairs = word_pairs.read_list(config, console)
     if config.split != "all":
         sides = word_pairs.split_pairs(pairs, config.held_out, config.seed, config.split_by)
         pairs = sides[("trained", "held_out").index(config.split)]

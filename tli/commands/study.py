@@ -19,7 +19,7 @@ from tli.data import word_pairs
 from tli.reports import study as study_report
 from tli.runtime.cli import as_dict
 from tli.runtime.console import cells_bar, open_console
-from tli.runtime.files import atomic_write, sha256
+from tli.runtime.files import atomic_write
 
 SETTINGS_FILE = "study.json"
 # what may differ from one call to the next: how large the grid and the search are, and how they are run
@@ -47,7 +47,7 @@ def study(config: StudyConfig) -> dict:
     part, parts, device = _place_of_process(config)
     blocks = _check_model(config)
     _claim(folder, config)
-    _write_lists(folder, config)
+    _write_lists(folder, config, console)
 
     def run(cells: list[Cell], what: str, share: list[Cell]) -> None:
         of_part = f", {len(share)} of them in part {part} of {parts}" if len(share) < len(cells) else ""
@@ -112,15 +112,15 @@ def _ranks(config: StudyConfig) -> list[int]:
 def _claim(folder: pathlib.Path, config: StudyConfig) -> None:
     """Make the study's folder, or find that this study may go on in it."""
     options = {name: value for name, value in as_dict(config).items() if name not in _FREE_OPTIONS}
-    settings = {"version": tli.__version__, **options, "pairs": sha256(config.pairs or word_pairs.SHIPPED)}
+    settings = {"version": tli.__version__, **options, "pairs": word_pairs.list_facts(config.pairs)["sha256"]}
     claim_folder(folder, SETTINGS_FILE, "study", settings)
 
 
-def _write_lists(folder: pathlib.Path, config: StudyConfig) -> None:
+def _write_lists(folder: pathlib.Path, config: StudyConfig, console) -> None:
     """The pairs that a rate is judged by, and all others, which the grid's seeds split: no word is in both lists."""
     if (folder / "search.jsonl").is_file():
         return
-    pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
+    pairs = word_pairs.read_list(config, console)
     rest, judged = word_pairs.split_pairs(pairs, config.search_share, _SEARCH_SPLIT, config.split)
     for name, part in (("grid", rest), ("search", judged)):
         with atomic_write(folder / f"{name}.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:

@@ -86,7 +86,7 @@ def train(config: TrainConfig) -> dict:
     """
     console = open_console()
     output = pathlib.Path(config.output).expanduser()
-    trained, held_out = _read_pairs(config)
+    trained, held_out = _read_pairs(config, console)
     state = _claim_output(config, output, trained)
 
     checkpoint = open_checkpoint(starter.locate(config.model))
@@ -161,12 +161,12 @@ def _options(config: TrainConfig, *names: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _read_pairs(config: TrainConfig) -> tuple[DiskBackedPairs, DiskBackedPairs]:
+def _read_pairs(config: TrainConfig, console) -> tuple[DiskBackedPairs, DiskBackedPairs]:
     """Trained and held-out pairs, which share no word, and no family of words where the split sees to it."""
-    pairs = word_pairs.read_pairs(config.pairs, config.source, config.target)
+    pairs = word_pairs.read_list(config, console)
     if config.held_out_pairs is None:
         return word_pairs.split_pairs(pairs, config.held_out, config.seed, config.split)
-    held_out = word_pairs.read_pairs(config.held_out_pairs, config.source, config.target)
+    held_out = word_pairs.read_list(config, console, config.held_out_pairs)
     word_pairs.check_disjoint(pairs, held_out)
     return pairs, held_out
 
@@ -378,7 +378,6 @@ def _facts(
 ) -> dict:
     """What the run was: plain JSON values, for the report."""
     file = output / lora.ADAPTER_FILE
-    list_file = pathlib.Path(config.pairs or word_pairs.SHIPPED)
     per_batch = len(trained) / -(-len(trained) // config.batch)
     return {
         "schema": SCHEMA,
@@ -386,8 +385,7 @@ def _facts(
         "model": model_facts(config.model or starter.NAME, checkpoint, checkpoint.sha256(layer if config.arm == "early" else "output")),
         "pairs": {
             **split_facts(trained, held_out, config.split if config.held_out_pairs is None else LISTS),
-            "name": list_file.name,
-            "sha256": sha256(list_file),
+            **word_pairs.list_facts(config.pairs),
         },
         "adapter": {"sha256": sha256(file), "parameters": sum(p.numel() for p in lora.trainable(decoder)), "bytes": file.stat().st_size},
         "training": {

@@ -6,8 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+from tli.data.glosses import without_notes
 from tli.data.pair_store import Pair, alphanumeric, normalise_word
-from tli.data.readers import read_rows, without_notes
+from tli.data.rows import with_rows
 from tli.data.word_pairs import SHIPPED, merge_by_source, read_pairs
 from tli.runtime.errors import TliError
 
@@ -15,16 +16,16 @@ FREEDICT = pathlib.Path("/usr/share/dictd/freedict-swh-eng.index")
 AGREEMENT = 0.95
 
 
-def check(pairs: str | None, source: str, target: str, dictionary: str | os.PathLike) -> float:
+def check(pairs: str | None, source: str, target: str, dictionary: str | os.PathLike, **options: bool) -> float:
     """Print which pairs of a list a dictd dictionary confirms and which it does not; return the share that it confirms.
 
-    The share is among the source words that the dictionary has; 0 if it has none of them.
+    The share is among the source words that the dictionary has; 0 if it has none of them. ``options`` as for ``read_pairs``.
     """
     if pathlib.Path(dictionary) == FREEDICT and not os.path.exists(FREEDICT):
         raise TliError(
             FREEDICT, "the FreeDict dictionary must be installed", "no such file", "apt install dict-freedict-swh-eng, or give --dictionary"
         )
-    rows = list(read_rows(SHIPPED if pairs is None else pathlib.Path(pairs), source, target))
+    rows = with_rows(lambda rows, _: [pair for _, pair in rows], SHIPPED if pairs is None else pairs, source, target, **options)
     repeated = [
         [w for w, n in Counter(normalise_word(getattr(pair, side)) for pair in rows).items() if n > 1] for side in ("source", "target")
     ]

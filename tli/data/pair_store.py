@@ -2,7 +2,7 @@
 
 The text of the pairs is in an anonymous temporary file, memory-mapped, and is parsed to a ``Pair`` on access. Which pairs share a word is
 computed from 64-bit hashes of the words in flat arrays: 32 bytes a pair, and 8 more for each further gloss. Two words are the same word if
-they are equal after Unicode NFC and case folding.
+``normalise_word`` makes one string of them.
 """
 
 import contextlib
@@ -108,6 +108,10 @@ class DiskBackedPairs(Sequence[Pair]):
         numbers = self._numbers if numbers is None else self._among_all(numbers)
         return self._keys if numbers is None else self._keys.take(numbers)
 
+    def parts(self) -> tuple[mmap.mmap | bytes, np.ndarray, WordHashes, np.ndarray | None]:
+        """What another view of the same pairs is made of."""
+        return self._text, self._bounds, self._keys, self._numbers
+
     def _among_all(self, numbers: np.ndarray) -> np.ndarray:
         return numbers if self._numbers is None else self._numbers[numbers]
 
@@ -154,9 +158,28 @@ def as_disk_backed(pairs: Iterable[Pair]) -> DiskBackedPairs:
         return writer.pairs()
 
 
+# what people type for the apostrophe and the hyphen, and marks of writing direction, which no one sees
+_ONE_SPELLING = str.maketrans(
+    dict.fromkeys("\u2019\u02bc\u02bb\u2018\u0060\u00b4", "'")
+    | dict.fromkeys("\u2010\u2011", "-")
+    | dict.fromkeys("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069", "")
+)
+_FINAL_PUNCTUATION = " .,;:!?\u2026\u060c\u061b\u061f\u06d4\u0964\u0965\u1362\u1363\u1364\u1365\u1366\u1367\u1368\u3001\u3002"
+
+
 def normalise_word(word: str) -> str:
-    """Normalise a word for comparison: case-folded, in Unicode NFC."""
-    return unicodedata.normalize("NFC", word.casefold())
+    """The identity of a word: equal for two strings that spell one word.
+
+    Case, the variants of apostrophe and hyphen, compatibility forms (NFKC), marks of direction and punctuation at the end make no
+    difference. Never empty for a word that is not: of punctuation alone all is kept.
+    """
+    if word.isascii():
+        folded = word.lower().replace("`", "'")
+    else:
+        # NFKC would make a space and an accent of U+00B4, so the apostrophes come first; and folding may leave what NFKC composes
+        folded = unicodedata.normalize("NFKC", word.translate(_ONE_SPELLING))
+        folded = unicodedata.normalize("NFKC", folded.casefold()).translate(_ONE_SPELLING)
+    return folded.rstrip(_FINAL_PUNCTUATION) or folded or word
 
 
 def alphanumeric(word: str) -> str:

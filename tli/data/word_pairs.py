@@ -1,41 +1,66 @@
 """Word pairs: one per source word, a train/held-out split without leakage, and false negatives.
 
-Readers are in ``tli/data/readers.py``; how a long list is held, in ``tli/data/pair_store.py``. ``python -m tli.lexicon check`` compares a
-list with a dictionary (``tli/data/dictionary.py``).
+The formats of lists are in ``tli/data/formats/``, the cleaning of their rows in ``tli/data/rows.py``; how a long list is held, in
+``tli/data/pair_store.py``. ``python -m tli.lexicon check`` compares a list with a dictionary (``tli/data/dictionary.py``).
 """
 
+import hashlib
 import os
 import pathlib
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tli.config import ListConfig
+from tli.data.formats.source import STANDARD_INPUT, local_file
 from tli.data.pair_store import DiskBackedPairs, Pair, WordHashes, as_disk_backed, normalise_word, pair_writer
-from tli.data.readers import dedupe_synonyms, read_rows
+from tli.data.reading import Reading
 from tli.data.relatives import relative_links
+from tli.data.rows import dedupe_synonyms, with_rows
 from tli.runtime.errors import TliError
+from tli.runtime.files import sha256
 from tli.stats.bootstrap import word_clusters
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SHIPPED = pathlib.Path(__file__).parent / "swahili-english.tsv"
 # a report measures a sample of this size from a longer list: retrieval is quadratic, and intervals of so many pairs are narrow enough
 MEASURED_PAIRS = 5_000
 
 
-def read_pairs(path: str | os.PathLike | None, source: str, target: str) -> DiskBackedPairs:
+class WordPairs(DiskBackedPairs):
+    """The pairs of a word list, with how it was read: ``pairs.reading`` (``tli.data.reading.Reading``)."""
+
+    def __init__(self, reading: Reading, *parts: Any):
+        super().__init__(*parts)
+        self.reading = reading
+
+
+def read_pairs(
+    path: str | os.PathLike | None, source: str, target: str, *, skip_bad_rows: bool = False, split_glosses: bool = False
+) -> WordPairs:
     """Read a word list: cleaned pairs, one per source word, in the order of the file.
 
     Exact duplicates collapse; the further targets of a source word become synonyms of its first. A target may serve several
     source words: such pairs are false negatives of each other (``false_negative_pairs``).
 
     Args:
-        path:   ``.tsv``, ``.csv``, ``.json``, ``.jsonl``, or the ``.index`` of a dictd dictionary; None: the shipped list.
-        source: name of the source language's column or key, in any case. A dictd dictionary has no names.
+        path:   a file of a format of docs/formats.md, ``-`` for standard input, or None for the shipped list. What the file is, is seen
+                by its content: TSV, CSV, JSON, TMX, TEI, dictd and more, compressed or not, in any encoding.
+        source: name of the source language's column, key or language, in any case; a number is a column of a table without a header.
+                A dictd or StarDict dictionary has no names.
         target: name of the target language's. The columns ``class``, ``loan`` (yes or no), ``field`` (of meaning), ``family`` (of words
                 of one stem) and ``synonyms`` (separated by ``;``, in JSON a list is allowed) are optional; others are ignored.
+        skip_bad_rows: leave out rows that hold no pair, in place of an error that lists them.
+        split_glosses: split cells such as ``house, home (of people)`` into glosses, without notes and markup.
 
     Returns:
-        A sequence of ``Pair`` (source, target, synonyms, word_class, loan, field, family) that is kept in a temporary file, not in memory.
+        A sequence of ``Pair`` (source, target, synonyms, word_class, loan, field, family) that is kept in a temporary file, not in memory;
+        its ``reading`` says what was understood, merged, changed and left out.
 
     Raises:
         TliError: with the file and the line of what is wrong.
@@ -46,26 +71,74 @@ def read_pairs(path: str | os.PathLike | None, source: str, target: str) -> Disk
         >>> len(pairs), pairs[0].source, pairs[0].target
         (2243, 'abiria', 'passenger')
     """
-    return merge_by_source(read_rows(SHIPPED if path is None else pathlib.Path(path), source, target))
+    path = SHIPPED if path is None else path
+    return with_rows(_merged, path, source, target, skip_bad_rows=skip_bad_rows, split_glosses=split_glosses)
+
+
+def read_list(config: ListConfig, console: "Console", path: str | None = None) -> WordPairs:
+    """The pairs of a command's list, or of a second one of the same form; what a user should know of it is said on the console, once."""
+    from rich.text import Text
+
+    path = config.pairs if path is None else path
+    options = {"skip_bad_rows": bool(config.skip_bad_rows), "split_glosses": bool(config.split_glosses)}
+    pairs = read_pairs(path, config.source, config.target, **options)
+    for note in pairs.reading.notes():
+        console.print(Text(f"{pairs.reading.name}: {note}"), soft_wrap=True)
+    return pairs
+
+
+def list_facts(path: str | os.PathLike | None) -> dict[str, str]:
+    """What a report says of a list's file: its name and the SHA-256 of its bytes."""
+    file = local_file(SHIPPED if path is None else path)
+    if file.is_dir():
+        parts = sorted(part for part in file.rglob("*") if part.is_file() and part.suffix in (".parquet", ".csv"))
+        return {"name": file.name, "sha256": hashlib.sha256("".join(map(sha256, parts)).encode()).hexdigest()}
+    return {"name": "standard input" if path == STANDARD_INPUT else file.name, "sha256": sha256(file)}
 
 
 def merge_by_source(rows: Iterable[Pair]) -> DiskBackedPairs:
     """Merge rows with the same source word into one pair, in the order of their first rows."""
+    return _merged(enumerate(rows, 1), Reading(""))
+
+
+def _merged(rows: Iterable[tuple[int, Pair]], reading: Reading) -> WordPairs:
+    lines = array("I")
     with pair_writer() as writer:
-        for pair in rows:
+        for line, pair in rows:
+            lines.append(line)
             writer.add(pair)
         pairs = writer.pairs()
         sources = pairs.keys().sources
         order = np.argsort(sources, kind="stable")
         starts = np.flatnonzero(np.concatenate([[True], sources[order][1:] != sources[order][:-1]])[: len(order)])
         firsts, counts = order[starts], np.diff(starts, append=len(order))
-        if len(starts) == len(order):
-            return pairs
-        numbers = firsts.copy()
-        for word in np.flatnonzero(counts > 1):
-            rows_of_word = pairs.subset(order[starts[word] : starts[word] + counts[word]])
-            numbers[word] = writer.add(_merge(list(rows_of_word)))
-        return writer.pairs().subset(numbers[np.argsort(firsts)])
+        reading.pairs, reading.merged = len(starts), len(order) - len(starts)
+        if reading.merged:
+            numbers = firsts.copy()
+            # in the order of the list, so that the example that is told is the first
+            repeated = np.flatnonzero(counts > 1)
+            for word in repeated[np.argsort(firsts[repeated])]:
+                members = order[starts[word] : starts[word] + counts[word]]
+                rows_of_word = list(pairs.subset(members))
+                numbers[word] = writer.add(_merge(rows_of_word))
+                _tell_merge(rows_of_word, [lines[member] for member in members], reading)
+            pairs = writer.pairs().subset(numbers[np.argsort(firsts)])
+    return WordPairs(reading, *pairs.parts())
+
+
+def _tell_merge(rows: Sequence[Pair], lines: Sequence[int], reading: Reading) -> None:
+    first = rows[0]
+    for pair, line in zip(rows[1:], lines[1:], strict=True):
+        if pair.source != first.source:
+            reading.change(
+                "rows merged with an earlier one whose word is the same in another spelling",
+                line,
+                f"{pair.source} with {first.source}",
+            )
+        elif set(pair.accepted) - set(first.accepted):
+            reading.change(
+                "rows merged with an earlier one of the same word, their targets now its synonyms", line, f"{pair.source} = {pair.target}"
+            )
 
 
 def _merge(rows: Sequence[Pair]) -> Pair:

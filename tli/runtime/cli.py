@@ -43,6 +43,7 @@ _GROUPS = (
     "configuration",
     "commands",
 )
+_HYPHEN = "\0-"
 _POSITIONAL: typing.Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _KEYWORD: typing.Any = inspect.Parameter.KEYWORD_ONLY
 
@@ -100,7 +101,10 @@ def parse(config_class, module: str, arguments: list[str] | None = None, many_pr
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        make, given, named = answer(application(config_class, module, _config_file(arguments)), arguments)
+        # cyclopts takes a lone hyphen, which stands for standard input, for an option
+        tokens = [_HYPHEN if argument == "-" else argument for argument in arguments]
+        make, given, named = answer(application(config_class, module, _config_file(arguments)), tokens)
+        given, named = tuple(map(_with_hyphens, given)), {name: _with_hyphens(value) for name, value in named.items()}
         shown = named.pop("print_config", False)
         named.pop("config", None)
         config = make(*given, **named)
@@ -118,6 +122,10 @@ def parse(config_class, module: str, arguments: list[str] | None = None, many_pr
         print(yaml.safe_dump(json.loads(json.dumps(options)), sort_keys=False, allow_unicode=True), end="")
         sys.exit(0)
     return config
+
+
+def _with_hyphens(value: typing.Any) -> typing.Any:
+    return tuple(map(_with_hyphens, value)) if isinstance(value, tuple) else "-" if value == _HYPHEN else value
 
 
 def answer(app: "cyclopts.App", arguments: list[str]) -> tuple[Callable, tuple, dict[str, typing.Any]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -51,7 +52,7 @@ def disk_errors(where: object):
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a command's body and leave with its exit code: 2 and one line for a ``TliError``, 130 for Ctrl-C."""
+    """Run a command's body and leave with its exit code: 2 and one line for a ``TliError``, 130 for Ctrl-C, 141 for a closed pipe."""
     try:
         command()
     except TliError as error:
@@ -60,3 +61,7 @@ def run_command(command: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # who read the output has gone, as head does; nor is there anyone to flush the rest to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

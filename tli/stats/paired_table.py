@@ -1,8 +1,8 @@
 """A table of per-pair values, before and after, from any source: reading it, and the statistics of it alone.
 
-CSV or TSV, UTF-8 with or without a byte order mark; commas, semicolons or tabs, whichever the header has most of. Rows in
-which a value is missing are left out, and counted; everything else that is not a number is an error with its line. Nothing here
-imports torch.
+CSV or TSV, UTF-8 with or without a byte order mark; commas, semicolons or tabs, whichever the header has most of. Between semicolons and
+tabs numbers may have decimal commas. Rows in which a value is missing are left out, and counted; everything else that is not a number is
+an error with its line. Nothing here imports torch.
 """
 
 import csv
@@ -21,7 +21,7 @@ from tli.stats.bootstrap import sample_std
 from tli.stats.tests import P_VALUES, add_holm, compare_groups, compare_paired, paired_differences
 
 # what R, pandas, SQL and people write where there is no value
-_MISSING = {"", "na", "n/a", "null", "none", "-"}
+_MISSING = {"", "na", "n/a", "#n/a", "<na>", "nan", "null", "none", "nil", "missing", "-", "--", "\u2013", "\u2014", ".", "?", "#null!"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,8 @@ def read_table(path: str | os.PathLike, before: str, after: str, group: str | No
     except OSError as error:
         got = (error.strerror or str(error)).lower()
         raise TliError(path, "the path must be that of a readable file", got, "name a table with --from-csv") from error
-    rows = _rows(path, text)
+    delimiter = max(",;\t", key=text.lstrip("\r\n").partition("\n")[0].count)
+    rows = _rows(path, text, delimiter)
     _, header = next(rows, (1, []))
     asked = {"--before": before, "--after": after, "--group": group, "--cluster": cluster}
     wanted = {flag: name for flag, name in asked.items() if name is not None}
@@ -72,7 +73,10 @@ def read_table(path: str | os.PathLike, before: str, after: str, group: str | No
             raise TliError(
                 f"{path}:{line}", f"the row must have the header's {len(header)} columns", got, "mend the row, or quote its fields"
             )
-        numbers = [_number(f"{path}:{line}", wanted[flag], fields[places[flag]]) for flag in ("--before", "--after")]
+        shown = [fields[places[flag]] for flag in ("--before", "--after")]
+        # where commas divide the columns, none divides a number
+        shown = shown if delimiter == "," else [field.replace(",", ".") if field.count(",") == 1 else field for field in shown]
+        numbers = [_number(f"{path}:{line}", wanted[flag], field) for flag, field in zip(("--before", "--after"), shown)]
         if None in numbers:
             left_out.append(line)
             continue
@@ -128,10 +132,8 @@ def describe(path: str | os.PathLike, table: PairedTable) -> dict:
     }
 
 
-def _rows(path: pathlib.Path, text: str) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: pathlib.Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """The first line and the fields of every row that is not empty; the header comes first, its names stripped."""
-    top = text.partition("\n")[0]
-    delimiter = max(",;\t", key=top.count)
     reader, line, is_header = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 1, True
     try:
         for fields in reader:
