@@ -166,7 +166,7 @@ def test_a_magnitude_belongs_to_dora_alone(make_model, tmp_path):
     write(make_model("llama"), tmp_path, use_dora=True)
     factors = load_file(tmp_path / lora.ADAPTER_FILE)
     write_config(tmp_path, use_dora=False)
-    with pytest.raises(TliError, match=r"every key must name a linear layer of a block of the text decoder, got \S+\.lora_magnitude_vector; "):
+    with pytest.raises(TliError, match=r"of a block of the text decoder, got \S+\.lora_magnitude_vector; "):
         lora.load(tmp_path)
     write_config(tmp_path, use_dora=True)
     save_file({key: value for key, value in factors.items() if "layers.1.mlp.up_proj.lora_mag" not in key}, tmp_path / lora.ADAPTER_FILE)
