@@ -289,7 +289,7 @@ BAD = {
         lambda model, adapter: change_factors(adapter, rename=lambda name: "" if "layers.2.mlp.up_proj" in name else name),
         "no factors for layers.2.mlp.up_proj",
     ),
-    "nan": (lambda model, adapter: change_factors(adapter, value=lambda tensor: tensor / 0), "every factor must be of finite numbers"),
+    "nan": (lambda model, adapter: change_factors(adapter, value=lambda tensor: tensor / 0), "every factor must be a matrix"),
     "overflow": (
         lambda model, adapter: change_factors(adapter, value=lambda tensor: tensor * 1e30),
         "every weight must be finite in bfloat16",

@@ -263,8 +263,8 @@ def spoil(folder, kind: str) -> None:
         ("tower", "every key must name a linear layer of a block of the text decoder, got base_model.model.vision_tower.layers."),
         ("two", "all keys must be of one decoder, got model. and none; "),
         ("no json", "the file must be JSON with r and lora_alpha, got "),
-        ("dora", "layers.0.mlp.down_proj must have lora_A and lora_B and lora_magnitude_vector, got only lora_A and lora_B; "),
-        ("other", "the adapter must be plain LoRA, or DoRA, got peft_type IA3"),
+        ("dora", "layers.0.mlp.down_proj must have lora_A and lora_B and lora_magnitude_vector, got only lora_A, lora_B; "),
+        ("other", "the adapter must be plain LoRA, got peft_type IA3"),
     ],
 )
 def test_a_bad_adapter_is_one_clear_line(make_model, tokenizer, tmp_path, kind, message):

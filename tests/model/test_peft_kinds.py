@@ -23,7 +23,6 @@ from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_full_decoder, load_truncated_decoder, run
 from tli.model.trained_adapter import check_compatible, load_adapter
-from tli.runtime import ops
 from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 
@@ -67,11 +66,11 @@ def write_config(output, **settings) -> None:
         {"init_lora_weights": "orthogonal"},
         {"init_lora_weights": "mica"},
         {"init_lora_weights": "eva", "target_modules": ["q_proj", "v_proj", "up_proj"]},
+        {"use_dora": True},
+        {"use_dora": True, "rank_pattern": RANKS, "alpha_pattern": ALPHAS, "use_rslora": True},
         {"rank_pattern": RANKS},
         {"alpha_pattern": ALPHAS},
         {"rank_pattern": RANKS, "alpha_pattern": ALPHAS, "use_rslora": True},
-        {"use_dora": True},
-        {"use_dora": True, "rank_pattern": RANKS, "alpha_pattern": ALPHAS},
         {"target_modules": r".*\.[01]\.mlp\.(up|down)_proj"},
         {"layers_to_transform": [1], "layers_pattern": "layers"},
         {"exclude_modules": ["layers.0.self_attn.q_proj"]},
@@ -79,7 +78,8 @@ def write_config(output, **settings) -> None:
     ids=str,
 )
 def test_what_is_understood_gives_pefts_states(make_model, tokenizer, tmp_path, settings):
-    folder = make_model("llama")
+    # it has biases, which DoRA's magnitudes leave alone
+    folder = make_model("qwen2")
     write(folder, tmp_path / "adapter", **settings)
     words = tokenise(tokenizer, WORDS, window=24)
     batch = to_batch(words.pack(np.arange(len(WORDS))), torch.float32, CPU.device)
@@ -162,6 +162,48 @@ def test_every_field_of_pefts_config_is_understood_or_unset_by_default():
     assert [field.name for field in dataclasses.fields(config) if getattr(config, field.name) and field.name not in known] == []
 
 
+def test_a_magnitude_belongs_to_dora_alone(make_model, tmp_path):
+    write(make_model("llama"), tmp_path, use_dora=True)
+    factors = load_file(tmp_path / lora.ADAPTER_FILE)
+    write_config(tmp_path, use_dora=False)
+    with pytest.raises(TliError, match=r"of a block of the text decoder, got \S+\.lora_magnitude_vector; "):
+        lora.load(tmp_path)
+    write_config(tmp_path, use_dora=True)
+    save_file({key: value for key, value in factors.items() if "layers.1.mlp.up_proj.lora_mag" not in key}, tmp_path / lora.ADAPTER_FILE)
+    with pytest.raises(TliError, match="layers.1.mlp.up_proj must have lora_A and lora_B and lora_mag.*, got only lora_A, lora_B; "):
+        lora.load(tmp_path)
+    name = next(key for key in factors if "lora_mag" in key)
+    save_file({**factors, name: factors[name][:-1].clone()}, tmp_path / lora.ADAPTER_FILE)
+    with pytest.raises(TliError, match=r"must have a magnitude for each of its \d+ out-features, got \d+; "):
+        lora.load(tmp_path)
+
+
+def test_dora_on_nf4_is_its_formula_on_the_dequantised_weight(make_model, tmp_path):
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import BitsAndBytesConfig
+
+    # peft's own states are no truth here: on a CPU bitsandbytes repacks a weight at its first use, and peft then takes other norms of it
+    folder = make_model("qwen2", hidden_size=64, intermediate_size=128)
+    write(folder, tmp_path, use_dora=True)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    whole = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32)
+    whole.save_pretrained(tmp_path / "nf4")
+    decoder = load_truncated_decoder(
+        open_checkpoint(str(tmp_path / "nf4")), 1, np.arange(4), resolve_device("cpu", "float32", "nf4", "fused")
+    )
+    lora.load(tmp_path).attach(decoder)
+    factors, x = load_file(tmp_path / lora.ADAPTER_FILE), torch.randn(5, 64)
+    for path in ("self_attn.q_proj", "mlp.up_proj"):
+        stored = whole.model.layers[0].get_submodule(path)
+        lora_a, lora_b, magnitude = (
+            factors[f"base_model.model.model.layers.0.{path}.lora_{name}"].double() for name in ("A.weight", "B.weight", "magnitude_vector")
+        )
+        total = dequantize_4bit(stored.weight.data, stored.weight.quant_state).double() + 1.5 * lora_b @ lora_a
+        expected = x.double() @ (magnitude / total.norm(dim=1) * total.T)
+        expected = expected if stored.bias is None else expected + stored.bias.double()
+        torch.testing.assert_close(decoder.layers[0].get_submodule(path)(x).double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_settings_of_a_start_that_was_not_taken_have_no_effect(make_model, tmp_path):
     write(make_model("llama"), tmp_path)
     before = lora.load(tmp_path)
@@ -207,17 +249,19 @@ def test_a_rank_that_is_not_the_patterns_is_refused(make_model, tmp_path):
         check_compatible(load_adapter(tmp_path), checkpoint, CPU, checkpoint.sha256)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, None], ids=["nan", "infinity", "integers"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, None, "flat"], ids=["nan", "infinity", "integers", "flat"])
 def test_factors_that_are_no_numbers_are_refused(make_model, tmp_path, value):
     write(make_model("llama"), tmp_path)
     factors = load_file(tmp_path / lora.ADAPTER_FILE)
     name = sorted(factors)[1]
     if value is None:
         factors[name] = factors[name].to(torch.int8)
+    elif value == "flat":
+        factors[name] = factors[name].flatten()
     else:
         factors[name][0, 0] = value
     save_file(factors, tmp_path / lora.ADAPTER_FILE)
-    with pytest.raises(TliError, match=f"every factor must be of finite numbers, got others in {name}; "):
+    with pytest.raises(TliError, match=f"every factor must be a matrix, .*, of finite numbers, got others in {name}; "):
         lora.load(tmp_path)
 
 
@@ -231,17 +275,3 @@ def test_a_pickled_adapter_is_read_once_the_command_that_is_named_has_run(make_m
     subprocess.run([sys.executable, *shlex.split(str(error.value).partition("convert it: ")[2])[1:]], check=True)
     after = lora.load(tmp_path)
     assert all(torch.equal(after.factors[path][1], lora_b) for path, (_, lora_b) in before.factors.items())
-
-
-def test_dora_leaves_biases_alone_and_takes_four_bit_weights_as_what_they_mean(make_model, tmp_path):
-    folder = make_model("qwen2", hidden_size=64, intermediate_size=128)
-    write(folder, tmp_path, use_dora=True)
-    adapter, path = lora.load(tmp_path), "layers.0.self_attn.q_proj"
-    for weights in ("full", "nf4"):
-        decoder = load_truncated_decoder(open_checkpoint(str(folder)), 1, np.arange(4), resolve_device("cpu", "float32", weights))
-        linear, x = decoder.get_submodule(path), torch.randn(5, 64)
-        weight = ops.dequantise(linear.weight, torch.float32) if isinstance(linear.weight, ops.NF4Weight) else linear.weight
-        assert linear.bias.any()
-        expected = x @ adapter.merge(path, weight).T + linear.bias
-        adapter.attach(decoder)
-        torch.testing.assert_close(decoder.get_submodule(path)(x), expected, rtol=1e-4, atol=1e-4)

@@ -183,12 +183,18 @@ def test_a_plain_decoders_names_are_its_causal_lms(make_model):
     assert whole_model(open_checkpoint(str(make_model("qwen2")))) == WholeModel("AutoModelForCausalLM", "model")
 
 
+def changed_config(folder, output, **changes):
+    """A model's folder, but for its config.json, of which some keys are others."""
+    output.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        (output / file.name).unlink(missing_ok=True)
+        (output / file.name).symlink_to(file)
+    (output / "config.json").unlink()
+    (output / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+
+
 def test_a_class_that_transformers_does_not_know_is_one_line(composite, tmp_path):
-    for file in composite.iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    config = json.loads((composite / "config.json").read_text()) | {"architectures": ["OurOwnModel"]}
-    (tmp_path / "config.json").unlink()
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    changed_config(composite, tmp_path, architectures=["OurOwnModel"])
     with pytest.raises(TliError, match="the class that config.json names under architectures.* got OurOwnModel"):
         whole_model(open_checkpoint(str(tmp_path)))
 
@@ -197,15 +203,32 @@ def test_a_class_that_transformers_does_not_know_is_one_line(composite, tmp_path
 def test_bidirectional_attention_is_refused(family, make_model, tmp_path):
     folder = make_model(family)
     keys = [{"is_causal": False}, {"use_bidirectional_attention": True}, {"bidirectional": True}, {"causal": False}]
+    keys += [{"use_causal_mask": False}, {"attention_type": "bidirectional"}]
     for number, more in enumerate(keys):
-        changed = tmp_path / str(number)
-        changed.mkdir()
-        for file in folder.iterdir():
-            (changed / file.name).symlink_to(file)
-        (changed / "config.json").unlink()
-        (changed / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | more))
+        changed_config(folder, tmp_path / str(number), **more)
         with pytest.raises(TliError, match=f"the model's attention must be causal.* got {next(iter(more))}"):
-            open_checkpoint(str(changed))
+            open_checkpoint(str(tmp_path / str(number)))
+
+
+@pytest.mark.parametrize("composite", ["Gemma3", "SmolVLM"], indirect=True)
+def test_bidirectional_attention_is_refused_where_the_whole_model_says_it(composite, tmp_path):
+    changed_config(composite, tmp_path, is_causal=False)
+    with pytest.raises(TliError, match="the model's attention must be causal.* got is_causal False in config.json"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_a_class_that_is_code_beside_the_weights_is_refused_though_its_family_is_known(make_model, tmp_path):
+    # as LLM2Vec's: a family's name, its weights, and another attention
+    code = {"AutoModel": "modeling_mistral_encoder.MistralEncoderModel"}
+    changed_config(make_model("mistral"), tmp_path, architectures=["MistralEncoderModel"], auto_map=code)
+    with pytest.raises(TliError, match="must be transformers' own, got MistralEncoderModel, which is code beside the weights"):
+        open_checkpoint(str(tmp_path))
+    # such code may also be no more than what became transformers' own
+    changed_config(make_model("mistral"), tmp_path, architectures=["MistralForCausalLM"], auto_map=code)
+    open_checkpoint(str(tmp_path))
+    # and a class that nobody ships, a reward model's for instance, has the family's decoder
+    changed_config(make_model("mistral"), tmp_path, architectures=["MistralForRewards"])
+    open_checkpoint(str(tmp_path))
 
 
 @pytest.mark.slow

@@ -28,7 +28,6 @@ from tli.model.lora import Adapter
 from tli.model.trained_adapter import check_compatible, load_adapter
 from tli.runtime import environment, ops
 from tli.runtime.cli import as_dict
-from tli.runtime.console import open_console
 from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError, disk_errors
 from tli.runtime.files import SCHEMA, atomic_write, write_text
@@ -72,7 +71,9 @@ def export(config: ExportConfig) -> dict:
         >>> AutoModelForCausalLM.from_pretrained("merged").config.num_hidden_layers
         30
     """
-    console = open_console()
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
     output = pathlib.Path(config.output).expanduser().resolve()
     _require_new(output)
     recorded = load_adapter(config.adapter)
@@ -212,14 +213,14 @@ def _files(sizes: dict[str, int], limit: float) -> dict[str, list[str]]:
 def _write_weights(source: _Weights, adapter: Adapter, files: dict[str, list[str]], dtype: torch.dtype, folder: pathlib.Path, console):
     from rich.progress import Progress
 
-    paths = {f"{source.checkpoint.prefix}{path}.weight": path for path in adapter.factors}
+    adapted = {f"{source.checkpoint.prefix}{path}.weight": path for path in adapter.factors}
     with Progress(console=console) as bar:
         task = bar.add_task("merging", total=sum(map(len, files.values())))
 
         def merged(name: str) -> Tensor:
             bar.advance(task)
             weight = source.read(name)
-            return _rounded(adapter.merge(paths[name], weight) if name in paths else weight, dtype, name)
+            return _rounded(adapter.merge(adapted[name], weight) if name in adapted else weight, dtype, name)
 
         for file, names in files.items():
             with source.opened(names), atomic_write(folder / file) as temporary:
@@ -227,7 +228,6 @@ def _write_weights(source: _Weights, adapter: Adapter, files: dict[str, list[str
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """A tensor of the output: its floating-point numbers in ``dtype``."""
     if not weight.is_floating_point():
         return weight
     rounded = weight.to(dtype)

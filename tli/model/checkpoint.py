@@ -321,15 +321,30 @@ def _read_config(name: str, folder: pathlib.Path | None) -> tuple[Any, dict]:
     # the whole has the head, unless it leaves that to a causal LM inside
     config.tie_word_embeddings = getattr(whole, "tie_word_embeddings", config.tie_word_embeddings)
     family_of(config.model_type, name)
-    _require_causal(config, name)
+    _require_own_class(plain, name)
+    _require_causal({**plain, **config.to_dict()}, name)
     return config, plain
 
 
-def _require_causal(config, name: str) -> None:
-    """Refuse a decoder whose tokens see those behind them: words packed into one trie would not be computed as it computes them."""
-    for key, value in config.to_dict().items():
+def _require_own_class(plain: dict, name: str) -> None:
+    """Refuse a model whose class is code beside its weights, whatever family it names: such code often sees both ways (LLM2Vec)."""
+    import transformers
+
+    named = next(iter(plain.get("architectures") or []), None)
+    if plain.get("auto_map") and named and not hasattr(transformers, named):
+        must = "the class that config.json names under architectures must be transformers' own"
+        raise TliError(name, must, f"{named}, which is code beside the weights (auto_map)", "choose a model that needs no such code")
+
+
+def _require_causal(settings: dict, name: str) -> None:
+    """Refuse a decoder whose tokens see those behind them: words packed into one trie would not be computed as it computes them.
+
+    settings   of the decoder, and of the model around it where that says something of its own
+    """
+    for key, value in settings.items():
         # of images alone: "vision"
-        if ("bidirectional" in key and value and value != "vision") or (re.search(r"(^|_)causal($|_)", key) and value is False):
+        both_ways = ("bidirectional" in key and value and value != "vision") or (re.search(r"att|mask", key) and value == "bidirectional")
+        if both_ways or (re.search(r"(^|_)causal($|_)", key) and value is False):
             must = "the model's attention must be causal, as words share the computation of their common beginnings"
             raise TliError(name, must, f"{key} {value} in config.json", "take the causal model that this one was made from")
 

@@ -4,8 +4,7 @@
 until the first step. ``save`` writes what ``PeftModel.from_pretrained`` reads on the whole model: keys carry the names of
 the family's ForCausalLM class even where only a truncated decoder was trained (PEFT merely warns about other names and
 keeps a random start), and ``layers_to_transform`` names the blocks (without it PEFT puts adapters on every one).
-Source: Hu et al. 2021 (arXiv 2106.09685); rsLoRA: Kalajdzievski 2023 (arXiv 2312.03732); DoRA, which is read only: Liu et al. 2024
-(arXiv 2402.09353).
+Source: Hu et al. 2021 (arXiv 2106.09685); rsLoRA: Kalajdzievski 2023 (arXiv 2312.03732).
 """
 
 import dataclasses
@@ -34,14 +33,13 @@ if typing.TYPE_CHECKING:
 _KEY_PREFIX = "base_model.model."
 # where classes of transformers have their text decoder; not in a vision_tower
 _DECODER = r"(?:(?:model|language_model|text_model|decoder|transformer)\.)*"
-# PEFT leaves out the magnitudes' own .weight
 _KEY = re.compile(
-    rf"^base_model\.model\.(?P<decoder>{_DECODER})(?P<path>layers\.\d+\..+)\.lora_(?P<part>[AB](?=\.weight)|magnitude_vector)(\.weight)?$"
+    rf"^base_model\.model\.(?P<decoder>{_DECODER})(?P<path>layers\.\d+\..+)\.(lora_(?P<factor>[AB])\.weight|lora_magnitude_vector)$"
 )
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # keys of an adapter_config.json that are computed with here, and those that change nothing about how a saved adapter computes: a key of
 # neither kind must be unset, so an adapter of a kind that is not known, or not yet, is never taken for W + s·B·A
-_COMPUTED = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "bias", "init_lora_weights")
+_COMPUTED = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights", "use_dora")
 _WITHOUT_EFFECT = (
     # what it is of, and which layers it has, of which the tensors themselves speak
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -84,6 +82,8 @@ class LoRALinear(nn.Module):
         self.scale, self.dropout = scale, dropout
         # of the layer whose place this takes
         self.ops = getattr(linear, "ops", ops.REFERENCE)
+        # fp32 [N], what an adapter off the disk multiplies each out-feature by: DoRA's
+        self.gain: Tensor | None = None
         # of this step's dropout; whoever runs the steps sets it anew before each
         self.seed = 0
         out_features, in_features = linear.weight.shape
@@ -92,6 +92,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
+        if self.gain is not None:
+            y = self.ops.lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scale, None, dropout, self.seed) * self.gain
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
         return self.ops.lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scale, self.bias, dropout, self.seed)
 
 
@@ -173,27 +176,15 @@ def check_gradients(decoder: nn.Module, step: int) -> None:
             )
 
 
-class DoRALinear(LoRALinear):
-    """y = g·(x·Wᵀ + s·(x·Aᵀ)·Bᵀ) + bias, for evaluation: g [N] gives each row of W + s·B·A the length that DoRA learnt for it."""
-
-    def __init__(self, linear: nn.Linear, rank: int, scale: float, gain: Tensor):
-        super().__init__(linear, rank, scale, dropout=0.0)
-        self.gain = gain
-
-    def forward(self, x: Tensor) -> Tensor:
-        products = self.ops.lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scale)
-        scaled = products * self.gain.to(products.dtype)
-        return scaled if self.bias is None else scaled + self.bias
-
-
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """An adapter off the disk: factors by module path in the decoder, and the scale to use them with.
 
-    scale       s; ``scales`` of modules that have their own
+    scale       s
     factors     A fp32 [R, K] and B fp32 [N, R]
-    decoder     where PEFT has the decoder
-    magnitudes  DoRA's lengths of the rows of W + s·B·A, fp32 [N]
+    decoder     where PEFT has that decoder
+    scales      s of modules that have their own
+    magnitudes  fp32 [N], DoRA's length of each row of W + s·B·A (Liu et al. 2024, arXiv 2402.09353); of other adapters none
     """
 
     scale: float
@@ -207,16 +198,16 @@ class Adapter:
         return self.scales.get(path, self.scale)
 
     def merge(self, path: str, weight: Tensor) -> Tensor:
-        """W + s·B·A of the module at this path, fp32 [N, K]; with DoRA, its rows at their learnt lengths."""
-        merged = self._sum(path, weight)
-        return merged * self._gain(path, merged)[:, None] if path in self.magnitudes else merged
+        """W + s·B·A in fp32, of the linear layer at this path, its rows brought to DoRA's magnitudes."""
+        merged, gain = self._sum(path, weight)
+        return merged if gain is None else merged * gain[:, None]
 
-    def _sum(self, path: str, weight: Tensor) -> Tensor:
+    def _sum(self, path: str, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """W + s·B·A in fp32, and what DoRA multiplies each of its rows by."""
         lora_a, lora_b = (factor.to(weight.device) for factor in self.factors[path])
-        return torch.addmm(weight.float(), lora_b, lora_a, alpha=self.scale_of(path))
-
-    def _gain(self, path: str, merged: Tensor) -> Tensor:
-        return self.magnitudes[path].to(merged.device) / merged.norm(dim=1)
+        total = torch.addmm(weight.float(), lora_b, lora_a, alpha=self.scale_of(path))
+        magnitude = self.magnitudes.get(path)
+        return total, None if magnitude is None else magnitude.to(weight.device) / total.norm(dim=1)
 
     def attach(self, module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         """Wrap, for evaluation, each linear layer of ``module`` that has factors under ``prefix`` + its path.
@@ -239,18 +230,15 @@ class Adapter:
                     f"A {tuple(lora_a.shape)}, B {tuple(lora_b.shape)}",
                     "use the model that the adapter was trained on",
                 )
-            wrapped = self._wrapped(prefix + path, child)
+            wrapped = LoRALinear(child, lora_a.shape[0], self.scale_of(prefix + path), dropout=0.0)
             wrapped.lora_A.data, wrapped.lora_B.data = lora_a.to(child.weight.device), lora_b.to(child.weight.device)
+            if prefix + path in self.magnitudes:
+                held = child.weight
+                plain = ops.dequantise(held, torch.float32) if isinstance(held, ops.NF4Weight) else held
+                _, wrapped.gain = self._sum(prefix + path, plain)
             _replace(module, path, wrapped.requires_grad_(False).eval())
             wrapped_layers[path] = child
         return wrapped_layers
-
-    def _wrapped(self, path: str, linear: nn.Linear) -> LoRALinear:
-        rank, scale = len(self.factors[path][0]), self.scale_of(path)
-        if path not in self.magnitudes:
-            return LoRALinear(linear, rank, scale, dropout=0.0)
-        weight = ops.dequantise(linear.weight, torch.float32) if isinstance(linear.weight, ops.NF4Weight) else linear.weight
-        return DoRALinear(linear, rank, scale, self._gain(path, self._sum(path, weight)))
 
 
 def detach(module: nn.Module, wrapped_layers: dict[str, nn.Module]) -> None:
@@ -304,34 +292,35 @@ def load(folder: str | os.PathLike) -> Adapter:
         tensors = load_file(folder / ADAPTER_FILE)
     except (SafetensorError, OSError) as error:
         raise TliError(folder / ADAPTER_FILE, "the file must be whole safetensors", error, "save the adapter again") from error
-    parts: dict[str, dict[str, Tensor]] = {}
+    factors: dict[str, dict[str, Tensor]] = {}
     places = set()
     for key, tensor in tensors.items():
         match = _KEY.match(key)
-        if match is None:
+        if match is None or (match["factor"] is None and not config.get("use_dora")):
             must = "every key must name a linear layer of a block of the text decoder"
             raise TliError(folder / ADAPTER_FILE, must, key, "train it on that decoder's layers alone")
-        if not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise TliError(folder / ADAPTER_FILE, "every factor must be of finite numbers", f"others in {key}", "train the adapter again")
+        if not (tensor.is_floating_point() and tensor.isfinite().all() and tensor.ndim == (2 if match["factor"] else 1)):
+            must = "every factor must be a matrix, every magnitude a vector, of finite numbers"
+            raise TliError(folder / ADAPTER_FILE, must, f"others in {key}", "train the adapter again")
         places.add(match["decoder"])
-        parts.setdefault(match["path"], {})[match["part"]] = tensor.float()
-    wanted = ["A", "B", *(["magnitude_vector"] if config.get("use_dora") else [])]
-    for path, found in parts.items():
-        if sorted(found) != wanted:
-            must, got = (" and ".join(f"lora_{part}" for part in some) for some in (wanted, sorted(found)))
-            raise TliError(folder / ADAPTER_FILE, f"{path} must have {must}", f"only {got}", "save the adapter again")
+        factors.setdefault(match["path"], {})[f"lora_{match['factor'] or 'magnitude_vector'}"] = tensor.float()
+    names = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(config.get("use_dora"))]
+    for path, found in factors.items():
+        if set(found) != set(names):
+            must, got = f"{path} must have {' and '.join(names)}", f"only {', '.join(sorted(found))}"
+            raise TliError(folder / ADAPTER_FILE, must, got, "save the adapter again")
+        if len({len(found[name]) for name in names[1:]}) > 1:
+            must = f"{path} must have a magnitude for each of its {len(found['lora_B'])} out-features"
+            raise TliError(folder / ADAPTER_FILE, must, len(found[names[2]]), "save the adapter again")
     if len(places) > 1:
         got = " and ".join(sorted(place or "none" for place in places))
         raise TliError(folder / ADAPTER_FILE, "all keys must be of one decoder", got, "save the adapter again")
     inside = "".join(places)
     scale = rank_and_scale({**config, "rank_pattern": None, "alpha_pattern": None}, "")[1]
-    return Adapter(
-        scale,
-        factors={path: (found["A"], found["B"]) for path, found in parts.items()},
-        decoder=inside.rstrip("."),
-        scales={path: own for path in parts if (own := rank_and_scale(config, inside + path)[1]) != scale},
-        magnitudes={path: found["magnitude_vector"] for path, found in parts.items() if "magnitude_vector" in found},
-    )
+    scales = {path: own for path in factors if (own := rank_and_scale(config, inside + path)[1]) != scale}
+    pairs = {path: (found["lora_A"], found["lora_B"]) for path, found in factors.items()}
+    magnitudes = {path: found[names[2]] for path, found in factors.items() if len(names) > 2}
+    return Adapter(scale, pairs, inside.rstrip("."), scales, magnitudes)
 
 
 def rank_and_scale(config: dict, path: str) -> tuple[int, float]:
@@ -363,14 +352,14 @@ def _read_config(file: pathlib.Path) -> dict:
             raise TliError(file, "every lora_alpha must be a finite number above 0", alpha, "save the adapter again")
     if config.get("peft_type") != "LORA" or config.get("bias") not in (None, "none"):
         got = f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
-        raise TliError(file, "the adapter must be plain LoRA, or DoRA", got, "train one without it")
+        raise TliError(file, "the adapter must be plain LoRA", got, "train one without it")
     start = config.get("init_lora_weights")
     if start not in _STARTS:
         remedy = "save it in PEFT with path_initial_model_for_weight_conversion, which makes it plain LoRA"
         raise TliError(file, "the adapter must be plain LoRA on the model as it is", f"init_lora_weights {start}", remedy)
     odd = [key for key, value in config.items() if value and key not in (*_COMPUTED, *_WITHOUT_EFFECT)]
     if odd:
-        raise TliError(file, "the adapter must be plain LoRA, or DoRA", ", ".join(odd), "train one without it")
+        raise TliError(file, "the adapter must be plain LoRA", ", ".join(odd), "train one without it")
     return config
 
 

@@ -74,7 +74,8 @@ class TrainedAdapter:
     def facts(self) -> dict:
         """Plain JSON values, for a report."""
         file = self.folder / lora.ADAPTER_FILE
-        parameters = sum(factor.numel() for factors in self.adapter.factors.values() for factor in factors)
+        trained = (*self.adapter.factors.values(), self.adapter.magnitudes.values())
+        parameters = sum(tensor.numel() for tensors in trained for tensor in tensors)
         recorded = None if self.report is None else {key: self.report[key] for key in ("config", "model", "pairs")}
         return {
             "name": self.name,
