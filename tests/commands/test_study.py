@@ -20,6 +20,7 @@ from tli.config import StudyConfig
 from tli.data import word_pairs
 from tli.reports import study as study_report
 from tli.runtime.cli import parse
+from tli.runtime.console import open_console
 from tli.runtime.errors import TliError, run_command
 
 pytestmark = pytest.mark.slow
@@ -167,7 +168,7 @@ def test_processes_that_claim_one_folder_at_once_all_go_on(settings, tmp_path, m
         def claim(_, config=config, start=start):
             start.wait()
             module._claim(pathlib.Path(config.output), config)
-            module._write_lists(pathlib.Path(config.output), config)
+            module._write_lists(pathlib.Path(config.output), config, open_console())
 
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             assert list(pool.map(claim, range(4))) == [None] * 4
