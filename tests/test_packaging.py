@@ -79,6 +79,12 @@ def test_the_library_imports_no_bench_and_no_peft():
     assert importers("peft", "tli", "kernels") == []
 
 
+def test_one_function_opens_the_console():
+    # any other would take [v2] in a path for markup
+    opened = [path.relative_to(ROOT).as_posix() for path in modules("tli") if re.search(r"\bConsole\(", path.read_text(encoding="utf-8"))]
+    assert opened == ["tli/runtime/console.py"]
+
+
 def test_commands_do_not_import_one_another():
     # rooms of the library that can also be run
     names = [name for name in commands() if name not in ("lexicon", "starter")]

@@ -1,6 +1,7 @@
 """Adapters of models whose decoder lies within another class: PEFT finds them by the card's own lines, and their own are read back."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -234,12 +235,13 @@ def test_a_class_that_is_code_beside_the_weights_is_refused_though_its_family_is
 @pytest.mark.slow
 def test_names_that_look_like_markup_are_shown_as_they_are(make_model, word_list, tmp_path):
     for name in ("run [v2]", "x[/b]", "[red]"):
-        flags = ["--pairs", word_list, "--layer=1", "--rank=2", "--batch=27", "--epochs=1", "--no-report", "--output", tmp_path / name]
-        done = subprocess.run(
-            [sys.executable, "-m", "tli.train", "--model", make_model("llama"), *flags], capture_output=True, text=True, timeout=200
-        )
-        assert done.returncode == 0, done.stderr
-        assert name in "".join(done.stderr.splitlines())
+        few = ["--layer=1", "--rank=2", "--batch=27", "--epochs=1", "--no-report"]
+        trained = ["tli.train", "--model", make_model("llama"), "--pairs", word_list, *few, "--output", tmp_path / name]
+        for command, shown in ((trained, name), (["tli.export", tmp_path / name, tmp_path / f"merged {name}"], f"merged {name}")):
+            wide = {**os.environ, "COLUMNS": "400"}
+            done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=200, env=wide)
+            assert done.returncode == 0, done.stderr
+            assert shown in "".join(done.stderr.splitlines())
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from tli.model.lora import Adapter
 from tli.model.trained_adapter import check_compatible, load_adapter
 from tli.runtime import environment, ops
 from tli.runtime.cli import as_dict
+from tli.runtime.console import open_console
 from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError, disk_errors
 from tli.runtime.files import SCHEMA, atomic_write, write_text
@@ -71,9 +72,7 @@ def export(config: ExportConfig) -> dict:
         >>> AutoModelForCausalLM.from_pretrained("merged").config.num_hidden_layers
         30
     """
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
+    console = open_console()
     output = pathlib.Path(config.output).expanduser().resolve()
     _require_new(output)
     recorded = load_adapter(config.adapter)

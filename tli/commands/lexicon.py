@@ -8,6 +8,7 @@ from tli.config import LexiconConfig
 from tli.data.dictionary import AGREEMENT, FREEDICT, check
 from tli.data.pair_store import Pair
 from tli.data.word_pairs import WordPairs, read_list, read_pairs
+from tli.runtime.console import open_console
 from tli.runtime.errors import TliError, disk_errors
 from tli.runtime.files import atomic_write
 
@@ -23,12 +24,10 @@ def lexicon(config: LexiconConfig) -> bool:
     if config.action == "show":
         show(read_pairs(config.pairs, config.source, config.target, **options))
         return True
-    from rich.console import Console
-
     out = pathlib.Path(config.files[1])
     if os.path.exists(out) and not config.overwrite:
         raise TliError(out, "the file to write must be new", "one that is there", "choose another name, or allow it with --overwrite")
-    write_tsv(read_list(config, Console(stderr=True, highlight=False)), out, config.source, config.target)
+    write_tsv(read_list(config, open_console()), out, config.source, config.target)
     return True
 
 

@@ -44,15 +44,13 @@ def memory(config: MemoryConfig) -> dict:
     Raises:
         TliError: no such model or list, another family, a layer that the model has not.
     """
-    from rich.console import Console
-
     folder, path = _config_file(config.model)
     name = config.model or starter.NAME
     shape = Shape.from_config(starter.SIZES if path is None else _read(path), name)
     if config.layer > shape.blocks:
         must = f"the layer must be from 1 to {shape.blocks}, the model's number of blocks"
         raise TliError("--layer", must, config.layer, "choose one in this range")
-    pairs = word_pairs.read_list(config, Console(stderr=True, highlight=False))
+    pairs = word_pairs.read_list(config, open_console())
     tokenizer = _tokenizer_file(config.model, folder)
     trained, batch = trained_pairs(len(pairs), config.held_out, config.batch)
     part, rows = _estimated(shape, len(pairs), batch) if tokenizer is None else _counted(config, tokenizer, path, pairs, trained, batch)
