@@ -525,7 +525,7 @@ def test_a_model_without_a_head_is_trained_and_asked_for_no_text(make_model, wor
     # as models for embeddings are saved: the bare decoder, its head left out and tied to nothing
     from transformers import AutoModel
 
-    AutoModel.from_pretrained(make_model("mistral", tied=False)).save_pretrained(tmp_path / "bare")
+    AutoModel.from_pretrained(make_model("mistral", tied=False), trust_remote_code=False).save_pretrained(tmp_path / "bare")
     tokenizer.save_pretrained(tmp_path / "bare")
     config = TrainConfig(model=str(tmp_path / "bare"), pairs=str(word_list), rank=2, batch=27, epochs=1, output=str(tmp_path / "out"))
     facts = train(config)

@@ -64,7 +64,7 @@ def test_what_looks_like_a_control_token_is_text(word, tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer.save_pretrained(tmp_path)
-    opened = AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True)
+    opened = AutoTokenizer.from_pretrained(tmp_path, split_special_tokens=True, trust_remote_code=False)
     (found,) = ids(tokenise(opened, [word], 64, " "))
     assert found[0] == opened.bos_token_id
     assert not {opened.bos_token_id, opened.eos_token_id} & set(found[1:])

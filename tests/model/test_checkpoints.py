@@ -69,7 +69,7 @@ def change_config(folder, **changes) -> None:
 
 def assert_whole_models_states(folder, whole=None, layers=(1, 2)) -> None:
     """States packed into a trie are those of transformers' whole model."""
-    whole = (whole or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).eval()
+    whole = (whole or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)).eval()
     checkpoint = open_checkpoint(str(folder))
     words = tokenise(checkpoint.tokenizer(), WORDS, context_length(checkpoint))
     batch = to_batch(words.pack(np.arange(len(WORDS))), torch.float32, CPU.device)
@@ -238,7 +238,8 @@ def test_nf4_is_understood_whichever_part_of_the_config_says_so(copy, tmp_path):
 
     folder, _ = copy(hidden_size=64, intermediate_size=128)
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32).save_pretrained(tmp_path / "nf4")
+    quantised = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32, trust_remote_code=False)
+    quantised.save_pretrained(tmp_path / "nf4")
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "nf4")
     before = run_states(tmp_path / "nf4")
     content = json.loads((tmp_path / "nf4" / "config.json").read_text())

@@ -166,20 +166,20 @@ def protocol(config: ProtocolConfig) -> dict:
         run_cells(cells, folder, config.jobs, lambda cell: done(cell.weight))
     shutil.rmtree(random_folder, ignore_errors=True)
 
+    reports = {cell.name: json.loads((folder / cell.name / REPORT).read_text(encoding="utf-8")) for cell in cells}
     rows: list[dict] = []
     for switch in ABLATIONS:
         name = next(cell.name for cell in cells if cell.options == runs[switch.name])
-        report = json.loads((folder / name / REPORT).read_text(encoding="utf-8"))
+        report = reports[name]
         row = {**dataclasses.asdict(switch), **_numbers(switch, report, folder / name, checkpoint, splits)}
         rows.append({**row, "sentence": sentence(row, rows[0] if rows else row)})
-    first = json.loads((folder / ABLATIONS[0].name / REPORT).read_text(encoding="utf-8"))
     result = {
         "schema": SCHEMA,
         **facts,
         "machine": report["machine"],
         "published": PUBLISHED,
         "rows": rows,
-        "baselines": first["baselines"],
+        "baselines": reports[ABLATIONS[0].name]["baselines"],
     }
     result["verdict"] = verdict(result)
     save_figure(output / "protocol.png", draw_protocol(result))

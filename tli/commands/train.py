@@ -92,7 +92,9 @@ def train(config: TrainConfig) -> dict:
     checkpoint = open_checkpoint(starter.locate(config.model))
     kept = read_kept_texts(config.keep, checkpoint) if config.keep_weight else []
     tokenizer = checkpoint.tokenizer()
-    words = _tokenise(config, checkpoint, tokenizer, [trained, held_out], kept)
+    words, opening = _tokenise(config, checkpoint, tokenizer, [trained, held_out], kept), first_token(tokenizer)
+    # of a large vocabulary it takes more than the adapters' training does
+    del tokenizer
     if words.alike:
         console.print(f"{words.alike:,} words have all their tokens in common with another word: to the model they are one")
     texts = [] if config.no_report else read_texts(config.text, checkpoint)
@@ -136,7 +138,7 @@ def train(config: TrainConfig) -> dict:
         choice = _fit_map(config, checkpoint, pool, exact, trained, partners, learnt, console)
         save_map(output, choice.linear, _map_facts(config, checkpoint, choice, output))
     facts = _facts(config, checkpoint, decoder, layer, device_config, trained, held_out, output, progress)
-    facts["model"] |= {"loads_by": whole.loads_by, "first_token": first_token(tokenizer)}
+    facts["model"] |= {"loads_by": whole.loads_by, "first_token": opening}
     facts["machine"]["measured_in"] = exact.facts["dtype"]
     if profile is not None:
         held = batches.bytes() + (step.keep.bytes() if step.keep is not None else 0)

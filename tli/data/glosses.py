@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 # letters' abbreviations of word classes as dictionaries put them before a gloss
 _ABBREVIATION = re.compile(r"^\s*(?:(?:n|v|vt|vi|adj|adv|pron|prep|conj|interj|num|art|det|pl|sg)\.\s*)+(?=\S)", re.IGNORECASE)
@@ -20,7 +20,7 @@ _AT_END = " \t,;،؛、"
 
 def has_glosses_or_markup(text: str) -> bool:
     """Whether ``split_glosses`` would change a word."""
-    return _SIGN.search(text) is not None and list(split_glosses(text)) != [text.strip()]
+    return _SIGN.search(text) is not None and split_glosses(text) != [text.strip()]
 
 
 def without_final_separator(text: str) -> str:
@@ -53,7 +53,7 @@ def without_notes(text: str) -> str:
     return text
 
 
-def glosses_of_lines(lines: Iterator[str] | list[str]) -> list[str]:
+def glosses_of_lines(lines: Iterable[str]) -> list[str]:
     """The glosses of a dictionary's entry: split at ``;`` and ``,``, without parentheses and without the senses' numbers."""
     parts = re.split("[;,\n]", without_notes("\n".join(lines)))
     return [re.sub(r"^\d+[.)]\s*", "", part.strip()) for part in parts if not re.fullmatch(r"\s*(\d+[.)]?)?\s*", part)]

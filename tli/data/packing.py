@@ -91,7 +91,7 @@ def tokenise(tokenizer, words: Iterable[str], window: int, prefix: str = "") -> 
     a million words none is held.
 
     Raises:
-        TliError: a word without tokens, or with more than ``window``; a tokenizer that cannot tell most of the words apart.
+        TliError: a word without tokens, or with more than ``window``; a tokenizer that cannot tell more than a quarter of them apart.
     """
     sink, prefix = sink_token(tokenizer), "" if prefix == " " and _puts_a_space(tokenizer) else prefix
     # of the first words: what each is, and what its tokens are

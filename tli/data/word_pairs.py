@@ -80,8 +80,7 @@ def read_list(config: ListConfig, console: "Console", path: str | None = None) -
     from rich.text import Text
 
     path = config.pairs if path is None else path
-    options = {"skip_bad_rows": bool(config.skip_bad_rows), "split_glosses": bool(config.split_glosses)}
-    pairs = read_pairs(path, config.source, config.target, **options)
+    pairs = read_pairs(path, config.source, config.target, skip_bad_rows=config.skip_bad_rows, split_glosses=config.split_glosses)
     for note in pairs.reading.notes():
         console.print(Text(f"{pairs.reading.name}: {note}"), soft_wrap=True)
     return pairs

@@ -38,6 +38,7 @@ def whole_model(checkpoint: Checkpoint) -> WholeModel:
             whole = getattr(transformers, named)(config)
         decoder = whole.get_decoder()
         path = next(path for path, module in whole.named_modules() if module is decoder)
+    # the class is anyone's: one that lacks a package raises what it likes
     except Exception as error:
         raise TliError(checkpoint.name, must, f"{named} ({one_line(error)})", "install what it needs, or take a text-only model") from error
     # PEFT's wrapper for causal LMs asks a model for its inputs to generate from

@@ -36,8 +36,8 @@ def tmx(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row]]:
     for line, unit in _elements(file, "tu"):
         terms = [
             (_language(variant), text)
-            for variant in _below(unit, "tuv")
-            for segment in _below(variant, "seg")
+            for variant in unit.iter("tuv")
+            for segment in variant.iter("seg")
             if (text := _text(segment, _CODES))
         ]
         yield from languages.rows(line, terms)
@@ -48,8 +48,8 @@ def tbx(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row]]:
     """The terms of each concept in the two languages."""
     languages = TwoLanguages(asked)
     for line, concept in _elements(file, "termEntry", "conceptEntry"):
-        sections = [section for name in ("langSet", "langSec") for section in _below(concept, name)]
-        terms = [(_language(section), text) for section in sections for term in _below(section, "term") if (text := _text(term))]
+        sections = [section for name in ("langSet", "langSec") for section in concept.iter(name)]
+        terms = [(_language(section), text) for section in sections for term in section.iter("term") if (text := _text(term))]
         yield from languages.rows(line, terms)
     languages.require(file.name)
 
@@ -60,14 +60,14 @@ def tei(file: ListFile, asked: Asked) -> Iterator[tuple[int, Row]]:
     Headwords are the source, unless the languages that the file states are the two asked for, the other way round.
     """
     for line, entry in _elements(file, "entry"):
-        words = [text for form in _below(entry, "form") for orth in _below(form, "orth") if (text := _text(orth))]
-        quotes = [quote for cit in _below(entry, "cit") if cit.get("type") in ("trans", "translation") for quote in _below(cit, "quote")]
+        words = [text for form in entry.iter("form") for orth in form.iter("orth") if (text := _text(orth))]
+        quotes = [quote for cit in entry.iter("cit") if cit.get("type") in ("trans", "translation") for quote in cit.iter("quote")]
         # as dictionaries of before 2010 have it
-        quotes += [translation for group in _below(entry, "trans") for translation in _below(group, "tr")]
+        quotes += [translation for group in entry.iter("trans") for translation in group.iter("tr")]
         glosses = glosses_of_lines([text for quote in quotes if (text := _text(quote))])
-        word_class = next((text for part in _below(entry, "pos") if (text := _text(part))), "")
+        word_class = next((text for part in entry.iter("pos") if (text := _text(part))), "")
         told = {"class": CLASSES.get(word_class.rstrip("."), word_class)}
-        tags = [tag for cit in _below(entry, "cit") if cit.get("type") in ("trans", "translation") and (tag := _language(cit))]
+        tags = [tag for cit in entry.iter("cit") if cit.get("type") in ("trans", "translation") and (tag := _language(cit))]
         if tags and not same(asked.target, tags[0]) and same(asked.source, tags[0]):
             words, glosses = glosses, words
         elif tags and not same(asked.target, tags[0]):
@@ -132,10 +132,6 @@ def _elements(file: ListFile, *names: str) -> Iterator[tuple[int, ElementTree.El
         parser.close()
     except ElementTree.ParseError as error:
         raise TliError(f"{file.name}:{error.position[0]}", "the file must be well-formed XML", str(error), "mend it there") from error
-
-
-def _below(element: ElementTree.Element, name: str) -> Iterator[ElementTree.Element]:
-    return element.iter(name)
 
 
 def _language(element: ElementTree.Element) -> str:

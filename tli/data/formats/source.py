@@ -47,6 +47,7 @@ _ENCODINGS = ("cp1252", "cp1251", "cp1250", "cp1256", "cp932", "gb18030", "big5"
 _ALIKE = 0.02
 # no text has many of these
 _CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\x1b"))
+# what the decompressors raise for damaged bytes; of a zip also for one that is locked (RuntimeError) or packed in an unknown way
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError, NotImplementedError)
 
 
@@ -130,7 +131,7 @@ class ListFile:
 
     @functools.cached_property
     def encoding(self) -> str:
-        """The encoding of the text: what a mark or XML says, else UTF-8, else the best guess; ``guessed`` says which."""
+        """The encoding of the text: what a mark or XML says, else UTF-8, else the best guess, which ``guess`` says."""
         marks = [name for mark, name in _BYTE_ORDER_MARKS.items() if self.head.startswith(mark)]
         if marks and marks[0] != "utf-8-sig":
             return marks[0]
