@@ -19,6 +19,7 @@ from tli.commands.study import study
 from tli.config import StudyConfig
 from tli.data import word_pairs
 from tli.reports import study as study_report
+from tli.reports import study_results
 from tli.runtime.cli import parse
 from tli.runtime.console import open_console
 from tli.runtime.errors import TliError, run_command
@@ -92,7 +93,7 @@ def test_every_value_is_the_mean_of_the_cells_reports(complete):
                 for m in report["measurements"]
                 if (m["split"], m["when"], m["layer"], m["metric"]) == ("held_out", "after", layer, metric)
             ]
-            value = study_report.find(results, "early", rank, layer, metric, shuffled=shuffled)
+            value = study_results.find(results, "early", rank, layer, metric, shuffled=shuffled)
             assert value["by_seed"] == found
             assert value["value"] == pytest.approx(np.mean(found))
 
@@ -316,138 +317,3 @@ def test_a_cell_with_other_options_is_not_taken_for_this_one(tmp_path):
     (tmp_path / "cell" / "report.json").write_text('{"config": {"rank": 8}}')
     with pytest.raises(TliError, match="the cell must have been run with rank 4, got 8"):
         Cell("cell", {"rank": 4}).report(tmp_path)
-
-
-def made_up(early: list, full: list, shuffled: float = 0.03, free: float | None = None) -> dict:
-    """Results of a study of three ranks, as if held-out MRR had been so, by rank and seed; ``free``: what needs no training finds."""
-    reports = []
-    for arm, by_rank in (("early", early), ("full", full)):
-        for rank, by_seed in zip((1, 4, 16), by_rank, strict=True):
-            for control in (False, True) if rank == 16 else (False,):
-                for seed, mrr in enumerate(by_seed):
-                    options = {"arm": arm, "rank": rank, "shuffle_pairs": control, "seed": seed}
-                    measurements = [
-                        {"split": split, "when": when, "layer": layer, "metric": metric, "value": value, "chance": 0.02}
-                        for split in ("trained", "held_out")
-                        for when in ("before", "after")
-                        for layer in (2, "output")
-                        for metric in study_report.METRICS
-                        for value in [(shuffled + 0.001 * seed if control else mrr) if when == "after" else 0.02]
-                    ]
-                    report = {
-                        "config": {"arm": arm, "layer": 2},
-                        "model": {"name": "a/model", "blocks": 4},
-                        "pairs": {"trained": 90, "held_out": 10, "split": "families", "with_relative": 0},
-                        "measurements": measurements,
-                        "training": {"steps": 8, "seconds": 2.0 if arm == "early" else 9.0, "peak_bytes": 1 << 30, "chance_loss": 4.0}
-                        | {"loss_last": 2.0 if arm == "early" else 3.9},
-                        "adapter": {"parameters": rank * 100 * (1 if arm == "early" else 3), "bytes": rank * 400},
-                        "versions": {},
-                        "machine": {},
-                    }
-                    if free is not None:
-                        ways = {("cca", "before", 2): free, ("cca", "before", "output"): 0.01, ("ngrams", None, None): 0.02}
-                        ways |= {("class", None, None): 0.9, ("plain", "before", 2): 0.9, ("cca", "after", 2): 0.9}
-                        told = {"candidates": "split", "group": "all pairs", "metric": "mrr"}
-                        records = [
-                            {"way": way, "stream": stream, "layer": layer, **told, "value": value + 0.001 * seed}
-                            for (way, stream, layer), value in ways.items()
-                        ]
-                        report["baselines"] = {"records": records + [{**records[0], "candidates": "list", "value": 0.9}]}
-                        report["harm"] = [{"text": {"name": "a.txt"}, "after": [{"perplexity_ratio": {"value": 1.0 + rank}}]}]
-                    reports.append((Cell("", options), report))
-    config = {"layer": 2, "search_rank": 16, "jobs": 1, "batch": 4, "alpha_rule": "2R"}
-    search = {arm: {"chosen": 1e-3, "tried": []} for arm in ("early", "full")}
-    return study_report.assemble(config, search, reports)
-
-
-FREE = "CCA of states without any training: held-out MRR"
-
-
-@pytest.mark.parametrize(
-    ("free", "said"),
-    [
-        (0.02, f"The early arm finds more than {FREE} 0.021 [.019, .023] at layer 2, at ranks 4, 16"),
-        (0.2, f"The early arm finds less than {FREE} 0.201 [.199, .203] at layer 2 (-0.170 at rank 1"),
-        (0.031, "The early arm is not shown to find more, at any rank, than CCA of states"),
-    ],
-)
-def test_a_study_says_what_training_bought_over_what_needs_none(free, said):
-    early = [[0.03, 0.031, 0.032], [0.05, 0.052, 0.051], [0.06, 0.062, 0.061]]
-    if free == 0.031:
-        early = [[0.03, 0.04, 0.03], [0.02, 0.05, 0.03], [0.02, 0.04, 0.035]]
-    results = made_up(early, [[0.02, 0.021, 0.022]] * 3, free=free)
-    text = study_report.in_words(results)
-    assert text.startswith(said)
-    # at the output the words alone find more than a map of the states
-    assert f"than {FREE.replace('CCA of states', 'character n-grams')} 0.021 [.019, .023] at the output" in text
-    cost = next(table for table in study_report.tables(results) if table.title.startswith("Cost"))
-    assert cost.head[-1] == "perplexity,\na"
-    assert [row[-1] for row in cost.rows] == ["2.00", "5.00", "17.00"] * 2
-    labels = {line.get_label() for panel in study_report.draw_ranks(results).axes for line in panel.lines}
-    assert "best without training" in labels
-
-
-def test_a_study_of_reports_without_baselines_says_nothing_of_them():
-    results = made_up([[0.03, 0.031, 0.032]] * 3, [[0.02, 0.021, 0.022]] * 3)
-    assert "without any training" not in study_report.in_words(results)
-    assert all(len(row) == 5 for row in next(t for t in study_report.tables(results) if t.title.startswith("Cost")).rows)
-
-
-SAME = [[0.100, 0.110, 0.105]] * 3
-RISING = [[0.100, 0.110, 0.105], [0.150, 0.158, 0.151], [0.200, 0.212, 0.204]]
-
-
-def test_the_paragraph_says_what_was_not_found():
-    said = study_report.in_words(made_up(SAME, [[0.106, 0.104, 0.103]] * 3))
-    assert "no trend over the ranks was found" in said
-    assert "Between the arms, each where its loss was, no difference of held-out MRR was found at any rank" in said
-    assert "rises with" not in said
-    assert "higher in" not in said
-
-
-def test_the_paragraph_says_what_was_found():
-    said = study_report.in_words(made_up(RISING, SAME))
-    early, full = said.split("The full arm, at the output")
-    assert "The early arm, at layer 2" in early
-    assert "it rises with the rank" in early
-    assert "no trend over the ranks was found" in full
-    assert "higher in the early arm at ranks 4 (+0.048), 16 (+0.100), p after Holm below .05; at the other 1 no difference" in said
-    assert "4.5 times the early one's time" in said
-    assert "3.0 times as large" in said
-    assert "and that part is alignment" in said
-    assert "The full arm's loss ended at 3.90 at the best, at rank 1, where chance is 4.00: in 8 steps it learnt little" in said
-    assert "The early arm's loss" not in said
-
-
-def test_the_paragraph_says_where_the_control_is_as_good():
-    said = study_report.in_words(made_up(RISING, SAME, shuffled=0.25))
-    assert "not shown to be less than on true pairs" in said
-    assert "that part is alignment" not in said
-
-
-def test_a_rate_at_the_edge_of_the_search_is_said():
-    results = made_up(RISING, SAME)
-    tried = [{"rate": rate, "value": 0.1, "low": 0.1, "high": 0.1, "n": 3} for rate in (1e-4, 1e-3, 1e-2)]
-    results["search"] = {"early": {"chosen": 1e-3, "tried": tried}, "full": {"chosen": 1e-4, "tried": tried}}
-    said = study_report.in_words(results)
-    assert "The best learning rate of the full arm, 0.0001, is the lowest that was tried: a lower one may do better." in said
-    assert "learning rate of the early arm" not in said
-
-
-def test_one_seed_claims_nothing_of_another():
-    results = made_up([[0.1], [0.2], [0.3]], [[0.1], [0.1], [0.1]])
-    said = study_report.in_words(results)
-    assert "cannot be compared with so few seeds" in said
-    assert "With one seed nothing is known" in said
-    assert study_report.markdown(results).count("[") == study_report.markdown(results).count("]")
-
-
-def test_no_score_stands_without_its_control():
-    results = made_up(RISING, SAME)
-    for table in study_report.tables(results)[:2]:
-        head = [name.replace("\n", " ") for name in table.head]
-        assert head[1:4] == ["CLIP-S, true", "CLIP-S, mism.", "gap"]
-        rows = [row[0] for row in table.rows]
-        assert rows[0] == "before"
-        assert rows.count("16\nshuffled") == 2

@@ -17,6 +17,7 @@ from tli.commands.grid import Cell, claim_folder, run_cells
 from tli.config import StudyConfig
 from tli.data import word_pairs
 from tli.reports import study as study_report
+from tli.reports import study_results
 from tli.runtime.cli import as_dict
 from tli.runtime.console import cells_bar, open_console
 from tli.runtime.files import atomic_write
@@ -68,7 +69,7 @@ def study(config: StudyConfig) -> dict:
     if missing:
         console.print(f"{len(cells) - len(missing)} of {len(cells)} cells are complete; the report comes with the last, of another part")
         return {"complete": len(cells) - len(missing), "cells": len(cells)}
-    results = study_report.assemble(as_dict(config), search, [(cell, report) for cell, report in reports if report is not None])
+    results = study_results.assemble(as_dict(config), search, [(cell, report) for cell, report in reports if report is not None])
     study_report.write(folder, results)
     study_report.show(results, console)
     console.print(f"in {folder}: {', '.join(study_report.FILES)}, and cells/ with {len(cells) + len(searches)} adapters")
@@ -164,7 +165,7 @@ def _search(config: StudyConfig, folder: pathlib.Path, arm: str, blocks: int) ->
     """The arm's learning rate: where the pairs that no cell of the grid sees are found best, at the layer of the arm's loss."""
     tried = [
         # the search has run: each of its cells has a report
-        study_report.search_record(cell.options["lr"], typing.cast(dict, cell.report(folder / "cells")))
+        study_results.search_record(cell.options["lr"], typing.cast(dict, cell.report(folder / "cells")))
         for cell in _searches(config, folder, "auto", arm, blocks)
     ]
     if not tried:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from tli.data.packing import TokenisedWords
 
 PLAIN, BEHIND_MAP = "plain", "map"
-BEFORE = "before"
+# streams of word states: the frozen model's, and one trained model's
+BEFORE, AFTER = "before", "after"
 # ways to use trained states, by what of the frozen ones is of equal information: other tests of them would only take time
 WITH_MAPS = {BEHIND_MAP: ("procrustes", "cca"), "cca_spelling": ("cca_spelling",)}
 ALL = "all pairs"

@@ -15,6 +15,8 @@ _TERMS = {
     "cosine, closed-form maps of its states, and spelling alone. *Own class* is the MRR among words of one class, *no loans* the same of "
     "pairs that are no loan words (or not spelt alike, where the list does not say), *whole list* among all words of the list, trained "
     "ones too. An oracle is told what no aligner is.",
+    "maps": "*Behind a map* is by the cosine behind closed-form maps of the trained states, fitted after training on the trained pairs, "
+    "*map with n-grams* by that of states and spelling side by side; their rivals are the same maps of the frozen states.",
     "intervals": "Brackets are 95 % bootstrap intervals (BCa, 2,000 resamples); they and the sign-flip test take pairs that share a word "
     "together, t and Wilcoxon know of no such ties. An interval without width means that all pairs agree, not that the value is certain.",
     "tests": "Wilcoxon's p asks which way most pairs went, the others where their mean went: a few large gains or losses set them apart. "

@@ -1,6 +1,6 @@
-"""What a study found: every value over seeds with its interval, trends over ranks, the arms against each other, in tables and words.
+"""What a study found, in tables, figures and words; its numbers are of ``study_results.py``.
 
-The unit is a run. A score is never shown without its control: CLIPScore beside that of mismatched pairs, all beside the same
+A score is never shown without its control: CLIPScore beside that of mismatched pairs, all beside the same
 measured before training, by chance, and after training on shuffled pairs.
 """
 
@@ -11,259 +11,139 @@ import typing
 
 import numpy as np
 
-from tli.metrics.baseline_records import ALL, BEFORE, PLAIN
 from tli.metrics.baselines import BASELINES
-from tli.metrics.measures import MEASURES, names
+from tli.metrics.measures import MEASURES
 from tli.model.shape import Layer
-from tli.reports.figures.study import draw_costs, draw_ranks
+from tli.reports.figures.study import draw_bought, draw_costs, draw_ranks
 from tli.reports.figures.style import save_figure
 from tli.reports.glossary import how_to_read
+from tli.reports.study_results import ALIGNED, QUESTIONS, find, find_answer, find_before, find_free, find_harm, place_of
 from tli.reports.tables import Table, as_markdown, once, to_repeat
 from tli.reports.tables import show as show_tables
-from tli.reports.wording import aligned_layer, find_value, interval, is_significant, number, number_or_dash, p_value, place_name
-from tli.runtime import cpu
-from tli.runtime.files import SCHEMA, write_json, write_text
-from tli.stats.across_runs import compare_arms, rank_trend, seed_interval
-from tli.stats.tests import add_holm
+from tli.reports.wording import interval, is_significant, number, number_or_dash, p_value, place_name, text_name
+from tli.runtime.files import write_json, write_text
 
 if typing.TYPE_CHECKING:
     import rich.console
 
-    from tli.commands.grid import Cell
-
-FILES = ("results.json", "report.md", "rank.png", "cost.png")
-# where an arm's loss was: layer L or the output
-ALIGNED = "aligned"
-# what cells record of each layer; a study's list has no references
-METRICS = tuple(name for name in names("tested") if not name.startswith("ref_"))
+FILES = ("results.json", "report.md", "bought.png", "rank.png", "cost.png")
 _ARMS = {"early": "early arm", "full": "full arm"}
 # a last loss above this part of chance's
 _LITTLE_LEARNT = 0.9
 
-_READING = how_to_read("seeds", "CLIPScore", "gap", "retrieval", "trends", "arms", "shuffled")
-
-
-def search_record(rate: float, report: dict) -> dict:
-    """How well a learning rate did: the MRR of the pairs that the grid never sees, at the layer of the loss."""
-    found = find_value(report, "held_out", "after", aligned_layer(report), "mrr")
-    return {"rate": rate, **{key: found[key] for key in ("value", "low", "high", "n")}}
-
-
-def assemble(config: dict, search: dict[str, dict], reports: list[tuple[Cell, dict]]) -> dict:
-    """``results.json``: plain JSON values.
-
-    config    the study's options
-    search    by arm: the ``chosen`` rate and what was ``tried``
-    reports   every cell of the grid with its report
-    """
-    first = reports[0][1]
-    blocks = first["model"]["blocks"]
-    wanted = dict.fromkeys([config["layer"], blocks // 2, "output"])
-    places = [place for place in wanted if all(find_value(report, "held_out", "after", place, "mrr") for _, report in reports)]
-    runs = {(c.options["arm"], c.options["rank"], c.options["shuffle_pairs"], c.options["seed"]): report for c, report in reports}
-    cells = list(dict.fromkeys(key[:3] for key in runs))
-    seeds = sorted({key[3] for key in runs})
-
-    def over_seeds(cell: tuple, split: str, when: str, place: Layer, metric: str) -> list[float]:
-        of_seed = [runs[*cell, seed] for seed in seeds]
-        return [find_value(r, split, when, aligned_layer(r) if place == ALIGNED else place, metric)["value"] for r in of_seed]
-
-    values = [
-        {
-            "arm": arm,
-            "rank": rank,
-            "shuffled": shuffled,
-            "split": split,
-            "when": when,
-            "layer": place,
-            "metric": metric,
-            **seed_interval(by_seed),
-            "by_seed": by_seed,
-            "chance": find_value(runs[arm, rank, shuffled, seeds[0]], split, when, place, metric)["chance"],
-        }
-        for arm, rank, shuffled in cells
-        for split in ("trained", "held_out")
-        # all cells of a seed begin with the same model and words
-        for when in ("before", "after")
-        if when == "after" or (arm, rank, shuffled) == cells[0]
-        for place in places
-        for metric in METRICS
-        for by_seed in [over_seeds((arm, rank, shuffled), split, when, place, metric)]
-    ]
-    arms, ranks = list(search), sorted({rank for _, rank, shuffled in cells if not shuffled})
-    held_out = {
-        (arm, place, metric): np.array([over_seeds((arm, rank, False), "held_out", "after", place, metric) for rank in ranks]).T
-        for arm in arms
-        for place in (*places, ALIGNED)
-        for metric in names("judged")
-    }
-    trends = [
-        {"arm": arm, "layer": place, "metric": metric, **rank_trend(of_runs, ranks)} for (arm, place, metric), of_runs in held_out.items()
-    ]
-    free = _without_training([runs[*cells[0], seed] for seed in seeds], places)
-    return {
-        "schema": SCHEMA,
-        "config": config,
-        "model": first["model"],
-        "pairs": {
-            **{key: first["pairs"][key] for key in ("trained", "held_out", "split")},
-            "with_relative": max(report["pairs"]["with_relative"] for _, report in reports),
-        },
-        "steps": first["training"]["steps"],
-        "layers": places,
-        "ranks": ranks,
-        "search": search,
-        "values": values,
-        "trends": trends,
-        "without_training": free,
-        "bought": _bought(held_out, free, arms, ranks, config["layer"]),
-        "comparisons": _compare(held_out, arms, ranks, (*places, ALIGNED)),
-        "controls": _control(runs, arms, seeds, config["search_rank"], over_seeds, (*places, ALIGNED)),
-        "costs": [_cost(arm, rank, [runs[arm, rank, shuffled, seed] for seed in seeds]) for arm, rank, shuffled in cells if not shuffled],
-        "versions": first["versions"],
-        "machine": first["machine"] | {"processor": cpu.name()},
-    }
-
-
-def _without_training(reports: list[dict], places: list[Layer]) -> list[dict]:
-    """Held-out MRR of what needs no training, over seeds; of each layer the best, oracles left out. Any cell of a seed knows it."""
-    found = []
-    for place in places:
-        by_way: dict[str, list[float]] = {}
-        for report in reports:
-            for record in (report.get("baselines") or {}).get("records", []):
-                told = (record["candidates"], record["group"], record["metric"]) == ("split", ALL, "mrr")
-                is_free = record["stream"] in (BEFORE, None) and record["layer"] in (place, None) and record["way"] != PLAIN
-                if told and is_free and not BASELINES[record["way"]].oracle:
-                    by_way.setdefault(record["way"], []).append(record["value"])
-        if by_way:
-            best = max(by_way, key=lambda way: float(np.mean(by_way[way])))
-            found.append({"layer": place, "way": best, **seed_interval(by_way[best]), "by_seed": by_way[best]})
-    return found
-
-
-def _bought(held_out: dict, free: list[dict], arms: list[str], ranks: list[int], layer: int) -> list[dict]:
-    """Held-out MRR of each rank minus the best without training where the arm's loss was; Holm's correction over the ranks."""
-    found = []
-    for arm in arms:
-        place: Layer = "output" if arm == "full" else layer
-        for best in (one for one in free if one["layer"] == place):
-            columns = held_out[arm, ALIGNED, "mrr"].T
-            family = [{"arm": arm, "rank": rank, **compare_arms(column, best["by_seed"])} for rank, column in zip(ranks, columns)]
-            add_holm(family, ("p",))
-            found += family
-    return found
-
-
-def _compare(held_out: dict, arms: list[str], ranks: list[int], places: tuple) -> list[dict]:
-    """The early arm minus the full one, rank by rank; Holm's correction over the ranks."""
-    if len(arms) < 2:
-        return []
-    found = []
-    for place in places:
-        for metric in names("judged"):
-            columns = zip(held_out["early", place, metric].T, held_out["full", place, metric].T)
-            family = [
-                {"rank": rank, "layer": place, "metric": metric, **compare_arms(early, full)} for rank, (early, full) in zip(ranks, columns)
-            ]
-            add_holm(family, ("p",))
-            found += family
-    return found
-
-
-def _control(runs: dict, arms: list[str], seeds: list[int], rank: int, over_seeds, places: tuple) -> list[dict]:
-    """Training on true pairs minus training on shuffled ones, at the rank at which both were run."""
-    return [
-        {
-            "arm": arm,
-            "rank": rank,
-            "layer": place,
-            "metric": metric,
-            **compare_arms(*(over_seeds((arm, rank, shuffled), "held_out", "after", place, metric) for shuffled in (False, True))),
-        }
-        for arm in arms
-        if (arm, rank, False, seeds[0]) in runs
-        for place in places
-        for metric in names("judged")
-    ]
-
-
-def _cost(arm: str, rank: int, reports: list[dict]) -> dict:
-    """What a run of the arm at this rank took, and how far its loss came: medians over seeds."""
-    return {
-        "arm": arm,
-        "rank": rank,
-        "parameters": reports[0]["adapter"]["parameters"],
-        "adapter_bytes": reports[0]["adapter"]["bytes"],
-        "training_seconds": float(np.median([report["training"]["seconds"] for report in reports])),
-        "peak_bytes": int(np.median([report["training"]["peak_bytes"] for report in reports])),
-        "loss_last": float(np.median([report["training"]["loss_last"] for report in reports])),
-        "loss_chance": reports[0]["training"]["chance_loss"],
-        "perplexity_ratio": _perplexity_ratios(reports),
-    }
-
-
-def _perplexity_ratios(reports: list[dict]) -> dict[str, float]:
-    """How many times the base's perplexity the trained model's is, by text: medians over seeds."""
-    by_text: dict[str, list[float]] = {}
-    for report in reports:
-        for one in report.get("harm") or []:
-            by_text.setdefault(one["text"]["name"], []).append(one["after"][0]["perplexity_ratio"]["value"])
-    return {name: float(np.median(ratios)) for name, ratios in by_text.items()}
-
-
-def find(results: dict, arm: str, rank: int, layer: Layer, metric: str, split: str = "held_out", shuffled: bool = False) -> dict:
-    """The value after training with these keys; ``ALIGNED`` is where the arm's loss was."""
-    layer = _place(results, arm, layer)
-    wanted = {"arm": arm, "rank": rank, "shuffled": shuffled, "split": split, "when": "after", "layer": layer, "metric": metric}
-    return next(value for value in results["values"] if wanted.items() <= value.items())
-
-
-def find_before(results: dict, layer: Layer, metric: str, split: str = "held_out") -> dict:
-    """The value before training."""
-    wanted = {"split": split, "when": "before", "layer": layer, "metric": metric}
-    return next(value for value in results["values"] if wanted.items() <= value.items())
-
-
-def _place(results: dict, arm: str, layer: Layer) -> Layer:
-    if layer != ALIGNED:
-        return layer
-    return "output" if arm == "full" else results["config"]["layer"]
+_READING = how_to_read("seeds", "CLIPScore", "gap", "retrieval", "baselines", "maps", "trends", "arms", "shuffled")
 
 
 def in_words(results: dict) -> str:
-    """One paragraph, every sentence a rule about numbers in the tables."""
-    search = results["search"]
-    sentences = [_bought_sentence(results, arm) for arm in search] + [_trend_sentence(results, arm) for arm in search]
-    if len(search) > 1:
-        sentences += [_arms_sentence(results, place) for place in (ALIGNED, "output") if place == ALIGNED or place in results["layers"]]
-    sentences += [_control_sentence(results, arm) for arm in search]
-    sentences += [said for arm in search for said in (_loss_sentence(results, arm), _search_sentence(results, arm))]
-    sentences += [_cost_sentence(results), _power_sentence(results)]
-    return " ".join(sentence for sentence in sentences if sentence)
+    """A paragraph on each arm and one on what lies between them; every sentence is a rule about numbers in the tables."""
+    paragraphs = []
+    for arm in results["search"]:
+        own = [_bought_sentence(results, arm), _trend_sentence(results, arm), _memory_sentence(results, arm)]
+        own += [_answer_sentence(results, arm, question) for question in QUESTIONS if question != "mrr"]
+        own += [_control_sentence(results, arm), _harm_sentence(results, arm), _loss_sentence(results, arm), _search_sentence(results, arm)]
+        paragraphs.append(own)
+    between = [_cost_sentence(results), _power_sentence(results)]
+    if len(paragraphs) > 1:
+        between = [
+            *(_arms_sentence(results, place) for place in (ALIGNED, "output") if place == ALIGNED or place in results["layers"]),
+            *between,
+        ]
+    return "\n\n".join(text for sentences in [*paragraphs, between] if (text := " ".join(filter(None, sentences))))
 
 
 def _bought_sentence(results: dict, arm: str) -> str:
     """What the arm bought over the best that needs no training."""
-    layer = _place(results, arm, ALIGNED)
-    best = next((one for one in results.get("without_training", []) if one["layer"] == layer), None)
-    family = [test for test in results.get("bought", []) if test["arm"] == arm]
+    best = find_free(results, arm, "mrr")
+    family = _bought_family(results, arm, "mrr")
     if best is None or not family:
         return ""
-    name = f"{BASELINES[best['way']].label} without any training: held-out MRR {_with_interval(best)} at {place_name(layer)}"
-    clear = [test for test in family if test["p_holm"] is not None and is_significant(test["p_holm"])]
-    above, below = ([test["rank"] for test in clear if test["difference"] * sign > 0] for sign in (1, -1))
+    name = f"{BASELINES[best['way']].label} without any training: held-out MRR {_with_interval(best)} at {place_name(best['layer'])}"
+    above, below = (_clear_ranks(family, sign) for sign in (1, -1))
     if above:
-        ranks = f"rank{'s' * (len(above) > 1)} {', '.join(map(str, above))}"
-        return f"The {_ARMS[arm]} finds more than {name}, at {ranks} (p after Holm below .05)."
+        return f"The {_ARMS[arm]} finds more than {name}, at {_named_ranks(above)} (p after Holm below .05)."
     differences = ", ".join(f"{number(test['difference'], '+')} at rank {test['rank']}" for test in (family[0], family[-1]))
     if below:
         return f"The {_ARMS[arm]} finds less than {name} ({differences}; p after Holm below .05 at {len(below)} of {len(family)} ranks)."
     return f"The {_ARMS[arm]} is not shown to find more, at any rank, than {name} ({differences})."
 
 
+def _answer_sentence(results: dict, arm: str, question: str) -> str:
+    """What the arm found where neither class nor loans help, or where a map may help, beside the same without training."""
+    best, family = find_free(results, arm, question), _bought_family(results, arm, question)
+    if best is None or not family:
+        return ""
+    ranks = results["ranks"]
+    found = [find_answer(results, arm, rank, question) for rank in dict.fromkeys((ranks[0], ranks[-1]))]
+    values = " and ".join(f"{_with_interval(one)} at rank {one['rank']}" for one in found if one is not None)
+    said = f"{QUESTIONS[question].named.capitalize()} the {_ARMS[arm]}'s is {values}, against {_with_interval(best)} without training"
+    said += f" ({BASELINES[best['way']].label})"
+    told = [f"{word} at {_named_ranks(clear)}" for word, sign in (("more", 1), ("less", -1)) if (clear := _clear_ranks(family, sign))]
+    return f"{said}: {' and '.join(told) or 'no difference was found at any rank'}."
+
+
+def _bought_family(results: dict, arm: str, question: str) -> list[dict]:
+    return [test for test in results["bought"] if (test["arm"], test["question"]) == (arm, question)]
+
+
+def _clear_ranks(family: list[dict], sign: int) -> list[int]:
+    """The ranks at which the difference has this sign, and p after Holm is below .05."""
+    clear = [test for test in family if test["p_holm"] is not None and is_significant(test["p_holm"])]
+    return [test["rank"] for test in clear if test["difference"] * sign > 0]
+
+
+def _named_ranks(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _memory_sentence(results: dict, arm: str) -> str:
+    """Whether more rank buys alignment, or only memory of the trained pairs."""
+    ranks, place = results["ranks"], place_of(results, arm, ALIGNED)
+    trends = {t["split"]: t for t in results["trends"] if (t["arm"], t["layer"], t["metric"]) == (arm, ALIGNED, "mrr")}
+    if place not in results["layers"] or any(_trend_p(trend)[0] is None for trend in trends.values()):
+        return ""
+    first, last = (_with_interval(find(results, arm, rank, place, "mrr", "trained")) for rank in (ranks[0], ranks[-1]))
+    said = (
+        f"The trained pairs' own MRR goes from {first} at rank {ranks[0]} to {last} at rank {ranks[-1]} ({_trend_told(trends['trained'])})"
+    )
+    trained, new = (_direction(trends[split]) for split in ("trained", "held_out"))
+    if trained > 0:
+        bought = {
+            1: "both memory of them and alignment of new words",
+            0: "memory of them, and no alignment of new words that could be seen",
+            -1: "memory of them, and new words lose by it",
+        }[new]
+        return f"{said}: more rank buys {bought}."
+    return f"{said}: more rank was not seen to buy memory of them."
+
+
+def _harm_sentence(results: dict, arm: str) -> str:
+    ranks = results["ranks"]
+    told = []
+    for trend in (trend for trend in results["harm_trends"] if trend["arm"] == arm):
+        first, last = (_with_interval(find_harm(results, arm, rank, trend["text"])) for rank in (ranks[0], ranks[-1]))
+        ends = f"{first} times the base's at rank {ranks[0]}" + f" and {last} at rank {ranks[-1]}" * (len(ranks) > 1)
+        told.append(f"on {trend['text']} {ends}" + (f" ({_trend_told(trend)})" if _trend_p(trend)[0] is not None else ""))
+    return f"Its language model's perplexity is {'; '.join(told)}." if told else ""
+
+
+def _trend_p(trend: dict) -> tuple[float | None, str]:
+    """The p of a trend, and whose it is."""
+    return (trend["p_page"], "Page's") if trend["p_page"] is not None else (trend["p_rho"], "Spearman's")
+
+
+def _trend_told(trend: dict) -> str:
+    p, name = _trend_p(trend)
+    return f"{name} p {p_value(p)}, rho {number(trend['rho'], '+', 2)}"
+
+
+def _direction(trend: dict) -> int:
+    """1 of a trend that surely rises, -1 of one that surely falls, else 0."""
+    p, _ = _trend_p(trend)
+    return 0 if p is None or not is_significant(p) else 1 if trend["rho"] > 0 else -1
+
+
 def _trend_sentence(results: dict, arm: str) -> str:
-    ranks, layer = results["ranks"], _place(results, arm, ALIGNED)
+    ranks, layer = results["ranks"], place_of(results, arm, ALIGNED)
     if layer not in results["layers"]:
         return ""
     lowest, highest = (_with_interval(find(results, arm, rank, layer, "mrr")) for rank in (ranks[0], ranks[-1]))
@@ -273,12 +153,12 @@ def _trend_sentence(results: dict, arm: str) -> str:
     if len(ranks) == 1:
         return f"{said}."
     said += f", {highest} at rank {ranks[-1]}: "
-    trend = next(t for t in results["trends"] if (t["arm"], t["layer"], t["metric"]) == (arm, ALIGNED, "mrr"))
-    p, name = (trend["p_page"], "Page's") if trend["p_page"] is not None else (trend["p_rho"], "Spearman's")
-    if p is None:
+    key = (arm, ALIGNED, "mrr", "held_out")
+    trend = next(t for t in results["trends"] if (t["arm"], t["layer"], t["metric"], t["split"]) == key)
+    if _trend_p(trend)[0] is None:
         return f"{said}too few runs to speak of a trend."
-    found = f"it {'rises' if trend['rho'] > 0 else 'falls'} with the rank" if is_significant(p) else "no trend over the ranks was found"
-    return f"{said}{found} ({name} p {p_value(p)}, rho {number(trend['rho'], '+', 2)})."
+    found = {1: "it rises with the rank", -1: "it falls with the rank", 0: "no trend over the ranks was found"}[_direction(trend)]
+    return f"{said}{found} ({_trend_told(trend)})."
 
 
 def _arms_sentence(results: dict, place: Layer) -> str:
@@ -301,7 +181,7 @@ def _arms_sentence(results: dict, place: Layer) -> str:
 
 
 def _control_sentence(results: dict, arm: str) -> str:
-    layer = _place(results, arm, ALIGNED)
+    layer = place_of(results, arm, ALIGNED)
     control = [c for c in results["controls"] if (c["arm"], c["layer"], c["metric"]) == (arm, ALIGNED, "mrr")]
     if not control or layer not in results["layers"]:
         return ""
@@ -356,7 +236,7 @@ def _power_sentence(results: dict) -> str:
 
 def tables(results: dict, full: bool = False) -> list[Table]:
     """Values at each layer, trends, comparisons, costs, and how the rates were chosen; ``full`` has every interval."""
-    found = [_value_table(results, layer, full) for layer in results["layers"]]
+    found = [_value_table(results, layer, full) for layer in results["layers"]] + [_answer_table(results, full)]
     found += [_trend_table(results)] if len(results["ranks"]) > 2 else []
     found += [_comparison_table(results)] if results["comparisons"] else []
     return [*found, _cost_table(results), *([_search_table(results)] if any(s["tried"] for s in results["search"].values()) else [])]
@@ -373,15 +253,35 @@ def _value_table(results: dict, layer: Layer, full: bool) -> Table:
     rows[0].append(number(find_before(results, layer, "p_at_1", "trained")["value"]))
     for arm in results["search"]:
         rows.append([_ARMS[arm]])
-        shuffled = [results["config"]["search_rank"]]
-        for rank, control in [*((rank, False) for rank in results["ranks"]), *((rank, True) for rank in shuffled)]:
+        for rank, control in _rows_of(results):
             own = cells([find(results, arm, rank, layer, metric, shuffled=control) for metric in columns])
             trained = find(results, arm, rank, layer, "p_at_1", "trained", control)
             rows.append([f"{rank}" + "\nshuffled" * control, *own, number(trained["value"])])
-    losses = [_ARMS[arm] for arm in results["search"] if _place(results, arm, ALIGNED) == layer]
+    losses = [_ARMS[arm] for arm in results["search"] if place_of(results, arm, ALIGNED) == layer]
     title = f"{place_name(layer).capitalize()}{''.join(f', where the loss of the {arm} is' for arm in losses)}: held-out pairs; "
     title += f"chance: P@1 {chance['p_at_1']:.2g}, MRR {chance['mrr']:.2g}"
     return Table(title, ["rank", *(MEASURES[metric].column or MEASURES[metric].label for metric in columns), "trained\nP@1"], rows)
+
+
+def _answer_table(results: dict, full: bool) -> Table:
+    """What a rank buys where the arm's loss was: held-out MRR in several ways, beside the best without training, and memory."""
+    rows = []
+    for arm in results["search"]:
+        rows.append([_ARMS[arm]])
+        best = [find_free(results, arm, question) for question in QUESTIONS]
+        rows.append(["best without\ntraining", *("" if one is None else _value_cell(one, full) for one in best)])
+        for rank, control in _rows_of(results):
+            own = [find_answer(results, arm, rank, question, control) for question in QUESTIONS]
+            trained = find(results, arm, rank, ALIGNED, "mrr", "trained", control)
+            cells = ["" if one is None else _value_cell(one, full) for one in (*own, trained)]
+            rows.append([f"{rank}" + "\nshuffled" * control, *cells])
+    title = "Where each arm's loss was: held-out MRR, found in several ways, and the trained pairs' own"
+    return Table(title, ["rank", *(question.label for question in QUESTIONS.values()), "trained"], rows)
+
+
+def _rows_of(results: dict) -> list[tuple[int, bool]]:
+    """The ranks, and behind them that of the control on shuffled pairs."""
+    return [*((rank, False) for rank in results["ranks"]), (results["config"]["search_rank"], True)]
 
 
 def _trend_table(results: dict) -> Table:
@@ -389,7 +289,7 @@ def _trend_table(results: dict) -> Table:
     for arm in results["search"]:
         rows.append([_ARMS[arm]])
         for trend in results["trends"]:
-            if trend["arm"] == arm and trend["layer"] != ALIGNED:
+            if (trend["arm"], trend["split"]) == (arm, "held_out") and trend["layer"] != ALIGNED:
                 rho = number_or_dash(trend["rho"], "+", 2)
                 rows.append([str(trend["layer"]), MEASURES[trend["metric"]].label, rho, p_value(trend["p_rho"]), p_value(trend["p_page"])])
     head = ["layer", "held-out", "Spearman's rho", "p", "Page's p"]
@@ -411,6 +311,7 @@ def _comparison_table(results: dict) -> Table:
 
 
 def _cost_table(results: dict) -> Table:
+    harmed = list(dict.fromkeys(one["text"] for one in results["harm"]))
     rows = [
         [
             f"{cost['arm']} {cost['rank']}",
@@ -418,17 +319,14 @@ def _cost_table(results: dict) -> Table:
             f"{cost['adapter_bytes'] / 1e6:.2f} MB",
             f"{cost['training_seconds']:.0f} s",
             f"{cost['peak_bytes'] / 2**30:.2f} GiB",
-            *(f"{ratio:.2f}" for ratio in cost.get("perplexity_ratio", {}).values()),
+            *(f"{find_harm(results, cost['arm'], cost['rank'], text)['value']:.2f}" for text in harmed),
         ]
         for cost in sorted(results["costs"], key=lambda cost: (list(results["search"]).index(cost["arm"]), cost["rank"]))
     ]
     jobs = results["config"]["jobs"]
     title = f"Cost of a run of {results['steps']} steps (median over seeds; {jobs} at a time)" if jobs > 1 else "Cost of a run"
-    texts = [
-        f"perplexity,\n{name.removesuffix('.txt').removeprefix('running-text-')}"
-        for name in results["costs"][0].get("perplexity_ratio", {})
-    ]
-    title += "; perplexity in times the base's" * bool(texts)
+    texts = [f"perplexity,\n{text_name(text)}" for text in harmed]
+    title += "; perplexity in times the base's (geometric mean)" * bool(texts)
     return Table(title, ["arm, rank", "parameters", "adapter", "training", "peak memory", *texts], rows)
 
 
@@ -443,7 +341,7 @@ def _search_table(results: dict) -> Table:
 
 
 def show(results: dict, console: rich.console.Console) -> None:
-    """Print the tables and the paragraph."""
+    """Print the tables and the paragraphs."""
     from rich.text import Text
 
     show_tables(tables(results), console)
@@ -452,6 +350,7 @@ def show(results: dict, console: rich.console.Console) -> None:
 
 def write(folder: pathlib.Path, results: dict) -> None:
     """Write ``FILES`` into ``folder``, each complete or absent, results.json last."""
+    save_figure(folder / "bought.png", draw_bought(results))
     save_figure(folder / "rank.png", draw_ranks(results))
     save_figure(folder / "cost.png", draw_costs(results))
     write_text(folder / "report.md", markdown(results))
@@ -459,7 +358,7 @@ def write(folder: pathlib.Path, results: dict) -> None:
 
 
 def markdown(results: dict) -> str:
-    """report.md: the paragraph, the tables, the figures, and all that a repetition needs."""
+    """report.md: the paragraphs, the tables, the figures, and all that a repetition needs."""
     config, pairs = results["config"], results["pairs"]
     about = (
         f"{_model_name(results)}, {results['model']['blocks']} blocks; {pairs['trained']:,} pairs trained and {pairs['held_out']:,} "
@@ -470,7 +369,8 @@ def markdown(results: dict) -> str:
     parts = ["# LoRA rank and alignment: an early layer against the full model", about, "## In words", in_words(results)]
     for table in tables(results, full=True):
         parts += [f"## {table.title}", as_markdown(table)]
-    parts += [_READING, "## Figures", "![Scores against rank](rank.png)", "![Scores against cost](cost.png)"]
+    parts += [_READING, "## Figures", "![What a rank buys](bought.png)"]
+    parts += ["![Scores against rank](rank.png)", "![Scores against cost](cost.png)"]
     rest = {key: results[key] for key in ("config", "model", "pairs", "steps", "versions", "machine")}
     # where it lay says nothing to others
     rest["config"] = {name: value for name, value in config.items() if name not in ("output", "json", "cells")}

@@ -47,6 +47,11 @@ def place_name(layer: Layer) -> str:
     return "the output" if layer == "output" else f"layer {layer}"
 
 
+def text_name(file: str) -> str:
+    """``swahili`` of the shipped page ``running-text-swahili.txt``."""
+    return file.removesuffix(".txt").removeprefix("running-text-")
+
+
 def side(record: dict, level: float = 0.0) -> str:
     """``above``, ``below`` or ``at``: where a record's 95 % interval lies against a level; without an interval it is ``at``."""
     if record["low"] is None:

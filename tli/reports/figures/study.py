@@ -1,4 +1,4 @@
-"""A study's two figures, readable in grey: scores against rank, and scores against what they cost."""
+"""A study's figures, readable in grey: what a rank buys, scores against rank, and scores against what they cost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import typing
 
 from tli.model.shape import Layer
 from tli.reports.figures.style import DARK, DOTTED, LIGHT, legend_above, new_figure
-from tli.reports.wording import place_name
+from tli.reports.study_results import ALIGNED, QUESTIONS, find, find_answer, find_free, find_harm, place_of
+from tli.reports.wording import place_name, text_name
 
 if typing.TYPE_CHECKING:
     import matplotlib.figure
@@ -23,31 +24,70 @@ _COSTS = {
     "peak_bytes": ("peak memory of the process, GiB", 2**30, "linear"),
 }
 
+# times the base's perplexity: more of it is drawn on a logarithmic axis
+_MUCH_HARM = 3
+
+
+def draw_bought(results: dict) -> matplotlib.figure.Figure:
+    """What a rank buys where each arm's loss was: held-out MRR in several ways, beside what needs no training; memory; and harm."""
+    texts = list(dict.fromkeys(one["text"] for one in results["harm"]))
+    new = [name for name in QUESTIONS if any(answer["question"] == name for answer in results["answers"])]
+    columns = max(len(new), 1 + len(texts))
+    figure, panels = new_figure((3.1 * columns + 0.6, 6.8), 2, columns)
+    for number in range(1, len(new)):
+        panels[0][number].sharey(panels[0][0])
+    for panel in (*panels[0][len(new) :], *panels[1][1 + len(texts) :]):
+        panel.set_axis_off()
+    for arm in results["search"]:
+        for panel, name in zip(panels[0], new):
+            of_rank = [find_answer(results, arm, rank, name) for rank in results["ranks"]]
+            _curve(panel, arm, [one for one in of_rank if one is not None], f"{arm} arm")
+            _shuffled(panel, arm, [one for one in [find_answer(results, arm, _control_rank(results), name, shuffled=True)] if one])
+            if (free := find_free(results, arm, name)) is not None:
+                style = _STYLES[arm] | {"marker": "", "linestyle": DOTTED, "linewidth": 2.4}
+                panel.axhline(free["value"], label=f"best without training, where the {arm} arm's loss was", **style)
+            panel.set_title(QUESTIONS[name].label.replace("\n", " "), fontsize=10)
+        memory = [find(results, arm, rank, ALIGNED, "mrr", "trained") for rank in results["ranks"]]
+        _curve(panels[1][0], arm, memory, f"{arm} arm")
+        for panel, text in zip(panels[1][1:], texts):
+            _curve(panel, arm, [find_harm(results, arm, rank, text) for rank in results["ranks"]], f"{arm} arm")
+            _shuffled(panel, arm, [find_harm(results, arm, _control_rank(results), text, shuffled=True)])
+            panel.set_title(f"harm: perplexity of {text_name(text)},\ntimes the base's", fontsize=10)
+            panel.axhline(1.0, color="0.35", linewidth=1.2, linestyle=(0, (8, 3, 1, 3)))
+            if max(one["value"] for one in results["harm"]) > _MUCH_HARM:
+                panel.set_yscale("log")
+                _plain_numbers(panel.yaxis)
+    panels[0][0].set_ylabel("held-out MRR")
+    panels[0][0].set_ylim(bottom=0)
+    panels[1][0].set_title("memory: the trained pairs' MRR", fontsize=10)
+    panels[1][0].set_ylim(bottom=0)
+    for panel in (*panels[0][: len(new)], *panels[1][: 1 + len(texts)]):
+        _rank_axis(panel, results)
+        panel.set_xlabel("LoRA rank R")
+    legend_above(figure, panels[0], 2)
+    figure.supxlabel(_about(results), fontsize=8)
+    return figure
+
 
 def draw_ranks(results: dict) -> matplotlib.figure.Figure:
     """MRR, gap and CLIPScore of held-out pairs against the rank, one column per layer."""
-    from matplotlib.ticker import NullLocator
-
-    layers, ranks = results["layers"], results["ranks"]
+    layers = results["layers"]
     figure, panels = new_figure((3.9 * len(layers) + 0.6, 9.6), len(_SCORES), len(layers), sharex=True, sharey="row")
     for row, (metric, name) in zip(panels, _SCORES.items()):
         for panel, layer in zip(row, layers):
             for arm in results["search"]:
-                _curve(panel, results, arm, layer, metric, f"{arm} arm")
-                _shuffled(panel, results, arm, layer, metric)
+                _curve(panel, arm, _values(results, arm, layer, metric), f"{arm} arm")
+                _shuffled(panel, arm, _values(results, arm, layer, metric, shuffled=True))
                 if metric == "clipscore":
                     # mismatched pairs, without which a score says nothing
-                    _curve(panel, results, arm, layer, "clipscore_mismatched", f"{arm} arm, mismatched pairs", faint=True)
+                    _curve(panel, arm, _values(results, arm, layer, "clipscore_mismatched"), f"{arm} arm, mismatched pairs", faint=True)
             before = next(v for v in results["values"] if _key(v) == ("before", layer, metric, "held_out"))
             panel.axhline(before["value"], color="0.35", linewidth=1.2, linestyle=(0, (8, 3, 1, 3)), label="before training")
-            free = next((one for one in results.get("without_training", []) if (one["layer"], metric) == (layer, "mrr")), None)
-            if free is not None:
+            for free in _without_training(results, layer) if metric == "mrr" else []:
                 panel.axhline(free["value"], color="0.35", linewidth=2.4, linestyle=(0, (2, 1)), label="best without training")
             if before["chance"] is not None:
                 panel.axhline(before["chance"], color="black", linewidth=1.4, linestyle=DOTTED, label="chance")
-            panel.set_xscale("log", base=2)
-            panel.set_xticks(ranks, [str(rank) for rank in ranks])
-            panel.xaxis.set_minor_locator(NullLocator())
+            _rank_axis(panel, results)
             if metric == "mrr":
                 arms = [arm for arm in results["search"] if layer == ("output" if arm == "full" else results["config"]["layer"])]
                 losses = f"\n(the {' and '.join(arms)} arm's loss is here)" if arms else "\n"
@@ -63,14 +103,14 @@ def draw_ranks(results: dict) -> matplotlib.figure.Figure:
 
 def draw_costs(results: dict) -> matplotlib.figure.Figure:
     """Held-out MRR against adapter size, time and memory: at the output, and where each arm's loss was."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator
 
     rows = [("each arm where its loss was", None)] + ([("at the output", "output")] if "output" in results["layers"] else [])
     figure, panels = new_figure((11.4, 3.6 * len(rows) + 0.8), len(rows), len(_COSTS), sharex="col", sharey="row")
     for row, (where, place) in zip(panels, rows):
         for panel, (cost, (_, unit, scale)) in zip(row, _COSTS.items()):
             for arm in results["search"]:
-                layer = place or ("output" if arm == "full" else results["config"]["layer"])
+                layer = place or place_of(results, arm, ALIGNED)
                 values = _values(results, arm, layer, "mrr")
                 paid = {c["rank"]: c[cost] / unit for c in results["costs"] if c["arm"] == arm}
                 xs = [paid[v["rank"]] for v in values]
@@ -83,21 +123,48 @@ def draw_costs(results: dict) -> matplotlib.figure.Figure:
             panel.set_xscale(scale)
             if scale == "log":
                 panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if cost == "training_seconds" else (1,)))
-                panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.15g}"))
-                panel.xaxis.set_minor_formatter(NullFormatter())
+                _plain_numbers(panel.xaxis)
             else:
                 panel.set_xlim(0, 1.1 * max(c[cost] for c in results["costs"]) / unit)
+            for arm in results["search"]:
+                layer = place or place_of(results, arm, ALIGNED)
+                style = {"color": _STYLES[arm]["color"] if place is None else "0.35", "linewidth": 1.6, "linestyle": DOTTED}
+                for free in _without_training(results, layer):
+                    panel.axhline(free["value"], label=f"best without training, {place_name(layer)}", **style)
         row[0].set_ylabel(f"held-out MRR,\n{where}")
         row[0].set_ylim(bottom=0)
     for panel, (name, *_) in zip(panels[-1], _COSTS.values()):
         panel.set_xlabel(name)
-    legend_above(figure, [panels[0, 0]], 2)
+    legend_above(figure, panels[:, 0], 2)
     figure.supxlabel(f"numbers beside the points: rank; costs are medians over seeds. {_about(results)}", fontsize=8)
     return figure
 
 
-def _curve(panel, results: dict, arm: str, layer: Layer, metric: str, label: str, faint: bool = False) -> None:
-    values = _values(results, arm, layer, metric)
+def _rank_axis(panel, results: dict) -> None:
+    from matplotlib.ticker import NullLocator
+
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(results["ranks"], [str(rank) for rank in results["ranks"]])
+    panel.xaxis.set_minor_locator(NullLocator())
+
+
+def _control_rank(results: dict) -> int:
+    return results["config"]["search_rank"]
+
+
+def _plain_numbers(axis) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.15g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _without_training(results: dict, layer: Layer) -> list[dict]:
+    """The best that needs no training at the layer, by MRR; none where none was measured."""
+    return [one for one in results["without_training"] if (one["question"], one["layer"]) == ("mrr", layer)]
+
+
+def _curve(panel, arm: str, values: list[dict], label: str, faint: bool = False) -> None:
     style = _STYLES[arm] | {"markersize": 5, "capsize": 2.5, "linewidth": 1.6}
     if faint:
         style |= {"markerfacecolor": "white", "markersize": 4, "linewidth": 0.9}
@@ -106,8 +173,7 @@ def _curve(panel, results: dict, arm: str, layer: Layer, metric: str, label: str
     panel.errorbar([v["rank"] * shift for v in values], [v["value"] for v in values], _reach(values), label=label, **style)
 
 
-def _shuffled(panel, results: dict, arm: str, layer: Layer, metric: str) -> None:
-    values = _values(results, arm, layer, metric, shuffled=True)
+def _shuffled(panel, arm: str, values: list[dict]) -> None:
     style = {"color": _STYLES[arm]["color"], "marker": {"early": "v", "full": "^"}[arm], "linestyle": "none", "markersize": 7}
     shift = {"early": 0.88, "full": 1.14}[arm]
     label = f"{arm} arm, trained on shuffled pairs"
