@@ -413,7 +413,7 @@ def test_adapters_that_do_not_fit_are_refused(adapter, make_model, tmp_path, wor
         (lambda t: t.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"), "must have lora_A and lora_B"),
         (
             lambda t: [t.pop(f"base_model.model.model.layers.0.self_attn.q_proj.lora_{f}.weight") for f in "AB"],
-            "the file must hold all that adapter_config.json names, got no factors for layers.0.self_attn.q_proj",
+            "the file must hold factors for just what adapter_config.json names, got no factors for layers.0.self_attn.q_proj",
         ),
         (
             lambda t: t.update({f"base_model.model.model.layers.0.self_attn.x_proj.lora_{f}.weight": torch.zeros(4, 4) for f in "AB"}),
@@ -436,6 +436,15 @@ def test_adapters_with_missing_or_extra_keys_are_refused(adapter, change, messag
     with pytest.raises(TliError, match=message):
         run(adapter, pairs=str(word_list))
     assert not (adapter / "evaluation").exists()
+
+
+@pytest.mark.parametrize("narrower", [{"target_modules": ["k_proj", "v_proj"]}, {"layers_to_transform": [1]}], ids=["targets", "blocks"])
+def test_factors_that_peft_would_leave_out_are_refused(adapter, narrower, word_list):
+    spoil(adapter, lambda tensors: None)
+    file = adapter / lora.CONFIG_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | narrower))
+    with pytest.raises(TliError, match="factors for just what adapter_config.json names, got factors for layers.0.self_attn.q_proj"):
+        run(adapter, pairs=str(word_list))
 
 
 def test_reports_that_speak_of_something_else_are_refused(adapter, word_list, tmp_path):

@@ -171,10 +171,11 @@ def check_compatible(recorded: TrainedAdapter, checkpoint: Checkpoint, device_co
         if (tuple(lora_a.shape), tuple(lora_b.shape)) != ((rank, in_features), (out_features, rank)):
             must = f"the adapter must fit the model: A {rank}x{in_features} and B {out_features}x{rank} in {path}"
             raise TliError(where, must, "A {}x{}, B {}x{}".format(*lora_a.shape, *lora_b.shape), remedy)
-    missing = [path for path in shapes if path not in factors and _is_target(path, inside, recorded.peft)]
-    if missing:
-        must = f"the file must hold all that {lora.CONFIG_FILE} names"
-        raise TliError(where, must, f"no factors for {missing[0]}", "save the adapter again")
+    # PEFT starts what is missing anew, and leaves out what is too much
+    wrong = [path for path in shapes if _is_target(path, inside, recorded.peft) not in (None, path in factors)]
+    if wrong:
+        must, got = f"the file must hold factors for just what {lora.CONFIG_FILE} names", "factors" if wrong[0] in factors else "no factors"
+        raise TliError(where, must, f"{got} for {wrong[0]}", "save the adapter again")
 
 
 def common_option(adapters: list[TrainedAdapter], name: str, default):
@@ -186,12 +187,11 @@ def common_option(adapters: list[TrainedAdapter], name: str, default):
     return next(iter(values.values()))
 
 
-def _is_target(path: str, inside: str, peft: dict) -> bool:
-    """Whether PEFT would put an adapter on the linear layer at this path of the decoder, which lies at ``inside``."""
+def _is_target(path: str, inside: str, peft: dict) -> bool | None:
+    """Whether PEFT would put an adapter on the linear layer at this path of the decoder, which lies at ``inside``; None: unknown."""
     blocks, targets = peft.get("layers_to_transform"), peft.get("target_modules")
     if peft.get("exclude_modules") or not targets:
-        # nothing is known to be missing
-        return False
+        return None
     if blocks is not None and int(path.split(".")[1]) not in ([blocks] if isinstance(blocks, int) else blocks):
         return False
     if isinstance(targets, str):
