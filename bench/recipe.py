@@ -18,7 +18,7 @@ from bench import record
 from bench.command import tli_train
 from bench.harness import chosen, results_option
 from tli.config import TrainConfig
-from tli.metrics.baseline_records import ALL, BEHIND_MAP, PLAIN, WITH_MAPS
+from tli.metrics.baseline_records import AFTER, ALL, BEFORE, BEHIND_MAP, PLAIN, WITH_MAPS
 from tli.runtime.cli import as_dict, option, parse
 from tli.runtime.errors import run_command
 from tli.stats.across_runs import crossed_interval
@@ -27,6 +27,10 @@ VARIANTS = {"default": [], "contrastive": ["--recipe", "contrastive"], "shuffled
 METRICS = ("cosine", "mismatched", "gap", "p_at_1", "mrr")
 # of what finds the held-out pairs: candidates, and group of pairs
 _AMONG = {"split": ALL, "class": "no loan words", "list": ALL}
+# of each way to use the trained states those that need no training and are of equal information: plain cosine is held against maps, too
+_RIVALS = {PLAIN: WITH_MAPS[BEHIND_MAP], **WITH_MAPS}
+# of these a record keeps every pair's reciprocal rank
+_COMPARED = {(way, AFTER) for way in _RIVALS} | {(way, BEFORE) for free in _RIVALS.values() for way in free}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ def run(variant: str, seed: int, layer: int, rank: int) -> dict:
         "reciprocal_ranks": {
             f"{one['way']} {one['stream'] or 'words'}": one["values"]
             for one in report["baselines"]["reciprocal_ranks"]
-            if one["layer"] in (layer, None)
+            if one["layer"] in (layer, None) and (one["way"], one["stream"]) in _COMPARED
         },
         "perplexity_ratio": {one["text"]["name"]: one["after"][0]["perplexity_ratio"]["value"] for one in report["harm"]},
         "held_out_gap_gain": {key: gain[key] for key in ("mean_gain", "low", "high")},
@@ -116,9 +120,8 @@ def _gains(runs: list[dict]) -> dict[str, dict]:
     The best is the one with the highest mean over the seeds; the interval is that of other seeds and other words together.
     """
     found = {}
-    # plain cosine is held against the maps of states, too
-    for trained, free in {PLAIN: WITH_MAPS[BEHIND_MAP], **WITH_MAPS}.items():
-        ours, theirs = f"{trained} after", [f"{way} before" for way in free]
+    for trained, free in _RIVALS.items():
+        ours, theirs = f"{trained} {AFTER}", [f"{way} {BEFORE}" for way in free]
         if all(ours in run["reciprocal_ranks"] for run in runs):
             best = max(theirs, key=lambda way: statistics.mean(statistics.mean(run["reciprocal_ranks"][way]) for run in runs))
             gains = [np.subtract(run["reciprocal_ranks"][ours], run["reciprocal_ranks"][best]) for run in runs]
