@@ -77,7 +77,7 @@ class TrainConfig(ListConfig):
     impl: Impl = option("auto", "model", "which implementation of the ops")
 
     prefix: str = option(" ", "words", "text before each word, never pooled; a space gives words as they stand in running text", paper="")
-    held_out: float = option(0.1, "words", "share of the pairs kept out of training")
+    held_out: float = option(0.1, "words", "share of the pairs kept out of training", above=0, below=1)
     split: Split = option(
         "families",
         "words",
@@ -87,21 +87,21 @@ class TrainConfig(ListConfig):
     held_out_pairs: str | None = option(None, "words", "a list of its own to hold out, in place of a share of --pairs")
     shuffle_pairs: bool = option(False, "words", "control: train on mismatched pairs; whatever still rises is not alignment")
 
-    rank: int = option(16, "adapter", "LoRA rank R")
+    rank: int = option(16, "adapter", "LoRA rank R", least=1)
     # None only until ``__post_init__``, as is every ``output`` that is typed so
-    alpha: float = option(None, "adapter", "LoRA alpha; the scale is alpha/R (default: 2R)")
+    alpha: float = option(None, "adapter", "LoRA alpha; the scale is alpha/R (default: 2R)", above=0, most=1e6)
     rslora: bool = option(False, "adapter", "scale by alpha/sqrt(R) in place of alpha/R")
     targets: str = option(
         "all-linear", "adapter", "all-linear, a comma list of names, or a regular expression over module names", paper="q_proj,v_proj"
     )
-    dropout: float = option(0.2, "adapter", "dropout on the adapters' input", paper=0.05)
+    dropout: float = option(0.2, "adapter", "dropout on the adapters' input", least=0, below=1, paper=0.05)
     init: Literal["normal", "kaiming"] = option("normal", "adapter", "start of A: N(0, 1/K), or peft's Kaiming uniform", paper="kaiming")
 
     loss: Literal["infonce", "hinge"] = option(
         "infonce", "objective", "symmetric InfoNCE, or hinge with the hardest negative", paper="hinge"
     )
-    temperature: float = option(0.1, "objective", "InfoNCE temperature")
-    margin: float = option(0.4, "objective", "margin of the hinge")
+    temperature: float = option(0.1, "objective", "InfoNCE temperature", above=0)
+    margin: float = option(0.4, "objective", "margin of the hinge", least=0)
     map: MapChoice = option(
         "auto",
         "objective",
@@ -120,16 +120,21 @@ class TrainConfig(ListConfig):
     pool_bos: bool = option(False, "objective", "pool the first position (the attention sink) into every word while training", paper=True)
     eval_pool_bos: bool = option(False, "objective", "pool it in the measurements, too")
 
-    batch: int = option(128, "training", "pairs per step", paper=8)
+    batch: int = option(128, "training", "pairs per step", least=2, paper=8)
     micro_batch: int | None = option(
-        None, "training", "run a batch through the model in parts of so many pairs: the memory of one part, equal gradients, more time"
+        None,
+        "training",
+        "run a batch through the model in parts of so many pairs: the memory of one part, equal gradients, more time",
+        least=1,
     )
-    epochs: int = option(8, "training", "passes over the trained pairs; 0 trains nothing and fits tli map's map", contrastive=50, paper=5)
-    lr: float = option(2e-3, "training", "peak learning rate of AdamW", paper=2e-4)
-    warmup: int = option(20, "training", "steps of linear warm-up", paper=50)
+    epochs: int = option(
+        8, "training", "passes over the trained pairs; 0 trains nothing and fits tli map's map", least=0, contrastive=50, paper=5
+    )
+    lr: float = option(2e-3, "training", "peak learning rate of AdamW", above=0, paper=2e-4)
+    warmup: int = option(20, "training", "steps of linear warm-up", least=0, paper=50)
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "training", "decay after the warm-up")
-    weight_decay: float = option(0.01, "training", "AdamW weight decay")
-    clip: float = option(1.0, "training", "largest gradient norm; 0 turns clipping off")
+    weight_decay: float = option(0.01, "training", "AdamW weight decay", least=0)
+    clip: float = option(1.0, "training", "largest gradient norm; 0 turns clipping off", least=0)
     keep: str | None = option(
         None,
         "language model",
@@ -148,7 +153,7 @@ class TrainConfig(ListConfig):
     checkpointing: bool = option(
         False, "training", "keep of each block only what goes in, and compute it again for the gradients: less memory, more time"
     )
-    seed: int = option(0, "training", "fixes the split, the order, the adapters' start and the dropout")
+    seed: int = option(0, "training", "fixes the split, the order, the adapters' start and the dropout", least=0, most=2**63 - 1)
     recipe: Recipe = option("default", "training", "where the defaults come from; flags that are given win")
 
     output: str = option(None, "output", "folder for the adapter and the report (default: runs/<recipe>[-<arm>]-layer<L>-rank<R>-seed<S>)")
@@ -180,7 +185,7 @@ def _as_in_training(name: str, by_recipe: bool = False, **changes):
     """The field of ``TrainConfig`` with this name, for another command; ``changes`` of its default, group or help."""
     field = next(field for field in dataclasses.fields(TrainConfig) if field.name == name)
     recipes = field.metadata["recipes"] or {"default": field.default}
-    told = {"default": recipes["default"], **{key: field.metadata[key] for key in ("group", "help", "least", "above")}}
+    told = {"default": recipes["default"], "group": field.metadata["group"], "help": field.metadata["help"], **field.metadata["bounds"]}
     return option(**told | changes, **{name: value for name, value in recipes.items() if by_recipe and name != "default"})
 
 
@@ -198,7 +203,7 @@ class TuneConfig:
     device: str = option("cuda", "tuning", "the GPU: cuda or cuda:N")
     like: Model = option("llama-3-8b", "tuning", "the model whose linear layers are timed")
     dtype: Literal["bfloat16", "float16"] = option("bfloat16", "tuning", "compute dtype")
-    rank: int = option(16, "tuning", "LoRA rank")
+    rank: int = option(16, "tuning", "LoRA rank", least=1)
     dry_run: bool = option(False, "tuning", "measure and print, keep nothing")
     json: bool = _as_in_training("json", group="tuning")
 
@@ -220,12 +225,12 @@ class MemoryConfig(ListConfig):
     prefix: str = _as_in_training("prefix")
     held_out: float = _as_in_training("held_out", help="share of the pairs kept out of training")
 
-    rank: int = _as_in_training("rank", least=1)
+    rank: int = _as_in_training("rank")
     targets: str = _as_in_training("targets")
     dropout: float = _as_in_training("dropout")
 
-    batch: int = _as_in_training("batch", least=2)
-    micro_batch: int | None = _as_in_training("micro_batch", least=1)
+    batch: int = _as_in_training("batch")
+    micro_batch: int | None = _as_in_training("micro_batch")
     checkpointing: bool = _as_in_training("checkpointing")
     keep_weight: float = _as_in_training("keep_weight")
 
@@ -255,10 +260,10 @@ class ScanConfig(ListConfig):
         "which of the pairs: all, or one side of the split that training makes with the same --held-out and --seed, and this "
         "--split-by as its --split",
     )
-    held_out: float = option(0.1, "words", "share of the pairs that training keeps out")
+    held_out: float = option(0.1, "words", "share of the pairs that training keeps out", above=0, below=1)
     split_by: Split = _as_in_training("split")
     sample: int | None = option(None, "words", "take so many of these pairs, at random (default: all, of more than 5,000 as many as that)")
-    seed: int = option(0, "words", "fixes the split, the sample and the intervals", least=0)
+    seed: int = option(0, "words", "fixes the split, the sample and the intervals", least=0, most=2**63 - 1)
 
     token_norm: TokenNorm = option(
         "auto",
@@ -297,7 +302,7 @@ class MapConfig(ListConfig):
     prefix: str = _as_in_training("prefix")
     held_out: float = _as_in_training("held_out", help="share of the pairs kept out of the fit, to judge it by")
     split: Split = _as_in_training("split")
-    seed: int = option(0, "words", "fixes the split, the part that chooses, and the intervals", least=0)
+    seed: int = option(0, "words", "fixes the split, the part that chooses, and the intervals", least=0, most=2**63 - 1)
 
     token_norm: TokenNorm = _as_in_training("token_norm", group="vectors")
 
@@ -347,7 +352,9 @@ class EvaluateConfig:
 
     pairs: str | None = option(None, "words", "word pairs (default: the list and the split of the training run, else the shipped list)")
     held_out_pairs: str | None = option(None, "words", "a list of words that training never saw, in place of the recorded split's")
-    held_out: float | None = option(None, "words", "where no split is recorded: the share of --pairs that --seed of training held out")
+    held_out: float | None = option(
+        None, "words", "where no split is recorded: the share of --pairs that --seed of training held out", above=0, below=1
+    )
     split: Split = _as_in_training("split", help="where no split is recorded: what that split kept on one side, families or words")
     source: str | None = option(None, "words", "name of the source language's column or key (default: as in training, else swahili)")
     target: str | None = option(None, "words", "name of the target language's column or key (default: as in training, else english)")
@@ -370,7 +377,7 @@ class EvaluateConfig:
         "largest difference of mean gains that counts as none in the equivalence test (default: 0.05 of cosine; no such test of a table)",
         above=0,
     )
-    seed: int | None = option(None, "measures", "fixes the resamples (default: the training run's, else 0)", least=0)
+    seed: int | None = option(None, "measures", "fixes the resamples (default: the training run's, else 0)", least=0, most=2**63 - 1)
 
     text: str | None = option(
         None,
@@ -378,7 +385,7 @@ class EvaluateConfig:
         "running text to measure perplexity and next-token distributions on (default: a shipped page of Swahili and one of English, where "
         "the output is among the layers)",
     )
-    text_tokens: int = option(8192, "language model", "read no more of --text than this")
+    text_tokens: int = option(8192, "language model", "read no more of --text than this", least=2)
     window: int | None = option(None, "language model", "tokens of --text that see each other (default: 256, or what the model can see)")
 
     from_csv: str | None = option(None, "table", "statistics alone, on a table of per-pair values; no model is read")
@@ -419,7 +426,9 @@ class StudyConfig(ListConfig):
     )
     rates: str = option("1e-4,3e-4,1e-3,3e-3", "grid", "learning rates tried once per arm; a single one is taken as it is")
     search_rank: int = option(16, "grid", "rank at which the rate is searched and the control on shuffled pairs is run", least=1)
-    search_share: float = option(0.1, "grid", "share of --pairs that the search is judged by; no cell of the grid ever sees them")
+    search_share: float = option(
+        0.1, "grid", "share of --pairs that the search is judged by; no cell of the grid ever sees them", above=0, below=1
+    )
 
     model: str | None = _as_in_training("model")
     layer: int = option(2, "model", "hidden state that the early arm aligns")
@@ -434,7 +443,7 @@ class StudyConfig(ListConfig):
     dropout: float = _as_in_training("dropout")
     temperature: float = _as_in_training("temperature")
     batch: int = _as_in_training("batch")
-    epochs: int = _as_in_training("epochs", default=10)
+    epochs: int = _as_in_training("epochs", default=10, least=1)
     warmup: int = _as_in_training("warmup")
     keep_weight: float = _as_in_training("keep_weight")
     checkpointing: bool = _as_in_training("checkpointing", help="in the full arm, compute each block's inside again for the gradients")
@@ -481,7 +490,7 @@ class ProtocolConfig(ListConfig):
     EXAMPLE: ClassVar[str] = "{prog} --epochs 1"
 
     model: str | None = _as_in_training("model")
-    seed: int = _as_in_training("seed", least=0)
+    seed: int = _as_in_training("seed")
     epochs: int | None = option(None, "training", "passes over the trained pairs, for a quick look (default: the paper's 5)", least=1)
 
     jobs: int = option(1, "running", "trainings at the same time, each in a process of its own with its share of the processors", least=1)

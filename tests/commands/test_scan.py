@@ -438,7 +438,7 @@ def as_flags(settings: dict) -> list[str]:
         ({"sample": 1}, "--sample: a sample must have from 2 to 60 pairs"),
         ({"sample": 61}, "--sample: a sample must have from 2 to 60 pairs"),
         ({"seed": -1}, "--seed: the number must be at least 0"),
-        ({"split": "held_out", "held_out": 1.5}, "--held-out: the share of held-out pairs must lie between 0 and 1"),
+        ({"split": "held_out", "held_out": 1.5}, "--held-out: the number must be above 0 and below 1, got 1.5"),
         ({"model": "/nowhere"}, "--model: the model must be a folder or a hub name"),
         ({"adapter": "/nowhere"}, "an adapter's folder must hold adapter_config.json"),
         ({"pairs": "/nowhere.tsv"}, "/nowhere.tsv: the path must be that of a readable file"),

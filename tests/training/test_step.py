@@ -187,6 +187,27 @@ def test_a_loss_that_is_not_finite_changes_nothing(make_model, word_list):
     assert all(torch.equal(one, other) for one, other in zip(before, steps.parameters, strict=True))
 
 
+def spoil_gradients(steps: TrainStep) -> None:
+    """From now on one of them is infinite."""
+
+    def spoil(parameter: torch.Tensor) -> None:
+        parameter.grad.data.fill_(float("inf"))
+
+    steps.parameters[-1].register_post_accumulate_grad_hook(spoil)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(make_model, word_list, monkeypatch):
+    steps, batches = make(TrainStep, str(make_model("llama")), str(word_list), resolve_device("cpu", "float32"))
+    micro_batches, false_negatives = next(iter(batches.epoch(0)))
+    steps(0, micro_batches, false_negatives)
+    before = [parameter.detach().clone() for parameter in steps.parameters]
+    # the loss is as it should be
+    spoil_gradients(steps)
+    with pytest.raises(TliError, match="^step 2: the gradient norm must be finite, got inf; lower --lr"):
+        steps(1, micro_batches, false_negatives)
+    assert all(torch.equal(one, other) for one, other in zip(before, steps.parameters, strict=True))
+
+
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
 def test_a_result_tells_the_learning_rate_and_the_norm_of_the_gradients_before_they_are_clipped(make_model, word_list, clip):
     steps, batches = make(TrainStep, str(make_model("llama")), str(word_list), resolve_device("cpu", "float32"), clip=clip, lr=3e-3)
@@ -216,13 +237,20 @@ def test_graphs_on_a_gpu_take_the_steps_as_written(make_model, word_list, weight
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_loss_that_is_not_finite_changes_nothing_from_then_on(make_model, word_list):
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_on_a_gpu_what_is_not_finite_changes_nothing_from_then_on(make_model, word_list, bad):
     steps, batches = make(TrainStep, str(make_model("llama")), str(word_list), resolve_device("cuda", "float32", impl="fused"))
     micro_batches, false_negatives = next(iter(batches.epoch(0)))
     for position in range(5):
         steps(position, micro_batches, false_negatives)
     before = [parameter.detach().clone() for parameter in steps.parameters]
-    steps.decoder.embed_tokens.weight[0] = float("nan")
+    if bad == "loss":
+        steps.decoder.embed_tokens.weight[0] = float("nan")
+    else:
+        # captured anew, with the hook in it
+        steps.graphs.clear()
+        spoil_gradients(steps)
     steps(5, micro_batches, false_negatives)
-    assert not np.isfinite(list(steps.pop_results(wait=True))[-1].loss)
+    last = list(steps.pop_results(wait=True))[-1]
+    assert not np.isfinite(last.loss if bad == "loss" else last.grad_norm)
     assert all(torch.equal(one, other) for one, other in zip(before, steps.parameters, strict=True))

@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
+import operator
 import os
 import pathlib
 import sys
@@ -44,24 +46,41 @@ _GROUPS = (
     "commands",
 )
 _HYPHEN = "\0-"
+# bounds of a number: how they are said, what must hold, and what to do where it does not
+_BOUNDS: dict[str, tuple[str, Callable[[float, float], bool], str]] = {
+    "least": ("at least", operator.ge, "raise it"),
+    "above": ("above", operator.gt, "raise it"),
+    "most": ("at most", operator.le, "lower it"),
+    "below": ("below", operator.lt, "lower it"),
+}
 _POSITIONAL: typing.Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _KEYWORD: typing.Any = inspect.Parameter.KEYWORD_ONLY
 
 
-def option(default, group: str, help: str, least: float | None = None, above: float | None = None, **recipes):
+def option(
+    default,
+    group: str,
+    help: str,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    **recipes,
+):
     """A field of a configuration.
 
-    least, above   bounds of a number: ``least`` is allowed, ``above`` is not
-    recipes        its value under ``--recipe`` of these names, where that differs; None stands for an option that is left open
+    least, above, most, below   bounds of a number, which is always finite: ``least`` and ``most`` are allowed, ``above`` and ``below`` not
+    recipes                     its value under ``--recipe`` of these names, where that differs; None stands for one that is left open
     """
     by_recipe = {"default": default, **recipes} if recipes else None
-    metadata = {"group": group, "help": help, "recipes": by_recipe, "least": least, "above": above}
+    bounds = {name: bound for name, bound in zip(_BOUNDS, (least, above, most, below)) if bound is not None}
+    metadata = {"group": group, "help": help, "recipes": by_recipe, "bounds": bounds}
     return dataclasses.field(default=None if by_recipe else default, metadata=metadata)
 
 
 def argument(help: str):
     """A field that must be given: on the command line it stands without a flag, in the order of the fields."""
-    return dataclasses.field(metadata={"group": "arguments", "help": help, "recipes": None, "least": None, "above": None})
+    return dataclasses.field(metadata={"group": "arguments", "help": help, "recipes": None, "bounds": {}})
 
 
 def flag(name: str) -> str:
@@ -79,12 +98,18 @@ def check(config) -> None:
             raise TliError(flag(field.name), f"the value must be one of {', '.join(words)}", repr(value), "choose one of these")
         if value is None and metadata["recipes"]:
             object.__setattr__(config, field.name, metadata["recipes"].get(config.recipe, metadata["recipes"]["default"]))
-        elif isinstance(value, int | float):
-            least, above = metadata["least"], metadata["above"]
-            if least is not None and not value >= least:
-                raise TliError(flag(field.name), f"the number must be at least {least}", value, "raise it")
-            if above is not None and not value > above:
-                raise TliError(flag(field.name), f"the number must be above {above}", value, "raise it")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            _check_number(flag(field.name), value, metadata["bounds"])
+
+
+def _check_number(where: str, value: float, bounds: dict[str, float]) -> None:
+    must = f"the number must be {' and '.join(f'{_BOUNDS[name][0]} {bound}' for name, bound in bounds.items()) or 'finite'}"
+    if not math.isfinite(value):
+        raise TliError(where, must, value, "give a number")
+    for name, bound in bounds.items():
+        _, holds, remedy = _BOUNDS[name]
+        if not holds(value, bound):
+            raise TliError(where, must, value, remedy)
 
 
 def _without_paths(value):

@@ -36,6 +36,7 @@ def fit(
             save = last or time.monotonic() - saved > _SAVE_EVERY_S
             for result in step.pop_results(wait=save):
                 require_finite(progress.step, result.loss)
+                require_finite(progress.step, result.grad_norm, "gradient norm")
                 progress.add(result.loss, time.monotonic() - began)
                 for logger in loggers:
                     logger.log({"epoch": progress.step / batches.per_epoch, **vars(result)}, progress.step)

@@ -2,8 +2,8 @@
 
 A step depends on its batch, its learning rate and its dropout seeds alone. All of these lie in memory that a CUDA graph reads when it
 is replayed, so each replay has its own dropout. Nothing in a GPU's step waits for the GPU: batches are made and moved by another
-thread on another stream, losses are read once they have arrived, and a loss that is not finite is seen by the GPU itself, which from
-then on changes no adapter. The first steps run eagerly, so that kernels are compiled and AdamW's moments exist before the first
+thread on another stream, losses are read once they have arrived, and a loss or gradient that is not finite is seen by the GPU itself,
+which from then on changes no adapter. The first steps run eagerly, so that kernels are compiled and AdamW's moments exist before the first
 capture; a new shape is captured when it comes, and beyond a number of shapes a step runs eagerly.
 """
 
@@ -108,7 +108,7 @@ class TrainStep:
         self.seeds = torch.zeros(len(self.adapters), dtype=torch.int64, device=self.device)
         for adapter, own_seed in zip(self.adapters.values(), self.seeds.split(1), strict=True):
             adapter.seed = own_seed
-        # 1 as soon as a loss was not finite: fused AdamW then leaves everything as it is
+        # 1 as soon as a loss or a gradient was not finite: fused AdamW then leaves everything as it is
         self.found_inf = torch.zeros((), device=self.device)
         in_memory: dict[str, Any] = {"lr": torch.zeros((), device=self.device), "fused": True, "capturable": True} if self.on_gpu else {}
         self.optimiser = torch.optim.AdamW(self.parameters, weight_decay=optimiser.weight_decay, **in_memory)
@@ -129,7 +129,8 @@ class TrainStep:
             false_negatives:  int64 [E, 2], the batch's false negatives: pairs that mean the same
 
         Raises:
-            TliError: in the run's first two steps, an adapter without a gradient; on a CPU, a loss that is not finite.
+            TliError: in the run's first two steps, an adapter without a gradient; on a CPU, a loss or a gradient that is not finite, before it
+                changes an adapter.
         """
         lr = self._prepare(position)
         if self.use_cuda_graphs:
@@ -144,7 +145,7 @@ class TrainStep:
                 require_finite(position, losses.sum().item())
             if position < 2 and self.check_gradients:
                 lora.check_gradients(self.decoder, position)
-            measured = self._update(losses)
+            measured = self._update(losses, position)
         self._send(lr, measured)
         self.taken += 1
 
@@ -197,12 +198,15 @@ class TrainStep:
         with record_function(LOSS):
             return self.objective(embeddings, false_negatives)
 
-    def _update(self, losses: Tensor) -> Tensor:
+    def _update(self, losses: Tensor, position: int = 0) -> Tensor:
         """Clip the gradients and let AdamW step; returns the loss, the term for kept text and the gradient norm, fp32 [3]."""
-        if self.on_gpu:
-            self.found_inf.copy_(torch.maximum(self.found_inf, 1 - torch.isfinite(losses.sum()).float()))
         with record_function(OPTIMISER):
             grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            if self.on_gpu:
+                finite = torch.isfinite(losses.sum() + grad_norm)
+                self.found_inf.copy_(torch.maximum(self.found_inf, 1 - finite.float()))
+            else:
+                require_finite(position, grad_norm.item(), "gradient norm")
             if self.settings.clip > 0:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, grad_norm)
             self.optimiser.step()
@@ -249,10 +253,10 @@ def lr_multiplier(step: int, total: int, warmup: int, schedule: str) -> float:
     return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
 
 
-def require_finite(position: int, loss: float) -> None:
-    """Raise ``TliError`` for a loss of step ``position`` that is infinite or no number."""
-    if not math.isfinite(loss):
-        raise TliError(f"step {position + 1}", "the loss must be finite", loss, "lower --lr, or check the model's weights")
+def require_finite(position: int, value: float, what: str = "loss") -> None:
+    """Raise ``TliError`` for a loss, or a gradient norm, of step ``position`` that is infinite or no number."""
+    if not math.isfinite(value):
+        raise TliError(f"step {position + 1}", f"the {what} must be finite", value, "lower --lr, or check the model's weights")
 
 
 def _padded(micro_batches: list[Batch], false_negatives: Tensor) -> Step:
