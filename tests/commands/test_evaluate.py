@@ -471,7 +471,7 @@ def test_reports_that_speak_of_something_else_are_refused(adapter, word_list, tm
         ({"layers": "5"}, "^--layers: .*, got '5'"),
         ({"layers": ""}, "^--layers: "),
         ({"layers": "-1"}, "^--layers: "),
-        ({"seed": -1, "layers": "2"}, "^--seed: the number must be at least 0, got -1"),
+        ({"seed": -1, "layers": "2"}, "^--seed: the number must be at least 0.*got -1"),
         ({"margin": -1.0, "layers": "2"}, "^--margin: the number must be above 0"),
         ({"text": "no-such-file.txt"}, "readable UTF-8 file"),
         ({"weights": "int8"}, "^--weights: the value must be one of full, nf4"),

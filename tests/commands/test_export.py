@@ -216,21 +216,40 @@ def test_a_kill_leaves_nothing_half_and_the_next_export_clears_up(llama, tmp_pat
         f"e._save = slow; e.export(ExportConfig(**{llama!r}, shard_gb=3e-5))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    half, deadline = tmp_path / ".merged.exporting" / "result", time.monotonic() + 120
-    while not list(half.glob("model-*.safetensors")):
+    deadline = time.monotonic() + 120
+    while not (written := list(tmp_path.glob(".merged.*.building/result/model-*.safetensors"))):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline, "no file within two minutes"
         time.sleep(0.02)
-    with pytest.raises(TliError, match="^OUTPUT: one export at a time may write to it, got another that is running; "):
+    with pytest.raises(TliError, match="^OUTPUT: one process at a time may write to it, got another that is running; "):
         run(llama)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "merged").exists()
-    (half / "of-the-killed").touch()
+    (written[0].parent / "of-the-killed").touch()
     run(llama)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "adapter", "merged"}
     assert not (tmp_path / "merged" / "of-the-killed").exists()
     loaded(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("how", ["a link", "a folder"])
+def test_what_stands_where_an_export_is_built_is_never_touched(llama, tmp_path, how):
+    """Whoever may guess its names: of the folder that is being built, and of what a killed export left."""
+    thesis, names = tmp_path / "thesis", (".merged.exporting", ".merged.building", ".merged.abcdefgh.building")
+    (thesis / "result").mkdir(parents=True)
+    (thesis / "result" / "thesis.tex").write_text("mine")
+    for name in names:
+        if how == "a link":
+            # the project may even look like the program's own
+            (thesis / ".tli-building.lock").touch()
+            (tmp_path / name).symlink_to(thesis)
+        else:
+            shutil.copytree(thesis, tmp_path / name)
+    run(llama)
+    loaded(tmp_path / "merged")
+    for folder in (thesis, *(tmp_path / name for name in names)):
+        assert (folder / "result" / "thesis.tex").read_text() == "mine"
 
 
 def test_ctrl_c_leaves_nothing(llama, tmp_path, monkeypatch):

@@ -398,7 +398,7 @@ def test_a_model_that_is_too_small_is_refused_before_anything_is_written(make_mo
 
 @pytest.mark.parametrize(("name", "value"), [("epochs", 0), ("jobs", 0), ("seed", -1)])
 def test_numbers_out_of_range_are_refused(name, value):
-    with pytest.raises(TliError, match=f"--{name}: the number must be at least {value + 1}, got {value}; raise it"):
+    with pytest.raises(TliError, match=rf"--{name}: the number must be at least {value + 1}( and at most \d+)?, got {value}; raise it"):
         ProtocolConfig(**{name: value})
 
 
@@ -415,6 +415,47 @@ def test_overwriting_begins_anew(finished, model, word_list, tmp_path, monkeypat
         protocol(settings(model, word_list, output, epochs=3, overwrite=True))
     assert {path.name for path in output.iterdir()} == {"settings.json", ".protocol.lock", "mine.txt", "random-weights"}
     assert json.loads((output / "settings.json").read_text())["config"]["epochs"] == 3
+
+
+def foreign(output: pathlib.Path, *names: str) -> None:
+    for name in names:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("precious")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["cells/data.csv"], "--output: a folder that is overwritten must be new, empty or a protocol's"),
+        (["random-weights/w.bin"], "--output: a folder that is overwritten must be new, empty or a protocol's"),
+        (["settings.json", "cells/data.csv"], "--output: a folder that is overwritten must be new, empty or a protocol's"),
+    ],
+    ids=["cells", "weights", "settings"],
+)
+def test_overwriting_a_foreign_folder_is_refused(model, word_list, tmp_path, names, said):
+    foreign(tmp_path / "out", *names)
+    with pytest.raises(TliError, match=said):
+        protocol(settings(model, word_list, tmp_path / "out", overwrite=True))
+    assert {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()} == set(names)
+
+
+@pytest.mark.parametrize("name", ["cells/paper/notes.txt", "random-weights/w.bin"])
+def test_overwriting_deletes_nothing_that_no_protocol_wrote(finished, model, word_list, tmp_path, name):
+    output = pathlib.Path(shutil.copytree(finished[0], tmp_path / "out"))
+    foreign(output, name)
+    with pytest.raises(TliError, match=f"what is deleted must have been written by tli, got {pathlib.Path(name).name}; move it elsewhere"):
+        protocol(settings(model, word_list, output, epochs=3, overwrite=True))
+    assert (output / name).read_text() == "precious"
+    assert {path.name for path in (output / "cells").iterdir()} == {path.name for path in (finished[0] / "cells").iterdir()}
+    # nor anything through a link
+    (output / name).unlink()
+    shutil.rmtree(output / "random-weights", ignore_errors=True)
+    shutil.rmtree(output / "cells" / "paper")
+    shutil.copytree(finished[0] / "cells" / "paper", tmp_path / "elsewhere")
+    (output / "cells" / "paper").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(TliError, match="what is deleted must have been written by tli, got paper"):
+        protocol(settings(model, word_list, output, epochs=3, overwrite=True))
+    assert (tmp_path / "elsewhere" / "report.json").is_file()
 
 
 def test_a_killed_protocol_goes_on_where_it_was(finished, model, word_list, tmp_path, monkeypatch):

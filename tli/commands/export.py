@@ -30,8 +30,8 @@ from tli.runtime import environment, ops
 from tli.runtime.cli import as_dict
 from tli.runtime.console import open_console
 from tli.runtime.device import resolve_device
-from tli.runtime.errors import TliError, disk_errors
-from tli.runtime.files import SCHEMA, atomic_write, write_text
+from tli.runtime.errors import TliError
+from tli.runtime.files import SCHEMA, atomic_folder, atomic_write, write_text
 
 # what a model needs beside its weights and config.json
 _BESIDE = (
@@ -99,7 +99,7 @@ def export(config: ExportConfig) -> dict:
         "bytes": sum(sizes.values()),
         "versions": environment.versions(),
     }
-    with _built_beside(output) as folder:
+    with atomic_folder(output, "OUTPUT") as folder:
         _write_weights(source, recorded.adapter, files, dtype, folder, console)
         if len(files) > 1:
             weight_map = {name: file for file, names in files.items() for name in names}
@@ -289,29 +289,3 @@ def _require_room(output: pathlib.Path, needed_bytes: int) -> None:
             f"{free_bytes / 1e9:.2f} GB free",
             "free some space, or name another",
         )
-
-
-@contextlib.contextmanager
-def _built_beside(output: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder that takes the place of ``output`` if the block ends well, and is gone if it does not.
-
-    What a killed export left of it is cleared away first.
-    """
-    import filelock
-
-    building = output.with_name(f".{output.name}.exporting")
-    with disk_errors(output):
-        building.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = filelock.FileLock(building / "lock", blocking=False).acquire()
-        except filelock.Timeout as error:
-            raise TliError("OUTPUT", "one export at a time may write to it", "another that is running", "wait, or name another") from error
-        with lock:
-            try:
-                folder = building / "result"
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                yield folder
-                folder.replace(output)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)

@@ -16,14 +16,21 @@ from typing import Any
 
 import filelock
 
+from tli.model.linear_map import MAP_FILE
+from tli.model.linear_map import REPORT_FILE as MAP_REPORT_FILE
+from tli.model.lora import ADAPTER_FILE, CONFIG_FILE
+from tli.reports.training import FILES as REPORT_FILES
 from tli.runtime.cli import flag
 from tli.runtime.console import stop_signals
 from tli.runtime.environment import cores
 from tli.runtime.errors import TliError, disk_errors
-from tli.runtime.files import write_json
+from tli.runtime.files import remove_unfinished, remove_written, require_written, write_json
+from tli.training.run_logger import METRICS_FILE
 from tli.training.state import STATE_FILE
 
 REPORT = "report.json"
+# all that a cell's run leaves in its folder
+_RUN_FILES = (*REPORT_FILES, ADAPTER_FILE, CONFIG_FILE, MAP_FILE, MAP_REPORT_FILE, METRICS_FILE, STATE_FILE)
 _LOOK_EVERY_S = 0.1
 
 
@@ -114,6 +121,30 @@ def run_cells(cells: Iterable[Cell], folder: pathlib.Path, jobs: int, done: Call
                 process.terminate()
             for _, process, _ in running.values():
                 process.wait()
+
+
+def remove_cells(cells: Iterable[Cell], folder: pathlib.Path) -> None:
+    """Delete these cells out of ``folder``, complete or begun, and the folder if nothing else is in it.
+
+    Raises:
+        TliError: a cell's folder holds what no run wrote, or is a link.
+    """
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    cells = list(cells)
+    own = [path for cell in cells for path in (folder / cell.name, _partial(cell, folder)) if path.is_dir()]
+    # all of them before the first is gone
+    for path in own:
+        remove_unfinished(path)
+        require_written(path, _RUN_FILES)
+    with disk_errors(folder):
+        for path in own:
+            remove_written(path, _RUN_FILES)
+        for cell in cells:
+            for ending in ("lock", "log"):
+                (folder / f".{cell.name}.{ending}").unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def claim_folder(folder: pathlib.Path, name: str, what: str, settings: dict[str, Any], overwrite: bool = False) -> None:

@@ -10,12 +10,11 @@ tables, a figure.
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tli.commands.grid import REPORT, Cell, claim_folder, run_cells
+from tli.commands.grid import REPORT, Cell, claim_folder, remove_cells, run_cells
 from tli.commands.protocol_controls import adapters_everywhere, save_random_model, sink_only
 from tli.config import LIST_OPTIONS, ProtocolConfig, TrainConfig
 from tli.data import word_pairs
@@ -38,7 +37,7 @@ from tli.runtime.cli import as_dict
 from tli.runtime.console import cells_bar, open_console
 from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError, disk_errors
-from tli.runtime.files import SCHEMA, write_json, write_text
+from tli.runtime.files import SCHEMA, remove_written, require_written, write_json, write_text
 
 FILES = ("protocol.json", "protocol.md", "protocol.png")
 # what the option ``model`` says until there is a folder to name
@@ -164,7 +163,8 @@ def protocol(config: ProtocolConfig) -> dict:
             save_random_model(checkpoint, random_folder, config.seed)
     with cells_bar(console, [cell.weight for cell in cells]) as done:
         run_cells(cells, folder, config.jobs, lambda cell: done(cell.weight))
-    shutil.rmtree(random_folder, ignore_errors=True)
+    if random_folder.exists():
+        remove_written(random_folder)
 
     reports = {cell.name: json.loads((folder / cell.name / REPORT).read_text(encoding="utf-8")) for cell in cells}
     rows: list[dict] = []
@@ -218,13 +218,32 @@ def _facts(config: ProtocolConfig, checkpoint: Checkpoint, splits: Mapping[str, 
 def _claim(output: pathlib.Path, facts: dict, overwrite: bool) -> None:
     """Make the folder, or go on in it if it is that of a protocol with the same facts."""
     if overwrite:
-        # nothing of another protocol's may be taken for this one's
-        with disk_errors(output):
-            for name in (*FILES, _SETTINGS):
-                (output / name).unlink(missing_ok=True)
-        for rest in (output / "cells", _random_folder(output)):
-            shutil.rmtree(rest, ignore_errors=True)
+        _make_room(output, facts)
     claim_folder(output, _SETTINGS, "protocol", facts, overwrite)
+
+
+def _make_room(output: pathlib.Path, facts: dict) -> None:
+    """Delete what a protocol left in the folder, and nothing else: none of another's cells may be taken for this one's."""
+    try:
+        known = json.loads((output / _SETTINGS).read_text(encoding="utf-8")).keys() == facts.keys()
+    except FileNotFoundError:
+        if not any(path.exists() for path in (output / "cells", _random_folder(output))):
+            return
+        known = False
+    except (OSError, ValueError, AttributeError):
+        known = False
+    if not known or output.is_symlink():
+        must = "a folder that is overwritten must be new, empty or a protocol's"
+        raise TliError("--output", must, output, "name another with --output")
+    random_folder = _random_folder(output)
+    if random_folder.exists():
+        require_written(random_folder)
+    remove_cells([Cell(switch.name, {}) for switch in ABLATIONS], output / "cells")
+    if random_folder.exists():
+        remove_written(random_folder)
+    with disk_errors(output):
+        for name in (*FILES, _SETTINGS):
+            (output / name).unlink(missing_ok=True)
 
 
 def _numbers(switch: Ablation, report: dict, folder: pathlib.Path, checkpoint: Checkpoint, splits: Mapping[str, Sequence[Pair]]) -> dict:

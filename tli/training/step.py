@@ -129,8 +129,7 @@ class TrainStep:
             false_negatives:  int64 [E, 2], the batch's false negatives: pairs that mean the same
 
         Raises:
-            TliError: in the run's first two steps, an adapter without a gradient; on a CPU, a loss or a gradient that is not finite, before it
-                changes an adapter.
+            TliError: in the run's first two steps, an adapter without a gradient; on a CPU, a loss or a gradient that is not finite.
         """
         lr = self._prepare(position)
         if self.use_cuda_graphs:
