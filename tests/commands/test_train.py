@@ -332,9 +332,15 @@ def test_a_killed_run_resumes_to_the_bytes_of_one_that_was_not(settings, tmp_pat
     assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER_FILES | MAP_FILES
 
 
-def test_a_run_that_was_killed_before_its_first_save_starts_anew(settings, tmp_path):
+def test_a_second_run_is_kept_out_of_the_folder_and_one_that_was_killed_before_its_first_save_starts_anew(settings, tmp_path):
     process = start({**settings, "epochs": 100_000}, save_every_s=1e9)
     wait_for(tmp_path / "out" / METRICS_FILE, process)
+    for option in ("overwrite", "resume"):
+        with pytest.raises(
+            TliError, match="^--output: one run at a time may write to the folder, got another that is writing to .*out; wait"
+        ):
+            run(settings, no_report=True, **{option: True})
+    # the lock dies with the process
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {METRICS_FILE}

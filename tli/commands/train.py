@@ -43,7 +43,7 @@ from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import layer_bar, open_console
 from tli.runtime.device import DeviceConfig, resolve_device
-from tli.runtime.files import SCHEMA, prepare_output_dir, remove_unfinished, sha256
+from tli.runtime.files import SCHEMA, lock_folder, prepare_output_dir, remove_unfinished, sha256
 from tli.training.kept_text import KeptText
 from tli.training.loop import fit
 from tli.training.loss import Objective
@@ -87,8 +87,13 @@ def train(config: TrainConfig) -> dict:
     console = open_console()
     output = pathlib.Path(config.output).expanduser()
     trained, held_out = _read_pairs(config, console)
-    state = _claim_output(config, output, trained)
+    with lock_folder(output):
+        return _train(config, output, trained, held_out, console)
 
+
+def _train(config: TrainConfig, output: pathlib.Path, trained: DiskBackedPairs, held_out: DiskBackedPairs, console) -> dict:
+    """The run, in an output folder that no other is writing to."""
+    state = _claim_output(config, output, trained)
     checkpoint = open_checkpoint(starter.locate(config.model))
     kept = read_kept_texts(config.keep, checkpoint) if config.keep_weight else []
     tokenizer = checkpoint.tokenizer()

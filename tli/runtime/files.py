@@ -150,6 +150,37 @@ def sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def lock_folder(folder: pathlib.Path, where: str = "--output") -> Iterator[None]:
+    """Make ``folder`` if it is not there, and keep other processes that ask for it out of it while the context is open.
+
+    The lock is on the folder itself, leaves no file, and dies with its process. Where a system locks no folders there is none.
+
+    Raises:
+        TliError: another process has it, or it is no folder.
+    """
+    with disk_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise TliError(where, "the output must be a folder", f"the file {folder}", "name another")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ModuleNotFoundError:
+            yield
+            return
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            must = "one run at a time may write to the folder"
+            raise TliError(where, must, f"another that is writing to {folder}", "wait, or name another folder") from error
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def prepare_output_dir(folder: pathlib.Path, overwrite: bool) -> None:
     """Make ``folder`` for a run's output; one that holds something already is refused unless ``overwrite`` is set.
 
