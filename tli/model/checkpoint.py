@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tli.model import hub
 from tli.model.families import FAMILIES, family_of
-from tli.model.safetensors_io import advise_random_access, read_tensor
+from tli.model.safetensors_io import advise_random_access, describe, read_tensor
 from tli.model.shape import QUANTISED, Layer, original_of, require_unquantised
 from tli.runtime import ops
 from tli.runtime.errors import TliError, one_line
@@ -358,9 +358,14 @@ def _shard_of(name: str, folder: pathlib.Path | None, plain: dict) -> dict[str, 
                 shard_of |= dict.fromkeys(shard.keys(), file)
         return shard_of
     try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        # what lies elsewhere is not the checkpoint's
+        strays = [file for file in shard_of.values() if pathlib.PurePath(file).name != file]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TliError(index, "the index must be JSON with a weight_map", one_line(error), "download it again") from error
+    if strays:
+        raise TliError(index, "every file of the index must lie beside it", repr(strays[0]), "choose another model")
+    return shard_of
 
 
 def _unindexed(folder: pathlib.Path, plain: dict) -> list[str]:
@@ -407,7 +412,8 @@ def _open(path: pathlib.Path):
     try:
         shard = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise TliError(path, "the file must be whole safetensors", one_line(error), "download it again") from error
+        got, remedy = describe(path) or (one_line(error), "download it again")
+        raise TliError(path, "the file must be whole safetensors", got, remedy) from error
     with shard as opened:
         yield opened
 

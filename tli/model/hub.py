@@ -6,6 +6,7 @@ An 8B model's final norm is 8 KB in a shard of gigabytes, and three requests for
 from __future__ import annotations
 
 import functools
+import hashlib
 import pathlib
 import socket
 import typing
@@ -90,7 +91,14 @@ def fetch_tensor(repository: str, revision: str, file: str, name: str) -> Tensor
 
     from tli.model.safetensors_io import parse_tensor
 
-    kept = cache_folder() / "tensors" / repository.replace("/", "--") / revision / f"{name}.safetensors"
+    # a tensor's name is whatever the repository says, and must be no path
+    kept = (
+        cache_folder()
+        / "tensors"
+        / repository.replace("/", "--")
+        / revision
+        / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
+    )
     if kept.is_file():
         return load(kept.read_bytes())[name]
     try:
