@@ -474,6 +474,8 @@ BAD = {
     "no such folder": (["--model", "{tmp}/absent"], "--model: the model must be a folder or a hub name"),
     "batch": (["--batch", "1"], "--batch: the number must be at least 2, got 1; "),
     "device": (["--device", "cuda:7"], "--device: the device must be on this machine, got cuda:7; "),
+    "device without numbers": (["--device", "meta"], "--device: the device must be cpu, cuda or cuda:N, got meta; "),
+    "second cpu": (["--device", "cpu:1"], "--device: the device must be cpu, cuda or cuda:N, got cpu:1; "),
     "fused": (["--impl", "fused", "--device", "cpu", "--dtype", "bfloat16"], "--impl: the fused ops must be able to run"),
     "wrong number": (["--rank", "many"], 'got Invalid value for --rank: unable to convert "many" into int; see --help'),
     "wrong flag": (["--ranks", "3"], "got Unknown option: --ranks. Did you mean --rank?; see --help"),

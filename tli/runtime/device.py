@@ -62,6 +62,9 @@ def resolve_device(
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise TliError("--device", "the device must be on this machine", device, "use --device cpu") from error
+    # torch knows devices that hold no numbers, or that nothing here was tried on
+    if chosen.type != "cuda" and str(chosen) not in ("cpu", "cpu:0"):
+        raise TliError("--device", "the device must be cpu, cuda or cuda:N", device, "use --device cpu")
     if chosen.type == "cpu":
         cpu.set_cpu_threads()
         cpu.limit_onednn_cache()
