@@ -29,7 +29,7 @@ def whole_states(folder, tokens: np.ndarray, lengths: np.ndarray) -> list[torch.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     mask = torch.from_numpy(np.arange(tokens.shape[1]) < lengths[:, None])
     with torch.no_grad():
-        return model.model(torch.from_numpy(tokens), attention_mask=mask.long(), output_hidden_states=True).hidden_states
+        return model.base_model(torch.from_numpy(tokens), attention_mask=mask.long(), output_hidden_states=True).hidden_states
 
 
 def relative_error(packed: torch.Tensor, whole: torch.Tensor, batch, lengths) -> float:
@@ -198,7 +198,7 @@ def damage(folder, kind: str) -> None:
         config = json.loads((folder / "config.json").read_text())
         config |= {
             "misshapen": {"intermediate_size": 80},
-            "family": {"model_type": "gpt2"},
+            "family": {"model_type": "mpt"},
             "unknown": {"model_type": "no-such-family"},
             "quantised": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
             "more blocks": {"num_hidden_layers": 9},
@@ -216,7 +216,7 @@ def damage(folder, kind: str) -> None:
         ("no weights", "the folder must hold model.safetensors, got none; "),
         ("no tokenizer", "the tokenizer must be readable, got "),
         ("misshapen", "must have the shape 80x48 that config.json implies, got 96x48; "),
-        ("family", "known to truncate exactly .*, got gpt2; "),
+        ("family", "known to truncate exactly .*, got mpt; "),
         ("unknown", "config.json must describe a model that transformers knows, got "),
         ("quantised", "the weights must be unquantised or bitsandbytes' NF4, got "),
         ("more blocks", "must hold the tensor model.layers.4"),

@@ -1,6 +1,7 @@
 """The injector: its arithmetic, its refusals, and its files against the real peft in both directions."""
 
 import json
+import re
 import warnings
 
 import numpy as np
@@ -164,16 +165,18 @@ def assert_words_equal(packed, padded, batch, words) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"targets": "q_proj,v_proj"},
-        {"targets": "all-linear", "rslora": True},
-        {"targets": r"layers\.0\.self_attn\.q_proj|layers\.1\.mlp\.up_proj"},
+        # q_proj,v_proj and so on
+        {"targets": lambda names, blocks: ",".join(path.rpartition(".")[2] for path in (names[0], names[2]))},
+        {"targets": lambda names, blocks: "all-linear", "rslora": True},
+        {"targets": lambda names, blocks: rf"{blocks}\.0\.{re.escape(names[0])}|{blocks}\.1\.{re.escape(names[-2])}"},
     ],
     ids=["two", "all", "differing"],
 )
 def test_peft_reads_what_we_write_on_the_whole_model(make_model, tokenizer, tmp_path, family, settings):
     folder = make_model(family)
     decoder, words, batch = truncated(folder, tokenizer)
-    config = lora.LoRAConfig(rank=3, alpha=5.5, dropout=0.1, **settings)
+    targets = settings["targets"](list(FAMILIES[family].linear), FAMILIES[family].blocks)
+    config = lora.LoRAConfig(rank=3, alpha=5.5, dropout=0.1, **{**settings, "targets": targets})
     lora.inject(decoder, config)
     shake(decoder)
     lora.save(decoder, config, tmp_path, base_model=str(folder))

@@ -315,7 +315,7 @@ def test_the_starters_sizes_are_its_configs(starter):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("{", "must be JSON"), ("[]", "must be an object"), ('{"model_type": "gpt2"}', "family"), ('{"model_type": "llama"}', "sizes")],
+    [("{", "must be JSON"), ("[]", "must be an object"), ('{"model_type": "mpt"}', "family"), ('{"model_type": "llama"}', "sizes")],
 )
 def test_a_broken_config_is_one_line(content, said, tmp_path):
     (tmp_path / "config.json").write_text(content)

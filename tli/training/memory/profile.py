@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity
 
+from tli.model.families import embedding_of
 from tli.runtime import ops
 from tli.runtime.environment import process_memory
 from tli.runtime.files import atomic_write
@@ -71,7 +72,7 @@ class Profile:
         curves_sum = np.sum([curves[name] for name in _STEP], axis=0)
         top = int(curves_sum.argmax())
         adapters = 12 * sum(parameter.numel() for parameter in parameters)
-        embedding = _bytes(decoder.embed_tokens.weight)
+        embedding = _bytes(embedding_of(decoder).weight)
         rows = embedding + sum(_bytes(weight.products) for weight in _weights(decoder) if isinstance(weight, ops.TokenTable))
         bytes_of = {
             "weights": sum(_bytes(tensor) for tensor in _frozen(decoder)) - embedding,
