@@ -269,11 +269,11 @@ class Checkpoint:
 
 def context_length(checkpoint: Checkpoint) -> int:
     """How many tokens the model sees at once, in every block."""
-    config = checkpoint.config
+    config, context = checkpoint.config, checkpoint.family.context
     # of a family that has both kinds of block, a model may use one
-    positions = getattr(config, "max_position_embeddings", checkpoint.family.context)
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    return min(positions, (windowed and getattr(config, "sliding_window", None)) or math.inf)
+    window = (windowed and getattr(config, "sliding_window", None)) or math.inf
+    return min(config.max_position_embeddings if context is None else context, window)
 
 
 def open_checkpoint(name: str) -> Checkpoint:

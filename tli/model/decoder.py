@@ -128,7 +128,7 @@ def _use_frozen_linear(blocks: nn.ModuleList, family: Family, ops: Ops) -> None:
             child: typing.Any = block.get_submodule(path)
             if family.transposed:
                 weight, bias = child.weight, child.bias
-                child = nn.Linear(*weight.shape, dtype=weight.dtype)
+                child = nn.Linear(weight.shape[0], weight.shape[1], dtype=weight.dtype)
                 child.bias = bias
                 setattr(block.get_submodule(owner), name, child)
             child.__class__ = FrozenLinear
@@ -178,7 +178,7 @@ def load_block(checkpoint: Checkpoint, block: nn.Module, index: int, device_conf
         turned = checkpoint.family.transposed and local in linear
         # one by one: as long as a tensor of a file is held, all of the file that was read counts as this process's memory
         tensor = checkpoint.read({full: tuple(reversed(parameter.shape)) if turned else tuple(parameter.shape)})[full]
-        _set(block, local, _placed(tensor.T if turned else tensor, device_config, local in linear))
+        _set(block, local, _placed(tensor.T.contiguous() if turned else tensor, device_config, local in linear))
         del tensor
     return_freed_memory()
 

@@ -57,6 +57,7 @@ class Family:
     base              path of the decoder in the class that AutoModel builds
     blocks            the list of blocks in the decoder; embedding and norm likewise
     beside            further modules of the decoder with weights: learned positions, a norm behind the embedding
+    rows_beside       how many rows as wide as the model they hold, by its config
     linear            its blocks' linear layers, as ``LINEAR``
     tables            those whose input depends on the token alone in block 0
     transposed        linear layers are Conv1D: their weights are stored as [K, N]
@@ -76,7 +77,8 @@ class Family:
     rotary_kinds      how many sets of rotary frequencies its blocks have
     only_eager        transformers has no fused attention for it
     alibi             positions are ALiBi's, a bias of each key (``decoder.py`` takes depths for them)
-    bounded           what a step takes is predicted as no less than it is, not tensor by tensor
+    kept_inside       tensors as wide as the MLP's inside that its activation keeps for the backward pass: with it what a step takes is
+                      predicted to be no less than it is, without it tensor by tensor
     """
 
     config_defaults: Config
@@ -91,6 +93,7 @@ class Family:
     embedding: str = "embed_tokens"
     norm: str = "norm"
     beside: tuple[str, ...] = ()
+    rows_beside: typing.Callable[[Config], int] = lambda config: 0
     linear: dict[str, tuple[str, str]] = dataclasses.field(default_factory=lambda: LINEAR)
     tables: tuple[str, ...] = _QKV
     transposed: bool = False
@@ -107,7 +110,7 @@ class Family:
     rotary_kinds: int = 1
     only_eager: bool = False
     alibi: bool = False
-    bounded: bool = False
+    kept_inside: int | None = None
 
     def read(self, config: Config, name: str) -> Config:
         """A ``config.json`` with the sizes under Llama's names and what it leaves out.
@@ -122,6 +125,17 @@ class Family:
                 must = f"{key} in config.json must be {value} in a model of the family {config.get('model_type')}"
                 raise TliError(name, must, said[key], "choose another model of the family, or of another one")
         return self.config_defaults | said | {common: said[own] for common, own in self.aliases.items() if own in said}
+
+
+def _falcon_key_heads(config: Config) -> int:
+    if config.get("new_decoder_architecture"):
+        return config.get("num_kv_heads", config["num_attention_heads"])
+    return 1 if config["multi_query"] else config["num_attention_heads"]
+
+
+def _falcon_norms(config: Config) -> int:
+    of_parallel = config.get("num_ln_in_parallel_attn", 2 if config.get("new_decoder_architecture") else 1)
+    return of_parallel if config["parallel_attn"] else 2
 
 
 _GEMMA = {"head_dim": 256, "num_key_value_heads": 4, "num_attention_heads": 8}
@@ -152,7 +166,7 @@ FAMILIES = {
         },
         tables=("self_attn.qkv_proj",),
         biases={},
-        bounded=True,
+        kept_inside=3,
     ),
     "stablelm": Family(
         {"num_key_value_heads": 32},
@@ -163,7 +177,7 @@ FAMILIES = {
         norm_biases=True,
         head_norms="qk_layernorm",
         across_heads=True,
-        bounded=True,
+        kept_inside=3,
     ),
     "cohere": Family(
         {},
@@ -173,7 +187,7 @@ FAMILIES = {
         norms=lambda config: 1,
         head_norms="use_qk_norm",
         across_heads=True,
-        bounded=True,
+        kept_inside=3,
     ),
     "cohere2": Family(
         {},
@@ -181,7 +195,7 @@ FAMILIES = {
         layer_norm=True,
         norm_eps="layer_norm_eps",
         norms=lambda config: 1,
-        bounded=True,
+        kept_inside=3,
     ),
     "gpt_neox": Family(
         {"attention_bias": True},
@@ -194,7 +208,7 @@ FAMILIES = {
         layer_norm=True,
         norm_eps="layer_norm_eps",
         norm_biases=True,
-        bounded=True,
+        kept_inside=2,
     ),
     "gpt2": Family(
         {},
@@ -212,6 +226,7 @@ FAMILIES = {
         embedding="wte",
         norm="ln_f",
         beside=("wpe",),
+        rows_beside=lambda config: config.get("max_position_embeddings", 1024),
         linear={"attn.c_attn": ("qkk", "d"), "attn.c_proj": ("d", "q"), "mlp.c_fc": ("i", "d"), "mlp.c_proj": ("d", "i")},
         tables=(),
         transposed=True,
@@ -219,7 +234,7 @@ FAMILIES = {
         layer_norm=True,
         norm_eps="layer_norm_epsilon",
         norm_biases=True,
-        bounded=True,
+        kept_inside=5,
     ),
     "opt": Family(
         {"enable_bias": True},
@@ -235,12 +250,14 @@ FAMILIES = {
         base="decoder",
         norm="final_layer_norm",
         beside=("embed_positions",),
+        # two rows in front of the first position's
+        rows_beside=lambda config: config.get("max_position_embeddings", 2048) + 2,
         linear=_FAIRSEQ,
         tables=(),
         biases={"enable_bias": ("k_proj", "v_proj", "q_proj", "out_proj", "fc1", "fc2")},
         layer_norm=True,
         norm_biases=True,
-        bounded=True,
+        kept_inside=1,
     ),
     "xglm": Family(
         {},
@@ -254,13 +271,14 @@ FAMILIES = {
         needs={"add_cross_attention": False, "pad_token_id": 1},
         norm="layer_norm",
         beside=("embed_positions",),
+        rows_beside=lambda config: config.get("max_position_embeddings", 2048) + 2,
         linear=_FAIRSEQ,
         tables=(),
         biases={"always": ("k_proj", "v_proj", "q_proj", "out_proj", "fc1", "fc2")},
         layer_norm=True,
         norm_biases=True,
         only_eager=True,
-        bounded=True,
+        kept_inside=2,
     ),
     "bloom": Family(
         {},
@@ -273,6 +291,7 @@ FAMILIES = {
         embedding="word_embeddings",
         norm="ln_f",
         beside=("word_embeddings_layernorm",),
+        rows_beside=lambda config: 2,
         linear={_FUSED_QKV: ("qkk", "d"), "self_attention.dense": ("d", "q"), **_DENSE},
         tables=(_FUSED_QKV,),
         biases={"always": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")},
@@ -281,17 +300,13 @@ FAMILIES = {
         norm_biases=True,
         only_eager=True,
         alibi=True,
-        bounded=True,
+        kept_inside=3,
     ),
     "falcon": Family(
         {"multi_query": True, "parallel_attn": True},
         aliases={"intermediate_size": "ffn_hidden_size"},
         inside=4,
-        key_heads=lambda config: (
-            config.get("num_kv_heads", config["num_attention_heads"])
-            if config.get("new_decoder_architecture")
-            else (1 if config["multi_query"] else config["num_attention_heads"])
-        ),
+        key_heads=_falcon_key_heads,
         needs={"alibi": False},
         causal_lm="transformer",
         blocks="h",
@@ -302,13 +317,9 @@ FAMILIES = {
         biases={"bias": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")},
         layer_norm=True,
         norm_eps="layer_norm_epsilon",
-        norms=lambda config: (
-            1
-            if config["parallel_attn"] and config.get("num_ln_in_parallel_attn", 2 if config.get("new_decoder_architecture") else 1) != 2
-            else 2
-        ),
+        norms=_falcon_norms,
         norm_biases=True,
-        bounded=True,
+        kept_inside=2,
     ),
 }
 # of Conv1D layers, for which PEFT says fan_in_fan_out

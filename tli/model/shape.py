@@ -33,6 +33,7 @@ class Shape:
     biases      last names of the linear layers that have them
     norms       norms of a block that are as wide as the model
     head_norms  queries and keys have norms, too
+    beside      numbers held beside embedding, blocks and final norm: learned positions, a norm behind the embedding
     """
 
     family: str
@@ -46,6 +47,7 @@ class Shape:
     biases: tuple[str, ...]
     norms: int = 2
     head_norms: bool = False
+    beside: int = 0
 
     @classmethod
     def from_config(cls, config: dict, name: str) -> Shape:
@@ -70,12 +72,18 @@ class Shape:
             raise TliError(name, "config.json must give the model's sizes", repr(error), "check the file") from error
         biases = tuple(path for key, paths in traits.biases.items() if key == "always" or config.get(key) for path in paths)
         head_norms = bool(config.get(traits.head_norms) if isinstance(traits.head_norms, str) else traits.head_norms)
-        return cls(family, blocks, width, hidden, heads, keys, head_dim, vocabulary, biases, traits.norms(config), head_norms)
+        beside = width * traits.rows_beside(config)
+        return cls(family, blocks, width, hidden, heads, keys, head_dim, vocabulary, biases, traits.norms(config), head_norms, beside)
 
     @property
     def traits(self) -> Family:
         """What sets its family apart."""
         return FAMILIES[self.family]
+
+    @property
+    def down(self) -> str:
+        """The path of the linear layer that ends the MLP."""
+        return next(reversed(self.traits.linear))
 
     @property
     def queries(self) -> int:
