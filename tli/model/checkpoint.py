@@ -272,8 +272,8 @@ def context_length(checkpoint: Checkpoint) -> int:
     config, context = checkpoint.config, checkpoint.family.context
     # of a family that has both kinds of block, a model may use one
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    window = (windowed and getattr(config, "sliding_window", None)) or math.inf
-    return min(config.max_position_embeddings if context is None else context, window)
+    positions: Any = config.max_position_embeddings if context is None else context
+    return min(positions, (windowed and getattr(config, "sliding_window", None)) or math.inf)
 
 
 def open_checkpoint(name: str) -> Checkpoint:

@@ -129,7 +129,7 @@ class Family:
 
 def _falcon_key_heads(config: Config) -> int:
     if config.get("new_decoder_architecture"):
-        return config.get("num_kv_heads", config["num_attention_heads"])
+        return int(config.get("num_kv_heads") or config["num_attention_heads"])
     return 1 if config["multi_query"] else config["num_attention_heads"]
 
 

@@ -211,7 +211,7 @@ def saved_at_most(run: Run, block: int) -> float:
     low = 4 if run.fused or run.in_float32 else e
     saved = sum(low * t * run.rank * _low_rank_parts(run, shape.linear()[path][1]) for path in adapted)
     saved += sum((e + (e + 1) * bool(run.dropout and run.exact)) * t * shape.linear()[path][1] for path in adapted)
-    saved += 4 * t * (d + 2) * shape.norms + 4 * t * (q + kv) * shape.head_norms + e * t * i * shape.traits.kept_inside
+    saved += 4 * t * (d + 2) * shape.norms + 4 * t * (q + kv) * shape.head_norms + e * t * i * (shape.traits.kept_inside or 0)
     saved += 4 * e * t * q
     return saved + (part.bins * shape.heads * part.width**2 * (4 + 2 * e * (e < 4)) if run.eager else 4 * t * shape.heads)
 

@@ -99,7 +99,7 @@ class Profile:
 
 def _frozen(decoder: nn.Module) -> list[torch.Tensor]:
     """The decoder's frozen tensors, each once; of a packed weight its parts."""
-    found = {id(parameter): parameter for parameter in decoder.parameters() if not parameter.requires_grad}
+    found: dict[int, torch.Tensor] = {id(parameter): parameter for parameter in decoder.parameters() if not parameter.requires_grad}
     # sinusoidal positions
     for path in traits_of(decoder).beside:
         found |= {id(buffer): buffer for buffer in decoder.get_submodule(path).buffers()}
