@@ -23,16 +23,27 @@ BUILT_DIFFERENTLY = [name for name, family in FAMILIES.items() if family.kept_in
 
 @pytest.fixture
 def settings(make_model, word_list, tmp_path):
-    """A run of four steps on a family's model."""
+    """A run of twelve steps on a family's model."""
 
     def of(family: str, **more) -> dict:
-        options = {"layer": 2, "rank": 4, "batch": 27, "epochs": 2, "warmup": 1, "output": str(tmp_path / "adapter"), "dtype": "float32"}
+        options = {
+            "layer": 2,
+            "rank": 4,
+            "batch": 27,
+            "epochs": 6,
+            "lr": 3e-3,
+            "warmup": 1,
+            "output": str(tmp_path / "adapter"),
+            "dtype": "float32",
+        }
         return {"model": str(make_model(family)), "pairs": str(word_list), **options, **more}
 
     return of
 
 
-@pytest.mark.parametrize("family", BUILT_DIFFERENTLY)
+@pytest.mark.parametrize(
+    "family", [name if name in ("gpt2", "bloom") else pytest.param(name, marks=pytest.mark.slow) for name in BUILT_DIFFERENTLY]
+)
 def test_a_run_is_measured_embedded_and_exported(settings, tmp_path, family, capsys):
     options = settings(family, no_report=True)
     report = train(TrainConfig(**{**options, "no_report": False}))
@@ -70,6 +81,7 @@ def test_a_run_is_measured_embedded_and_exported(settings, tmp_path, family, cap
     assert scanned["config"]["token_norm"] == report["config"]["token_norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", BUILT_DIFFERENTLY)
 @pytest.mark.parametrize(
     "more", [{"dtype": "auto"}, {"dtype": "bfloat16", "weights": "nf4"}, {"arm": "full", "checkpointing": True}], ids=str

@@ -198,12 +198,16 @@ def test_peft_reads_what_we_write_on_the_whole_model(make_model, tokenizer, tmp_
 
 
 @pytest.mark.parametrize("transformed", [[0, 1], None], ids=["two blocks", "all blocks"])
-def test_we_read_what_peft_writes(make_model, tokenizer, tmp_path, transformed):
-    folder = make_model("llama")
+@pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("llama", ["k_proj", "gate_proj"]), ("gpt2", ["c_attn", "c_proj"]), ("opt", ["v_proj", "fc1"]), ("gpt_neox", ["query_key_value"])],
+)
+def test_we_read_what_peft_writes(make_model, tokenizer, tmp_path, transformed, dora, family, targets):
+    folder = make_model(family)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = get_peft_model(
-        model, LoraConfig(r=3, lora_alpha=7, target_modules=["k_proj", "gate_proj"], layers_to_transform=transformed, use_rslora=True)
-    )
+    settings = {"target_modules": targets, "fan_in_fan_out": FAMILIES[family].transposed, "use_dora": dora}
+    model = get_peft_model(model, LoraConfig(r=3, lora_alpha=7, layers_to_transform=transformed, use_rslora=True, **settings))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

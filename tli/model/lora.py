@@ -385,7 +385,7 @@ def _targets(decoder: "Decoder", index: int, targets: str) -> list[str]:
         names = [name.strip() for name in targets.split(",")]
         unknown = [name for name in names if not any(path.rpartition(".")[2] == name for path in linear)]
         if unknown:
-            available = ", ".join(path.rpartition(".")[2] for path in linear)
+            available = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in linear))
             raise TliError(
                 "--targets", f"each target must be a linear layer of the model ({available})", ", ".join(unknown), "choose among these"
             )
