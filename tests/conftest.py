@@ -19,11 +19,12 @@ interpreter.mend_bfloat16()
 
 # what sets a family apart, where its defaults would hide it: narrow windows, which alternate with full attention in families that have
 # both; Granite's multipliers, which are 1 unless set; blocks without positions among few
-_WINDOWED = ("mistral", "ministral", "gemma2", "gemma3_text", "olmo3", "exaone4")
+_WINDOWED = ("mistral", "ministral", "gemma2", "gemma3_text", "olmo3", "exaone4", "vaultgemma")
 _APART = {
     **dict.fromkeys(_WINDOWED, {"sliding_window": 24}),
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1, "logits_scaling": 3.0},
     "smollm3": {"no_rope_layer_interval": 2},
+    "ernie4_5": {"use_bias": True},
     # a part of a head is turned
     "stablelm": {"partial_rotary_factor": 0.5, "use_qkv_bias": True},
     "gpt_neox": {"rotary_pct": 0.5},

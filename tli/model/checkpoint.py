@@ -27,9 +27,11 @@ from tli.runtime.errors import TliError, one_line
 
 # of the embedding table, enough to tell two models apart
 _HASHED_ROWS = 64
-# what the names of a decoder's tensors end in: weights, biases, old models' frequencies and masks, and the parts of an NF4 weight
+# what the names of a decoder's tensors end in: weights, biases, an activation's numbers, old models' frequencies and masks, and the parts
+# of an NF4 weight
 _UNDERSTOOD = re.compile(
-    r"\.(weight|bias|inv_freq|masked_bias|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__nf4))$"
+    r"\.(weight|bias|act_fn\.(alpha_[pn]|beta|eps)|inv_freq|masked_bias|"
+    r"weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__nf4))$"
 )
 # what the head's name ends in: old GPT-NeoX's is the second
 HEADS = ("lm_head.weight", "embed_out.weight")

@@ -174,10 +174,10 @@ def _config(checkpoint: Checkpoint, blocks: int) -> typing.Any:
 def load_block(checkpoint: Checkpoint, block: nn.Module, index: int, device_config: DeviceConfig) -> None:
     """Read block ``index`` of the checkpoint into ``block``, frozen; packed NF4 weights only where the ops compute from them."""
     linear = {f"{path}.weight" for path, module in block.named_modules() if isinstance(module, nn.Linear)}
-    for full, (local, parameter) in block_tensors(checkpoint.family, block, index).items():
+    for full, (local, empty) in block_tensors(checkpoint.family, block, index).items():
         turned = checkpoint.family.transposed and local in linear
         # one by one: as long as a tensor of a file is held, all of the file that was read counts as this process's memory
-        tensor = checkpoint.read({full: tuple(reversed(parameter.shape)) if turned else tuple(parameter.shape)})[full]
+        tensor = checkpoint.read({full: tuple(reversed(empty.shape)) if turned else tuple(empty.shape)})[full]
         _set(block, local, _placed(tensor.T.contiguous() if turned else tensor, device_config, local in linear))
         del tensor
     return_freed_memory()
@@ -233,9 +233,9 @@ def _placed(tensor: Tensor | ops.NF4Weight, device_config: DeviceConfig, linear:
     return nn.Parameter(tensor.to(device_config.device, device_config.dtype, copy=True), requires_grad=False)
 
 
-def block_tensors(family: Family, block: nn.Module, index: int) -> dict[str, tuple[str, nn.Parameter]]:
-    """A block's parameters by name in the checkpoint: name -> (name in the block, parameter)."""
-    return {f"{family.blocks}.{index}.{local}": (local, parameter) for local, parameter in block.named_parameters()}
+def block_tensors(family: Family, block: nn.Module, index: int) -> dict[str, tuple[str, Tensor]]:
+    """A block's parameters, and buffers that are saved, by name in the checkpoint: name -> (name in the block, tensor)."""
+    return {f"{family.blocks}.{index}.{local}": (local, tensor) for local, tensor in block.state_dict(keep_vars=True).items()}
 
 
 def load_full_decoder(checkpoint: Checkpoint, vocab_ids: np.ndarray | None, device_config: DeviceConfig) -> "Decoder":

@@ -32,7 +32,8 @@ _FAIRSEQ = {
     "fc2": ("d", "i"),
 }
 
-_LLAMA_BIASES = {"attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp_bias": ("gate_proj", "up_proj", "down_proj")}
+_Q_K_V = ("q_proj", "k_proj", "v_proj")
+_LLAMA_BIASES = {"attention_bias": (*_Q_K_V, "o_proj"), "mlp_bias": ("gate_proj", "up_proj", "down_proj")}
 
 Config = dict[str, typing.Any]
 
@@ -69,6 +70,7 @@ class Family:
     norm_eps          the entry with the norms' epsilon
     norms             how many norms a block has, by its config
     norm_biases       norms have biases
+    numbers           what else a block holds, in single numbers: those of a trained activation
     norm_offset       what its norms add to the stored weight
     norms_behind      attention and MLP have a norm behind them, too
     head_norms        queries and keys have a norm for each head, or the entry that says so
@@ -102,6 +104,7 @@ class Family:
     norm_eps: str = "rms_norm_eps"
     norms: typing.Callable[[Config], int] = lambda config: 2
     norm_biases: bool = False
+    numbers: int = 0
     norm_offset: float = 0.0
     norms_behind: bool = False
     head_norms: bool | str = False
@@ -143,7 +146,7 @@ _GEMMA = {"head_dim": 256, "num_key_value_heads": 4, "num_attention_heads": 8}
 FAMILIES = {
     "llama": Family({"mlp_bias": False}),
     "mistral": Family({"num_key_value_heads": 8}),
-    "qwen2": Family({"num_key_value_heads": 32}, biases={"always": ("q_proj", "k_proj", "v_proj")}),
+    "qwen2": Family({"num_key_value_heads": 32}, biases={"always": _Q_K_V}),
     "qwen3": Family({"head_dim": 128, "num_key_value_heads": 32}, head_norms=True),
     "granite": Family({"mlp_bias": False}),
     "smollm3": Family({"num_key_value_heads": 4}),
@@ -156,6 +159,23 @@ FAMILIES = {
     "exaone4": Family({}, head_norms=True),
     "gemma2": Family({**_GEMMA, "attn_logit_softcapping": 50.0}, norm_offset=1.0, norms_behind=True, soft_caps=True),
     "gemma3_text": Family({**_GEMMA, "vocab_size": 262208}, norm_offset=1.0, norms_behind=True, head_norms=True, rotary_kinds=2),
+    "vaultgemma": Family({**_GEMMA, "attn_logit_softcapping": 50.0}, norm_offset=1.0, soft_caps=True),
+    "seed_oss": Family(
+        {"head_dim": 128, "num_key_value_heads": 8, "attention_bias": True},
+        biases={"attention_bias": _Q_K_V, "attention_out_bias": ("o_proj",), "mlp_bias": ("gate_proj", "up_proj", "down_proj")},
+    ),
+    "ernie4_5": Family(
+        {"head_dim": 128, "num_key_value_heads": 2},
+        biases={"use_bias": (*_Q_K_V, "o_proj", "gate_proj", "up_proj", "down_proj")},
+    ),
+    "apertus": Family(
+        {},
+        linear={path: sizes for path, sizes in LINEAR.items() if path != "mlp.gate_proj"},
+        biases={"attention_bias": (*_Q_K_V, "o_proj")},
+        head_norms=True,
+        numbers=4,
+        kept_inside=6,
+    ),
     "phi3": Family(
         {},
         linear={
@@ -170,7 +190,7 @@ FAMILIES = {
     ),
     "stablelm": Family(
         {"num_key_value_heads": 32},
-        biases={"use_qkv_bias": ("q_proj", "k_proj", "v_proj")},
+        biases={"use_qkv_bias": _Q_K_V},
         layer_norm=True,
         norm_eps="layer_norm_eps",
         norms=lambda config: 1 if config.get("use_parallel_residual") else 2,
@@ -181,7 +201,7 @@ FAMILIES = {
     ),
     "cohere": Family(
         {},
-        biases={"attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj")},
+        biases={"attention_bias": (*_Q_K_V, "o_proj")},
         layer_norm=True,
         norm_eps="layer_norm_eps",
         norms=lambda config: 1,
@@ -191,7 +211,7 @@ FAMILIES = {
     ),
     "cohere2": Family(
         {},
-        biases={"attention_bias": ("q_proj", "k_proj", "v_proj", "o_proj")},
+        biases={"attention_bias": (*_Q_K_V, "o_proj")},
         layer_norm=True,
         norm_eps="layer_norm_eps",
         norms=lambda config: 1,

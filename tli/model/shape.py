@@ -105,7 +105,7 @@ class Shape:
         biases = sum(n for path, (n, _) in linear.items() if path.rpartition(".")[2] in self.biases)
         normed = self.queries + self.keys if traits.across_heads else 2 * self.head_dim
         norms = (self.norms + 2 * traits.norms_behind) * self.width * (1 + traits.norm_biases) + normed * self.head_norms
-        return int(numbers * (NF4_BYTES if weights == "nf4" else element)) + element * (biases + norms)
+        return int(numbers * (NF4_BYTES if weights == "nf4" else element)) + element * (biases + norms + traits.numbers)
 
 
 def require_unquantised(config: dict, name: str) -> None:
