@@ -33,7 +33,7 @@ _APART = {
 }
 # entries that the family's models do not read
 _UNREAD = {
-    **dict.fromkeys(("stablelm", "gpt_neox", "gpt2", "opt", "xglm", "falcon"), {"head_dim", "num_key_value_heads"}),
+    **dict.fromkeys(("gpt_neox", "gpt2", "opt", "xglm", "falcon"), {"head_dim", "num_key_value_heads"}),
     "bloom": {"head_dim", "num_key_value_heads", "intermediate_size", "max_position_embeddings"},
     "stablelm": {"head_dim"},
 }

@@ -11,8 +11,9 @@ from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder, run
 from tli.model.families import FAMILIES
-from tli.model.pooling import Pooling
+from tli.model.pooling import Pooling, resolve_token_norm
 from tli.runtime.device import resolve_device
+from tli.runtime.errors import TliError
 from tli.training.loss import Objective
 
 CPU = resolve_device("cpu", "float32")
@@ -69,3 +70,12 @@ def test_loss_and_gradients_equal_the_padded_ones(make_model, tokenizer, family,
     assert largest > 0
     for gradient, padded in zip(gradients, padded_gradients, strict=True):
         assert (gradient - padded).abs().max() < 1e-4 * largest
+
+
+def test_a_layer_norm_is_no_token_norm(make_model):
+    checkpoint = open_checkpoint(str(make_model("gpt_neox")))
+    assert resolve_token_norm("auto", checkpoint) == "rms"
+    with pytest.raises(
+        TliError, match="^--token-norm: the model's final norm must be an RMS norm .*, got gpt_neox's LayerNorm; choose rms"
+    ):
+        Pooling.from_checkpoint("final", checkpoint, CPU.device)
