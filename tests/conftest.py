@@ -25,6 +25,8 @@ _APART = {
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1, "logits_scaling": 3.0},
     "smollm3": {"no_rope_layer_interval": 2},
     "ernie4_5": {"use_bias": True},
+    # the peers of tests/bench would draw from it
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
     # a part of a head is turned
     "stablelm": {"partial_rotary_factor": 0.5, "use_qkv_bias": True},
     "gpt_neox": {"rotary_pct": 0.5},
