@@ -13,16 +13,31 @@ if not torch.cuda.is_available():
 
 from tests.support import interpreter
 from tli.data import word_pairs
+from tli.model.families import FAMILIES
 
 interpreter.mend_bfloat16()
 
 # what sets a family apart, where its defaults would hide it: narrow windows, which alternate with full attention in families that have
 # both; Granite's multipliers, which are 1 unless set; blocks without positions among few
-_WINDOWED = ("mistral", "ministral", "gemma2", "gemma3_text", "olmo3", "exaone4")
+_WINDOWED = ("mistral", "ministral", "gemma2", "gemma3_text", "olmo3", "exaone4", "vaultgemma")
 _APART = {
     **dict.fromkeys(_WINDOWED, {"sliding_window": 24}),
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1, "logits_scaling": 3.0},
     "smollm3": {"no_rope_layer_interval": 2},
+    "ernie4_5": {"use_bias": True},
+    # the peers of tests/bench would draw from it
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+    # a part of a head is turned
+    "stablelm": {"partial_rotary_factor": 0.5, "use_qkv_bias": True},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "cohere": {"logit_scale": 0.7, "use_qk_norm": True},
+    "cohere2": {"sliding_window": 24, "logit_scale": 0.7},
+}
+# entries that the family's models do not read
+_UNREAD = {
+    **dict.fromkeys(("gpt_neox", "gpt2", "opt", "xglm", "falcon"), {"head_dim", "num_key_value_heads"}),
+    "bloom": {"head_dim", "num_key_value_heads", "intermediate_size", "max_position_embeddings"},
+    "stablelm": {"head_dim"},
 }
 
 
@@ -78,7 +93,9 @@ def make_model(tmp_path_factory, tokenizer) -> Callable[..., pathlib.Path]:
             sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": blocks, "vocab_size": len(tokenizer)}
             heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64}
             ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "tie_word_embeddings": tied}
-            config = AutoConfig.for_model(family, **{**sizes, **heads, **ids, **_APART.get(family, {}), **overrides})
+            entries, aliases = {**sizes, **heads, **ids, **_APART.get(family, {}), **overrides}, FAMILIES[family].aliases
+            read = {aliases.get(name, name): value for name, value in entries.items() if name not in _UNREAD.get(family, ())}
+            config = AutoConfig.for_model(family, **read)
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config)
             # the usual initialisation (std 0.02) is so close to linear that errors in masks and positions would not show

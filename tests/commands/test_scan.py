@@ -28,8 +28,8 @@ from tli.metrics.sink import token_lengths
 from tli.model import hidden_states, lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder
-from tli.model.families import FAMILIES
-from tli.model.pooling import Pooling
+from tli.model.families import FAMILIES, norm_of, traits_of
+from tli.model.pooling import Pooling, resolve_token_norm
 from tli.reports.figures.scan import draw_scan
 from tli.reports.scan import show, verdict
 from tli.runtime.cli import parse
@@ -58,8 +58,9 @@ def spell(tokenizer, pairs: list[word_pairs.Pair]) -> TokenisedWords:
     return tokenise(tokenizer, [pair.source for pair in pairs] + [pair.target for pair in pairs], 60, " ")
 
 
-def scanned(folder, words: TokenisedWords, false_negatives: np.ndarray, token_norm: str = "final", adapter=None, **more):
+def scanned(folder, words: TokenisedWords, false_negatives: np.ndarray, token_norm: str = "auto", adapter=None, **more):
     checkpoint = open_checkpoint(str(folder))
+    token_norm = resolve_token_norm(token_norm, checkpoint)
     streams = {"base": None} if adapter is None else {"base": None, "adapter": adapter}
     scans, reason = layer_pass.scan_layers(
         checkpoint, words, false_negatives, Pooling.from_checkpoint(token_norm, checkpoint, CPU.device), CPU, streams, **more
@@ -74,11 +75,11 @@ def one_by_one(model, words: TokenisedWords) -> dict[int | str, list[torch.Tenso
     for begin, end in zip(words.indptr, words.indptr[1:]):
         ids = torch.tensor(words.ids[begin:end])[None].long()
         with torch.no_grad():
-            *hidden, last = model.model(ids, output_hidden_states=True).hidden_states
+            *hidden, last = model.base_model(ids, output_hidden_states=True).hidden_states
             # transformers gives the last layer after the final norm: the one before it is caught where it goes in
             before = []
-            hook = model.model.norm.register_forward_pre_hook(lambda module, inputs, caught=before: caught.append(inputs[0]))
-            model.model(ids)
+            hook = norm_of(model.get_decoder()).register_forward_pre_hook(lambda module, inputs, caught=before: caught.append(inputs[0]))
+            model.base_model(ids)
             hook.remove()
         for layer, states in enumerate([*hidden, *before]):
             found.setdefault(layer, []).append(states[0].double())
@@ -88,11 +89,14 @@ def one_by_one(model, words: TokenisedWords) -> dict[int | str, list[torch.Tenso
 
 def expected(model, words: TokenisedWords, false_negatives: np.ndarray, final_norm: bool) -> dict[tuple, np.ndarray]:
     """(layer, vectors, metric) -> values, by loops over words and pairs."""
+    own_norm = norm_of(model.get_decoder())
+    eps = getattr(model.config, traits_of(model).norm_eps, 1e-5)
     number, alike = len(words) // 2, {tuple(edge) for edge in false_negatives.tolist()}
     found = {}
     for layer, states in one_by_one(model, words).items():
-        # transformers' own norm, in fp64
-        norm = (lambda x: model.model.norm.double()(x)) if final_norm and layer != "output" else (lambda x: x)
+        # transformers' own norm, in fp64; where that is a LayerNorm, the plain one
+        plain = (lambda x: x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()) if traits_of(model).layer_norm else own_norm.double()
+        norm = plain if final_norm and layer != "output" else (lambda x: x)
         for vectors, pool_bos, turn in (
             ("word", False, norm), ("word_bos", True, norm), ("raw", False, lambda x: x), ("raw_bos", True, lambda x: x),
         ):  # fmt: skip
@@ -109,7 +113,7 @@ def expected(model, words: TokenisedWords, false_negatives: np.ndarray, final_no
         share = sink / (sink + [float(lengths.sum()) for lengths in own])
         found[layer, "raw_bos", "sink_share"] = (share[:number] + share[number:]) / 2
         found[layer, "raw_bos", "norm_ratio"] = sink.mean() / float(torch.cat(own).mean())
-    model.model.norm.float()
+    own_norm.float()
     return found
 
 

@@ -41,7 +41,10 @@ def whole_model(folder, adapter, windows) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("family", "tied"), [*((family, True) for family in FAMILIES), ("llama", False), ("qwen3", False)])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [*((family, True) for family in FAMILIES), *((family, False) for family in ("llama", "qwen3", "gpt_neox", "gpt2", "opt"))],
+)
 def test_predictions_are_those_of_the_whole_model_with_pefts_adapter(make_model, text, tmp_path, family, tied):
     folder = make_model(family, tied=tied)
     adapter = save_adapter(folder, tmp_path / "adapter", layer=3)

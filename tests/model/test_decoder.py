@@ -17,6 +17,7 @@ from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder, run
 from tli.model.families import FAMILIES
 from tli.model.hidden_states import stream_layers
+from tli.model.shape import Shape
 from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
 
@@ -29,7 +30,7 @@ def whole_states(folder, tokens: np.ndarray, lengths: np.ndarray) -> list[torch.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     mask = torch.from_numpy(np.arange(tokens.shape[1]) < lengths[:, None])
     with torch.no_grad():
-        return model.model(torch.from_numpy(tokens), attention_mask=mask.long(), output_hidden_states=True).hidden_states
+        return model.base_model(torch.from_numpy(tokens), attention_mask=mask.long(), output_hidden_states=True).hidden_states
 
 
 def relative_error(packed: torch.Tensor, whole: torch.Tensor, batch, lengths) -> float:
@@ -41,22 +42,90 @@ def relative_error(packed: torch.Tensor, whole: torch.Tensor, batch, lengths) ->
     return worst
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_every_family_gives_the_whole_models_states(make_model, tokenizer, family, tied):
-    folder = make_model(family, tied=tied, shards=not tied)
-    words = tokenise(tokenizer, WORDS, window=24)
+def check_states(folder, words, layers) -> None:
+    """Truncated states are the whole model's: bit for bit padded, to rounding packed."""
     ids = words.vocab_ids[tokens_of(words)]
     whole = whole_states(folder, ids, words.lengths)
     attended = torch.from_numpy(np.arange(ids.shape[1]) < words.lengths[:, None])
     checkpoint = open_checkpoint(str(folder))
-    for layer in (1, 2, 3):
+    for layer in layers:
         decoder = load_truncated_decoder(checkpoint, layer, words.vocab_ids, CPU)
         padded = decoder(input_ids=torch.from_numpy(tokens_of(words)), attention_mask=attended.long(), use_cache=False).last_hidden_state
         assert torch.equal(padded[attended], whole[layer][attended])
         batch = to_batch(words.pack(np.arange(len(WORDS)), width=24), torch.float32, CPU.device)
         with torch.no_grad():
             assert relative_error(run(decoder, batch), whole[layer], batch, words.lengths) < 2e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_every_family_gives_the_whole_models_states(make_model, tokenizer, family, tied):
+    folder = make_model(family, tied=tied, shards=not tied)
+    check_states(folder, tokenise(tokenizer, WORDS, window=24), (1, 2, 3))
+
+
+# of one family, what its models differ in
+KINDS = [
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}),
+    ("falcon", {"parallel_attn": False, "multi_query": False}),
+    ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
+    ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    ("cohere", {"use_qk_norm": False, "attention_bias": True}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "n_inner": 80}),
+    ("bloom", {"apply_residual_connection_post_layernorm": True, "num_attention_heads": 3}),
+    ("opt", {"enable_bias": False}),
+    ("xglm", {"scale_embedding": False}),
+    ("phi3", {"sliding_window": 24, "partial_rotary_factor": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("family", "kind"), KINDS, ids=str)
+def test_every_kind_of_model_in_a_family_gives_the_whole_models_states(make_model, tokenizer, family, kind):
+    folder = make_model(family, **kind)
+    check_states(folder, tokenise(tokenizer, WORDS, window=24), (1, 3))
+    # and its weights are as many as config.json implies
+    shape = Shape.from_config(json.loads((folder / "config.json").read_text()), "it")
+    held = [tensor.nbytes for name, tensor in load_file(folder / "model.safetensors").items() if f"{FAMILIES[family].blocks}.0." in name]
+    assert shape.block_bytes("full", 4) == sum(held)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "gpt_neox", "opt"])
+def test_checkpoints_of_a_bare_model_with_old_buffers_are_read(make_model, tokenizer, tmp_path, family):
+    # as the originals on the hub are: without the name of the causal LM's decoder, with masks and frequencies beside the weights
+    folder, words = tmp_path / "model", tokenise(tokenizer, WORDS, window=24)
+    shutil.copytree(make_model(family), folder)
+    inside, first = (
+        f"{FAMILIES[family].causal_lm}.",
+        f"{FAMILIES[family].blocks}.0.{next(iter(FAMILIES[family].linear)).rpartition('.')[0]}",
+    )
+    tensors = {name.removeprefix(inside): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors |= {f"{first}.bias": torch.ones(1, 1, 8, 8).tril().bool(), f"{first}.masked_bias": torch.tensor(-1e9)}
+    tensors |= {f"{first}.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert open_checkpoint(str(folder)).prefix == ""
+    checkpoints = [open_checkpoint(str(path)) for path in (folder, make_model(family))]
+    decoders = [load_truncated_decoder(checkpoint, 2, words.vocab_ids, CPU) for checkpoint in checkpoints]
+    batch = to_batch(words.pack(np.arange(len(WORDS))), torch.float32, CPU.device)
+    assert torch.equal(*(run(decoder, batch) for decoder in decoders))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "said"),
+    [
+        ("falcon", {"alibi": True}, "alibi in config.json must be False in a model of the family falcon, got True; "),
+        ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim in config.json must be 48 in a model of the family opt, got 32; "),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before in config.json must be True .*, got False; "),
+        ("bloom", {"slow_but_exact": True}, "slow_but_exact in config.json must be False .*, got True; "),
+        ("xglm", {"pad_token_id": 3}, "pad_token_id in config.json must be 1 .*, got 3; "),
+    ],
+)
+def test_what_computes_otherwise_within_a_family_is_refused(make_model, family, kind, said):
+    folder = make_model(family, **kind)
+    with pytest.raises(TliError, match=said):
+        open_checkpoint(str(folder))
+    with pytest.raises(TliError, match=said):
+        Shape.from_config(json.loads((folder / "config.json").read_text()), "it")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -198,7 +267,7 @@ def damage(folder, kind: str) -> None:
         config = json.loads((folder / "config.json").read_text())
         config |= {
             "misshapen": {"intermediate_size": 80},
-            "family": {"model_type": "gpt2"},
+            "family": {"model_type": "mpt"},
             "unknown": {"model_type": "no-such-family"},
             "quantised": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
             "more blocks": {"num_hidden_layers": 9},
@@ -216,7 +285,7 @@ def damage(folder, kind: str) -> None:
         ("no weights", "the folder must hold model.safetensors, got none; "),
         ("no tokenizer", "the tokenizer must be readable, got "),
         ("misshapen", "must have the shape 80x48 that config.json implies, got 96x48; "),
-        ("family", "known to truncate exactly .*, got gpt2; "),
+        ("family", "known to truncate exactly .*, got mpt; "),
         ("unknown", "config.json must describe a model that transformers knows, got "),
         ("quantised", "the weights must be unquantised or bitsandbytes' NF4, got "),
         ("more blocks", "must hold the tensor model.layers.4"),

@@ -18,7 +18,7 @@ from tli.model import lora
 from tli.model.checkpoint import Checkpoint, open_checkpoint
 from tli.model.decoder import capture_output, enable_gradient_checkpointing, load_full_decoder, load_truncated_decoder, run, run_hooked
 from tli.model.families import FAMILIES
-from tli.model.pooling import Pooling
+from tli.model.pooling import Pooling, resolve_token_norm
 from tli.runtime import ops
 from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError
@@ -55,9 +55,9 @@ class Setting:
             adapter.lora_B.data.normal_(std=0.05, generator=torch.Generator().manual_seed(number))
         return decoder.train()
 
-    def step(self, decoder, states=run, token_norm: str = "final") -> tuple[float, dict[str, torch.Tensor]]:
+    def step(self, decoder, states=run, token_norm: str | None = None) -> tuple[float, dict[str, torch.Tensor]]:
         """The loss, and the gradient of every factor by its name."""
-        device = self.batch.indptr.device
+        device, token_norm = self.batch.indptr.device, token_norm or resolve_token_norm("auto", self.checkpoint)
         loss = INFONCE(
             Pooling.from_checkpoint(token_norm, self.checkpoint, device)(states(decoder, self.batch), self.batch), NO_SYNONYMS.to(device)
         )
@@ -82,7 +82,7 @@ def test_full_hook_has_the_early_arms_loss_and_gradients(make_model, family, dro
     for layer in (1, 2, 4):
         early = setting.step(setting.decoder("early", layer, dropout))
         hooked = setting.step(setting.decoder("full-hook", layer, dropout), functools.partial(run_hooked, layer=layer))
-        assert len(early[1]) == 2 * 7 * layer
+        assert len(early[1]) == 2 * len(FAMILIES[family].linear) * layer
         assert_equal_steps(hooked, early, tolerance=1e-5)
 
 
@@ -110,7 +110,9 @@ def peft_step(setting: Setting, adapter, states_of) -> tuple[float, dict[str, to
     lengths = torch.from_numpy(setting.words.lengths)
     ids = torch.from_numpy(setting.words.vocab_ids[tokens_of(setting.words)])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    states = states_of(model.base_model.model.model, model(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states)
+    states = states_of(
+        model.base_model.model.get_decoder(), model(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
+    )
     # the first position, the sink, is left out
     pooled = torch.stack([states[word, 1:length].mean(dim=0) for word, length in enumerate(lengths)])
     source, target = torch.nn.functional.normalize(pooled).chunk(2)
@@ -119,7 +121,8 @@ def peft_step(setting: Setting, adapter, states_of) -> tuple[float, dict[str, to
     loss = (torch.nn.functional.cross_entropy(scores, own) + torch.nn.functional.cross_entropy(scores.T, own)) / 2
     loss.backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters() if "lora_" in name}
-    return loss.item(), {name.removeprefix("base_model.model.model.").removesuffix(".default.weight"): grad for name, grad in found.items()}
+    inside = f"base_model.model.{setting.checkpoint.family.causal_lm}."
+    return loss.item(), {name.removeprefix(inside).removesuffix(".default.weight"): grad for name, grad in found.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,7 +131,7 @@ def test_the_full_arm_is_peft_on_the_whole_model(make_model, tmp_path, family):
     decoder = setting.decoder("full", 2)
     lora.save(decoder, lora.LoRAConfig(rank=3, alpha=6.0), tmp_path, str(setting.folder))
     ours = setting.step(decoder, token_norm="none")
-    assert len(ours[1]) == 2 * 7 * 4
+    assert len(ours[1]) == 2 * len(FAMILIES[family].linear) * 4
     assert_equal_steps(ours, peft_step(setting, tmp_path, lambda decoder, states: states[-1]), tolerance=2e-5)
 
 

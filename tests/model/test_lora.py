@@ -1,6 +1,7 @@
 """The injector: its arithmetic, its refusals, and its files against the real peft in both directions."""
 
 import json
+import re
 import warnings
 
 import numpy as np
@@ -164,16 +165,18 @@ def assert_words_equal(packed, padded, batch, words) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"targets": "q_proj,v_proj"},
-        {"targets": "all-linear", "rslora": True},
-        {"targets": r"layers\.0\.self_attn\.q_proj|layers\.1\.mlp\.up_proj"},
+        # q_proj,v_proj and so on
+        {"targets": lambda names, blocks: ",".join(path.rpartition(".")[2] for path in (names[0], names[2]))},
+        {"targets": lambda names, blocks: "all-linear", "rslora": True},
+        {"targets": lambda names, blocks: rf"{blocks}\.0\.{re.escape(names[0])}|{blocks}\.1\.{re.escape(names[-2])}"},
     ],
     ids=["two", "all", "differing"],
 )
 def test_peft_reads_what_we_write_on_the_whole_model(make_model, tokenizer, tmp_path, family, settings):
     folder = make_model(family)
     decoder, words, batch = truncated(folder, tokenizer)
-    config = lora.LoRAConfig(rank=3, alpha=5.5, dropout=0.1, **settings)
+    targets = settings["targets"](list(FAMILIES[family].linear), FAMILIES[family].blocks)
+    config = lora.LoRAConfig(rank=3, alpha=5.5, dropout=0.1, **{**settings, "targets": targets})
     lora.inject(decoder, config)
     shake(decoder)
     lora.save(decoder, config, tmp_path, base_model=str(folder))
@@ -195,12 +198,16 @@ def test_peft_reads_what_we_write_on_the_whole_model(make_model, tokenizer, tmp_
 
 
 @pytest.mark.parametrize("transformed", [[0, 1], None], ids=["two blocks", "all blocks"])
-def test_we_read_what_peft_writes(make_model, tokenizer, tmp_path, transformed):
-    folder = make_model("llama")
+@pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("llama", ["k_proj", "gate_proj"]), ("gpt2", ["c_attn", "c_proj"]), ("opt", ["v_proj", "fc1"]), ("gpt_neox", ["query_key_value"])],
+)
+def test_we_read_what_peft_writes(make_model, tokenizer, tmp_path, transformed, dora, family, targets):
+    folder = make_model(family)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = get_peft_model(
-        model, LoraConfig(r=3, lora_alpha=7, target_modules=["k_proj", "gate_proj"], layers_to_transform=transformed, use_rslora=True)
-    )
+    settings = {"target_modules": targets, "fan_in_fan_out": FAMILIES[family].transposed, "use_dora": dora}
+    model = get_peft_model(model, LoraConfig(r=3, lora_alpha=7, layers_to_transform=transformed, use_rslora=True, **settings))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

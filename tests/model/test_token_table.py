@@ -11,8 +11,8 @@ from tli.data.word_pairs import read_pairs
 from tli.model import lora, shape, token_table
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import enable_gradient_checkpointing, load_truncated_decoder, run
-from tli.model.families import FAMILIES
-from tli.model.pooling import Pooling
+from tli.model.families import FAMILIES, blocks_of, traits_of
+from tli.model.pooling import Pooling, resolve_token_norm
 from tli.runtime import ops
 from tli.runtime.device import DeviceConfig, resolve_device
 from tli.runtime.ops import Ops
@@ -30,7 +30,8 @@ def gradients(
     words = tokenise(checkpoint.tokenizer(), [p.source for p in pairs] + [p.target for p in pairs], 64, " ")
     decoder = load_truncated_decoder(checkpoint, 2, words.vocab_ids, device_config)
     if tabled:
-        assert token_table.precompute_qkv(decoder) == len(words.vocab_ids) * sum(tables(decoder)[name].shape[0] for name in "qkv") * 4
+        assert token_table.precompute_qkv(decoder) == len(words.vocab_ids) * sum(table.shape[0] for table in tables(decoder)) * 4
+        assert len(tables(decoder)) == len(traits_of(decoder).tables)
     if more.get("checkpointing"):
         enable_gradient_checkpointing(decoder)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0, targets=targets, dropout=0.3), seed=1)
@@ -38,16 +39,19 @@ def gradients(
     for seed, adapter in enumerate(lora.adapters(decoder).values()):
         adapter.lora_B.data.normal_(std=0.1, generator=generator)
         adapter.seed = seed
-    pool, objective = Pooling.from_checkpoint("final", checkpoint, device_config.device, chosen), Objective(loss, 0.1, 0.4, chosen)
+    pool, objective = (
+        Pooling.from_checkpoint(resolve_token_norm("auto", checkpoint), checkpoint, device_config.device, chosen),
+        Objective(loss, 0.1, 0.4, chosen),
+    )
     (part,), false_negatives = next(iter(BatchLoader(words, pairs, device_config, batch=16).epoch(0)))
     value = objective(pool(run(decoder.train(), part), part), false_negatives)
     value.backward()
     return value, {path: (adapter.lora_A.grad, adapter.lora_B.grad) for path, adapter in lora.adapters(decoder).items()}
 
 
-def tables(decoder) -> dict[str, TokenTable]:
-    attention = decoder.layers[0].self_attn
-    return {name: weight for name in "qkv" if isinstance(weight := getattr(attention, f"{name}_proj").weight, TokenTable)}
+def tables(decoder) -> list[TokenTable]:
+    weights = (module.weight for module in blocks_of(decoder)[0].modules() if isinstance(module, torch.nn.Linear))
+    return [weight for weight in weights if isinstance(weight, TokenTable)]
 
 
 def equal(one, other, tolerance: float = 1e-5) -> None:
@@ -58,12 +62,17 @@ def equal(one, other, tolerance: float = 1e-5) -> None:
             assert (got - right).norm() <= tolerance * right.norm(), path
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.tables])
 @pytest.mark.parametrize(
-    "options", [{}, {"targets": "q_proj,v_proj", "loss": "hinge"}, {"targets": "o_proj", "checkpointing": True}], ids=str
+    "options",
+    # q_proj,v_proj and o_proj, and so on
+    [{}, {"targets": (0, 2), "loss": "hinge"}, {"targets": (3,), "checkpointing": True}],
+    ids=str,
 )
 def test_loss_and_gradients_are_those_of_the_weights(make_model, word_list, family, options):
-    model = str(make_model(family))
+    model, names = str(make_model(family)), [path.rpartition(".")[2] for path in FAMILIES[family].linear]
+    if "targets" in options:
+        options = {**options, "targets": ",".join(names[place] for place in options["targets"])}
     equal(*(gradients(model, str(word_list), tabled, ops.on_cpu(ops.Matmul()), **options) for tabled in (True, False)))
 
 

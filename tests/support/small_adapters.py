@@ -43,7 +43,7 @@ def unreadable(make_model, folder: pathlib.Path, how: str) -> pathlib.Path:
     shard = folder / index["weight_map"]["model.layers.0.mlp.up_proj.weight"]
     if how == "unknown family":
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "model_type": "gpt_neox"}))
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "mpt"}))
     elif how == "no first shard":
         shard.unlink()
     elif how == "half a shard":

@@ -11,8 +11,9 @@ from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder, run
 from tli.model.families import FAMILIES
-from tli.model.pooling import Pooling
+from tli.model.pooling import Pooling, resolve_token_norm
 from tli.runtime.device import resolve_device
+from tli.runtime.errors import TliError
 from tli.training.loss import Objective
 
 CPU = resolve_device("cpu", "float32")
@@ -24,11 +25,11 @@ def padded_words(decoder, words, token_norm, checkpoint, pool_bos):
     """Word states from one row per word, by plain operations."""
     attended = torch.from_numpy(np.arange(tokens_of(words).shape[1]) < words.lengths[:, None])
     states = decoder(input_ids=torch.from_numpy(tokens_of(words)), attention_mask=attended.long(), use_cache=False).last_hidden_state
-    weight, eps = checkpoint.final_norm()
+    eps = checkpoint.norm_eps
     if token_norm != "none":
         states = states / (states.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt()
     if token_norm == "final":
-        states = states * weight
+        states = states * checkpoint.final_norm()[0]
     pooled = attended.clone()
     pooled[:, 0] = pool_bos
     means = (states * pooled[..., None]).sum(dim=1) / pooled.sum(dim=1, keepdim=True)
@@ -43,6 +44,7 @@ def padded_words(decoder, words, token_norm, checkpoint, pool_bos):
 )
 def test_loss_and_gradients_equal_the_padded_ones(make_model, tokenizer, family, loss, token_norm, pool_bos):
     checkpoint = open_checkpoint(str(make_model(family)))
+    token_norm = "rms" if token_norm == "final" and FAMILIES[family].layer_norm else token_norm
     words = tokenise(tokenizer, SOURCES + TARGETS, window=24)
     objective = Objective(loss, temperature=0.1, margin=0.4)
     false_negatives = torch.tensor([[0, 1], [1, 0]])
@@ -68,3 +70,12 @@ def test_loss_and_gradients_equal_the_padded_ones(make_model, tokenizer, family,
     assert largest > 0
     for gradient, padded in zip(gradients, padded_gradients, strict=True):
         assert (gradient - padded).abs().max() < 1e-4 * largest
+
+
+def test_a_layer_norm_is_no_token_norm(make_model):
+    checkpoint = open_checkpoint(str(make_model("gpt_neox")))
+    assert resolve_token_norm("auto", checkpoint) == "rms"
+    with pytest.raises(
+        TliError, match="^--token-norm: the model's final norm must be an RMS norm .*, got gpt_neox's LayerNorm; choose rms"
+    ):
+        Pooling.from_checkpoint("final", checkpoint, CPU.device)

@@ -26,7 +26,7 @@ from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import build_decoder, run_hooked
 from tli.model.decoder import run as run_model
-from tli.model.families import FAMILIES
+from tli.model.families import FAMILIES, blocks_of, embedding_of
 from tli.model.pooling import Pooling
 from tli.model.shape import Shape
 from tli.runtime.device import resolve_device
@@ -119,7 +119,11 @@ CASES = {
 
 
 def check_prediction(step: Step, folder: pathlib.Path, tolerance: float = 0.05, **changes) -> None:
-    assert step.predicted(**changes) == pytest.approx(step.peak(folder), rel=tolerance)
+    predicted, measured = step.predicted(**changes), step.peak(folder)
+    if step.needed.shape.traits.kept_inside is None:
+        assert predicted == pytest.approx(measured, rel=tolerance)
+    else:
+        assert measured <= predicted <= 1.5 * measured
 
 
 @pytest.mark.slow
@@ -152,9 +156,9 @@ def test_what_the_fused_ops_allocate_is_what_is_predicted_of_a_gpu(family, weigh
 @pytest.mark.parametrize("weights", ["full", "nf4"])
 def test_weights_and_rows_are_what_the_model_holds(family, weights, make_model, word_list):
     step = Step(make_model(family, **WIDE), word_list, rank=4, weights=weights)
-    predicted, rows = estimate.predict(step.needed), step.decoder.embed_tokens.weight.nbytes
+    predicted, rows = estimate.predict(step.needed), embedding_of(step.decoder).weight.nbytes
     held = sum(tensor.nbytes for tensor in profiling._frozen(step.decoder)) - rows
-    tables = [getattr(step.decoder.layers[0].self_attn, f"{name}_proj").weight for name in "qkv"]
+    tables = [blocks_of(step.decoder)[0].get_submodule(path).weight for path in FAMILIES[family].tables]
     assert predicted["embedding rows"] == rows + sum(table.products.nbytes for table in tables)
     # the token norm's weight is the pool's
     assert predicted["weights"] == held + 4 * 192
@@ -165,9 +169,13 @@ def test_weights_and_rows_are_what_the_model_holds(family, weights, make_model, 
 def test_what_a_config_leaves_out_is_what_transformers_takes(family):
     from transformers import AutoConfig
 
-    full = AutoConfig.for_model(family).get_text_config()
-    least = {"model_type": family} | {name: getattr(full, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
-    least |= {name: getattr(full, name) for name in ("num_attention_heads", "vocab_size") if not family.startswith("gemma3")}
+    full, aliases = AutoConfig.for_model(family).get_text_config(), FAMILIES[family].aliases
+    least = {"model_type": family}
+    for common in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        own = aliases.get(common, common) if hasattr(full, aliases.get(common, common)) else common
+        # a size that is a multiple of another need not stand there
+        if hasattr(full, own) and not (family.startswith("gemma3") and common in ("num_attention_heads", "vocab_size")):
+            least[own] = getattr(full, own)
     assert Shape.from_config(least, "x") == Shape.from_config(full.to_dict(), "x")
 
 
@@ -315,7 +323,7 @@ def test_the_starters_sizes_are_its_configs(starter):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("{", "must be JSON"), ("[]", "must be an object"), ('{"model_type": "gpt2"}', "family"), ('{"model_type": "llama"}', "sizes")],
+    [("{", "must be JSON"), ("[]", "must be an object"), ('{"model_type": "mpt"}', "family"), ('{"model_type": "llama"}', "sizes")],
 )
 def test_a_broken_config_is_one_line(content, said, tmp_path):
     (tmp_path / "config.json").write_text(content)

@@ -16,7 +16,8 @@ from tli.data.word_pairs import read_pairs
 from tli.model import lora
 from tli.model.checkpoint import open_checkpoint
 from tli.model.decoder import load_truncated_decoder, run
-from tli.model.pooling import Pooling
+from tli.model.families import FAMILIES
+from tli.model.pooling import Pooling, resolve_token_norm
 from tli.model.text_windows import read_kept_texts
 from tli.runtime import ops
 from tli.runtime.device import DeviceConfig, resolve_device
@@ -55,7 +56,7 @@ def make(stepper, model: str, word_list: str, device_config: DeviceConfig, **opt
     decoder = load_truncated_decoder(checkpoint, 2, vocab_ids, device_config)
     lora.inject(decoder, lora.LoRAConfig(rank=4, alpha=8.0, targets=config.targets, dropout=config.dropout))
     keep = KeptText(lambda batch: run(decoder, batch), texts, vocab_ids, device_config, 100.0, 0) if texts else None
-    pool = Pooling.from_checkpoint("final", checkpoint, device_config.device, device_config.ops)
+    pool = Pooling.from_checkpoint(resolve_token_norm("auto", checkpoint), checkpoint, device_config.device, device_config.ops)
     batches = BatchLoader(words, pairs, device_config, batch=config.batch, epochs=config.epochs, micro_batch=config.micro_batch)
     objective = Objective(config.loss, config.temperature, config.margin, device_config.ops)
     optimiser = OptimiserSettings(config.lr, config.weight_decay, config.clip, config.warmup, config.schedule, batches.total)
@@ -141,7 +142,10 @@ def test_a_padded_batch_has_the_loss_and_gradients_of_the_batch(make_model, word
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", *(name for name, of in FAMILIES.items() if of.kept_inside is not None)],
+)
 @pytest.mark.parametrize(
     "options", [{}, {"loss": "hinge", "micro_batch": 8, "weights": "nf4", "dropout": 0.1}], ids=["infonce", "hinge-nf4"]
 )

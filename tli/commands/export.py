@@ -213,13 +213,17 @@ def _write_weights(source: _Weights, adapter: Adapter, files: dict[str, list[str
     from rich.progress import Progress
 
     adapted = {f"{source.checkpoint.prefix}{path}.weight": path for path in adapter.factors}
+    turned = source.checkpoint.family.transposed
     with Progress(console=console) as bar:
         task = bar.add_task("merging", total=sum(map(len, files.values())))
 
         def merged(name: str) -> Tensor:
             bar.advance(task)
             weight = source.read(name)
-            return _rounded(adapter.merge(adapted[name], weight) if name in adapted else weight, dtype, name)
+            if name in adapted:
+                # Conv1D's are stored as [K, N]
+                weight = adapter.merge(adapted[name], weight.T).T.contiguous() if turned else adapter.merge(adapted[name], weight)
+            return _rounded(weight, dtype, name)
 
         for file, names in files.items():
             with source.opened(names), atomic_write(folder / file) as temporary:

@@ -223,7 +223,8 @@ def _choose_token_norm(config: TrainConfig, checkpoint: Checkpoint, console) -> 
     """The options with the token norm that ``auto`` means here."""
     token_norm = resolve_token_norm(config.token_norm, checkpoint)
     if token_norm != config.token_norm and token_norm == "rms":
-        console.print("token states are normalised by plain RMS: the model's final norm lies in a shard that is not needed otherwise")
+        why = "is a LayerNorm" if checkpoint.family.layer_norm else "lies in a shard that is not needed otherwise"
+        console.print(f"token states are normalised by plain RMS: the model's final norm {why}")
     return dataclasses.replace(config, token_norm=cast(TokenNorm, token_norm))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tli.model.checkpoint import Checkpoint
+from tli.model.checkpoint import HEADS, Checkpoint
 from tli.model.hidden_states import stream_layers
 from tli.model.lora import Adapter
 from tli.model.text_windows import TextWindows, windows_batch
@@ -137,8 +137,8 @@ def _exp(value: float | None) -> float | None:
 def head_name(checkpoint: Checkpoint) -> str | None:
     """Which tensor turns normed states into logits, the embedding table where the two are tied; None for a model without a head."""
     if checkpoint.config.tie_word_embeddings:
-        return f"{checkpoint.prefix}embed_tokens.weight"
-    return next((name for name in checkpoint.shard_of if name.endswith("lm_head.weight")), None)
+        return checkpoint.prefix + checkpoint.embedding
+    return next((name for name in checkpoint.shard_of if name.endswith(HEADS)), None)
 
 
 def read_head(checkpoint: Checkpoint, device_config: DeviceConfig) -> Tensor:
@@ -146,7 +146,7 @@ def read_head(checkpoint: Checkpoint, device_config: DeviceConfig) -> Tensor:
     name = head_name(checkpoint)
     # whoever reads a head has asked for its name
     assert name is not None
-    if name.endswith("embed_tokens.weight"):
+    if name == checkpoint.prefix + checkpoint.embedding:
         weight = checkpoint.embedding_rows(None)
     else:
         shape = (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
@@ -158,9 +158,10 @@ def read_head(checkpoint: Checkpoint, device_config: DeviceConfig) -> Tensor:
 
 
 def log_probabilities(states: Tensor, head: Tensor, config: typing.Any, linear: Callable[..., Tensor]) -> Tensor:
-    """log softmax of the logits, fp32 [positions, V]; by the model's ``config`` Granite's are divided, and Gemma 2's soft-capped."""
+    """log softmax of the logits, fp32 [positions, V]; by the model's ``config`` Granite's are divided, Cohere's multiplied, and
+    Gemma 2's soft-capped."""
     logits = torch.cat([linear(states.float(), rows.float()) for rows in head.split(_HEAD_ROWS)], dim=1)
-    logits = logits / getattr(config, "logits_scaling", 1.0)
+    logits = logits / getattr(config, "logits_scaling", 1.0) * getattr(config, "logit_scale", 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)

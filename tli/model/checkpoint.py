@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tli.model import hub
-from tli.model.families import FAMILIES, family_of
+from tli.model.families import FAMILIES, Family, family_of
 from tli.model.safetensors_io import advise_random_access, describe, read_tensor
 from tli.model.shape import QUANTISED, Layer, original_of, require_unquantised
 from tli.runtime import ops
@@ -27,12 +27,14 @@ from tli.runtime.errors import TliError, one_line
 
 # of the embedding table, enough to tell two models apart
 _HASHED_ROWS = 64
-# whatever its weight is stored as
-_FIRST_BLOCK_KEY = re.compile(r"^(?P<prefix>.*?)layers\.0\.self_attn\.q_proj\.[^.]+$")
-# what the names of a decoder's tensors end in: weights, biases, old Llamas' frequencies, and the parts of an NF4 weight
+# what the names of a decoder's tensors end in: weights, biases, an activation's numbers, old models' frequencies and masks, and the parts
+# of an NF4 weight
 _UNDERSTOOD = re.compile(
-    r"\.(weight|bias|inv_freq|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__nf4))$"
+    r"\.(weight|bias|act_fn\.(alpha_[pn]|beta|eps)|inv_freq|masked_bias|"
+    r"weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__nf4))$"
 )
+# what the head's name ends in: old GPT-NeoX's is the second
+HEADS = ("lm_head.weight", "embed_out.weight")
 _SINGLE = "model.safetensors"
 _SHARD_NUMBER = re.compile(r"-\d+-of-\d+")
 # of weights in whatever format
@@ -47,7 +49,7 @@ class Checkpoint:
     folder    the local folder, or None for a hub name
     config    the transformers config of the text decoder
     shard_of  file name by tensor name
-    prefix    what stands before ``layers.0.`` and ``embed_tokens.`` in this checkpoint's tensor names
+    prefix    what stands before the names of the decoder's tensors here: before ``layers.0.`` and ``embed_tokens.``
     """
 
     name: str
@@ -60,6 +62,21 @@ class Checkpoint:
     def blocks(self) -> int:
         """N, the number of blocks of the whole model."""
         return self.config.num_hidden_layers
+
+    @property
+    def family(self) -> Family:
+        """What sets the model's family apart."""
+        return FAMILIES[self.config.model_type]
+
+    @property
+    def embedding(self) -> str:
+        """The name of the embedding table, without ``prefix``."""
+        return f"{self.family.embedding}.weight"
+
+    @property
+    def norm(self) -> str:
+        """The name of the final norm's weight, without ``prefix``."""
+        return f"{self.family.norm}.weight"
 
     @overload
     def path(self, file: str, optional: Literal[False] = False) -> pathlib.Path: ...
@@ -111,7 +128,7 @@ class Checkpoint:
         """The embedding table's ``rows`` (int64 [V], or None for all of it): [V, width] in the checkpoint's dtype."""
         if rows is not None:
             self.require_rows(int(rows.max()))
-        name = "embed_tokens.weight"
+        name = self.embedding
         shape = (self.config.vocab_size, self.config.hidden_size)
         file = self._shard(name)
         with _open(self.path(file)) as shard:
@@ -130,18 +147,29 @@ class Checkpoint:
             raise TliError(self.name, must, got, "use the tokenizer that belongs to these weights, or resize the model's embedding first")
 
     def final_norm(self) -> tuple[Tensor, float]:
-        """The final norm's effective weight, fp32 [width], and its epsilon.
+        """The final RMS norm's effective weight, fp32 [width], and its epsilon.
 
         Sharded checkpoints keep it in their last shard, of which a hub sends its few bytes alone.
+
+        Raises:
+            TliError: a LayerNorm.
         """
-        if self.folder is None and not self.at_hand("norm.weight"):
+        if self.family.layer_norm:
+            must = "the model's final norm must be an RMS norm to be the token norm"
+            raise TliError("--token-norm", must, f"{self.config.model_type}'s LayerNorm", "choose rms")
+        if self.folder is None and not self.at_hand(self.norm):
             # the folder of a downloaded file is named after its commit
             revision = self.path("config.json").parent.name
-            weight = hub.fetch_tensor(self.name, revision, self._shard("norm.weight"), f"{self.prefix}norm.weight").float()
+            weight = hub.fetch_tensor(self.name, revision, self._shard(self.norm), f"{self.prefix}{self.norm}").float()
         else:
-            weight = self._small("norm.weight", (self.config.hidden_size,)).float()
+            weight = self._small(self.norm, (self.config.hidden_size,)).float()
         # Gemma stores its norms' weights less one
-        return weight + FAMILIES[self.config.model_type].norm_offset, self.config.rms_norm_eps
+        return weight + self.family.norm_offset, self.norm_eps
+
+    @property
+    def norm_eps(self) -> float:
+        """The epsilon of the model's norms; torch's usual one where its config has none."""
+        return getattr(self.config, self.family.norm_eps, 1e-5)
 
     def _small(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor of a few pages, read without those around it."""
@@ -165,13 +193,13 @@ class Checkpoint:
         It is of numbers, not of files: reading it touches nothing that training does not read, but for those rows, and a copy of the
         model in other shards has the same.
         """
-        parts = tuple(f"{self.prefix}layers.{index}." for index in range(self.blocks if layer == "output" else int(layer)))
+        parts = tuple(f"{self.prefix}{self.family.blocks}.{index}." for index in range(self.blocks if layer == "output" else int(layer)))
         names = sorted(name for name in self.shard_of if name.startswith(parts))
         digest = hashlib.sha256()
-        for name in [*names, f"{self.prefix}embed_tokens.weight"]:
+        for name in [*names, self.prefix + self.embedding]:
             # one by one: as long as a file is open, all of it that was read counts as this process's memory
             with _open(self.path(self.shard_of[name])) as shard:
-                embedding = name.endswith("embed_tokens.weight")
+                embedding = name == self.prefix + self.embedding
                 tensor = shard.get_tensor(name)
                 if embedding:
                     tensor = tensor[:_HASHED_ROWS]
@@ -184,7 +212,7 @@ class Checkpoint:
     def at_hand(self, name: str) -> bool:
         """Whether reading this tensor downloads nothing: its shard is on disk, or is one that the embedding needs anyway."""
         if self.folder is None:
-            return self._shard(name) == self._shard("embed_tokens.weight") or hub.cached(self.name, self._shard(name)) is not None
+            return self._shard(name) == self._shard(self.embedding) or hub.cached(self.name, self._shard(name)) is not None
         return not self.absent([name])
 
     def tokenizer(self):
@@ -243,10 +271,11 @@ class Checkpoint:
 
 def context_length(checkpoint: Checkpoint) -> int:
     """How many tokens the model sees at once, in every block."""
-    config = checkpoint.config
+    config, context = checkpoint.config, checkpoint.family.context
     # of a family that has both kinds of block, a model may use one
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    return min(config.max_position_embeddings, (windowed and getattr(config, "sliding_window", None)) or math.inf)
+    positions: Any = config.max_position_embeddings if context is None else context
+    return min(positions, (windowed and getattr(config, "sliding_window", None)) or math.inf)
 
 
 def open_checkpoint(name: str) -> Checkpoint:
@@ -271,24 +300,31 @@ def open_checkpoint(name: str) -> Checkpoint:
         raise TliError("--model", "a hub name must stand without a revision", name, remedy)
     config, plain = _read_config(name, folder)
     shard_of = _shard_of(name, folder, plain)
-    prefix = _decoder_prefix(name, shard_of)
-    of_decoder = (f"{prefix}layers.", f"{prefix}embed_tokens.", f"{prefix}norm.", "lm_head.")
+    family = FAMILIES[config.model_type]
+    prefix = _decoder_prefix(name, shard_of, family)
+    of_decoder = (
+        *(f"{prefix}{part}." for part in (family.blocks, family.embedding, family.norm)),
+        *(head.removesuffix("weight") for head in HEADS),
+    )
     odd = next((key for key in shard_of if key.startswith(of_decoder) and not _UNDERSTOOD.search(key)), None)
     if odd:
         raise TliError(name, QUANTISED, f"tensors as {odd}", original_of(plain, name))
     return Checkpoint(name, folder, config, shard_of, prefix)
 
 
-def _decoder_prefix(name: str, shard_of: dict[str, str]) -> str:
+def _decoder_prefix(name: str, shard_of: dict[str, str], family: Family) -> str:
     """What stands before ``layers.0.`` in the names of the text decoder's tensors; towers of images and sound embed no tokens."""
     unmerged = next((key for key in shard_of if ".base_layer." in key or ".lora_" in key), None)
     if unmerged:
         remedy = "merge it (model.merge_and_unload() in PEFT), save that, and use the result"
         raise TliError(name, "the checkpoint must be a model without an adapter around it", unmerged, remedy)
-    found = dict.fromkeys(match["prefix"] for match in map(_FIRST_BLOCK_KEY.match, shard_of) if match)
-    prefixes = [prefix for prefix in found if f"{prefix}embed_tokens.weight" in shard_of]
+    first, embedding = f"{family.blocks}.0.{next(iter(family.linear))}", f"{family.embedding}.weight"
+    # whatever its weight is stored as
+    key = re.compile(rf"^(?P<prefix>.*?){re.escape(first)}\.[^.]+$")
+    found = dict.fromkeys(match["prefix"] for match in map(key.match, shard_of) if match)
+    prefixes = [prefix for prefix in found if prefix + embedding in shard_of]
     if len(prefixes) != 1:
-        must = "the checkpoint must hold one decoder's embed_tokens.weight and layers.0.self_attn.q_proj.weight"
+        must = f"the checkpoint must hold one decoder's {embedding} and {first}.weight"
         raise TliError(name, must, " and ".join(prefixes) or "none", "use a checkpoint of a decoder")
     return prefixes[0]
 
@@ -320,7 +356,7 @@ def _read_config(name: str, folder: pathlib.Path | None) -> tuple[Any, dict]:
     require_unquantised(plain, name)
     # the whole has the head, unless it leaves that to a causal LM inside
     config.tie_word_embeddings = getattr(whole, "tie_word_embeddings", config.tie_word_embeddings)
-    family_of(config.model_type, name)
+    family_of(config.model_type, name).read(config.to_dict(), name)
     _require_own_class(plain, name)
     _require_causal({**plain, **config.to_dict()}, name)
     return config, plain

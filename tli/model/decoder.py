@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from tli.data.batch import Batch
 from tli.model.checkpoint import Checkpoint
+from tli.model.families import Family, blocks_of, embedding_of
 from tli.model.token_table import precompute_qkv
 from tli.runtime import ops
 from tli.runtime.device import DeviceConfig
@@ -32,12 +33,12 @@ from tli.runtime.ops import Ops
 if typing.TYPE_CHECKING:
 
     class Decoder(nn.Module):
-        """The part of transformers' decoder that is used here; its class is the family's own, and ``nn.Module`` types no attribute."""
+        """The part of transformers' decoder that is used here; its class is the family's own, and ``nn.Module`` types no attribute.
+
+        Its blocks, embedding and norm have the family's own names: ``families.blocks_of`` and so on.
+        """
 
         config: typing.Any
-        layers: typing.Any
-        embed_tokens: nn.Embedding
-        norm: typing.Any
 
 
 class FrozenLinear(nn.Linear):
@@ -73,8 +74,8 @@ def load_truncated_decoder(checkpoint: Checkpoint, layer: int, vocab_ids: np.nda
     require_layer(checkpoint, layer)
     decoder = init_empty_decoder(checkpoint, layer, vocab_ids, device_config)
     for index in range(layer):
-        load_block(checkpoint, decoder.layers[index], index, device_config)
-    decoder.norm = nn.Identity()
+        load_block(checkpoint, blocks_of(decoder)[index], index, device_config)
+    setattr(decoder, checkpoint.family.norm, nn.Identity())
     return decoder
 
 
@@ -88,28 +89,68 @@ def require_layer(checkpoint: Checkpoint, layer: int) -> None:
 
 def init_empty_decoder(checkpoint: Checkpoint, blocks: int, vocab_ids: np.ndarray | None, device_config: DeviceConfig) -> "Decoder":
     """transformers' decoder with its embedding rows read, ``blocks`` blocks without memory, and its final norm unread."""
-    from transformers import AutoModel
-
+    family = checkpoint.family
     # built for real but for the blocks and the vocabulary, so that every buffer (rotary frequencies, scales) is the family's own
     config = _config(checkpoint, blocks)
-    real = AutoModel.from_config(_config(checkpoint, blocks=0), dtype=torch.float32)
+    real = _build(_config(checkpoint, blocks=0), torch.float32, family)
     # some families have frequencies for each kind of block there is
-    real.rotary_emb = type(real.rotary_emb)(config)
+    if hasattr(real, "rotary_emb"):
+        real.rotary_emb = type(real.rotary_emb)(config)
     real.to(device_config.device)
     with torch.device("meta"):
         # a decoder notes what kinds of block it has as it is built
-        decoder = AutoModel.from_config(config, dtype=device_config.dtype)
+        decoder = _build(config, device_config.dtype, family)
+        _use_frozen_linear(blocks_of(decoder), family, device_config.ops)
     for name, child in real.named_children():
-        if name != "layers":
+        if name != family.blocks:
             setattr(decoder, name, child)
-    for child in decoder.layers.modules():
-        if type(child) is nn.Linear:
-            child.__class__ = FrozenLinear
-            # the line above has made it a FrozenLinear
-            child.ops = device_config.ops  # type: ignore[assignment]
+    for path in family.beside:
+        _load_module(checkpoint, decoder, path, device_config)
+    if family.alibi:
+        _take_depths(decoder)
     table = checkpoint.embedding_rows(None if vocab_ids is None else torch.from_numpy(vocab_ids))
-    decoder.embed_tokens.weight = nn.Parameter(table.to(device_config.device, device_config.dtype), requires_grad=False)
+    embedding_of(decoder).weight = nn.Parameter(table.to(device_config.device, device_config.dtype), requires_grad=False)
     return decoder.requires_grad_(False).eval()
+
+
+def _build(config: typing.Any, dtype: torch.dtype, family: Family) -> typing.Any:
+    """transformers' decoder of a config."""
+    from transformers import AutoModel
+
+    return AutoModel.from_config(config, dtype=dtype).get_submodule(family.base)
+
+
+def _use_frozen_linear(blocks: nn.ModuleList, family: Family, ops: Ops) -> None:
+    """Make the blocks' linear layers ``FrozenLinear``s, GPT-2's Conv1D, too: y = x·W + bias, whose weight is then a transposed one."""
+    for block in blocks:
+        for path in family.linear:
+            owner, _, name = path.rpartition(".")
+            child: typing.Any = block.get_submodule(path)
+            if family.transposed:
+                weight, bias = child.weight, child.bias
+                child = nn.Linear(weight.shape[0], weight.shape[1], dtype=weight.dtype)
+                child.bias = bias
+                setattr(block.get_submodule(owner), name, child)
+            child.__class__ = FrozenLinear
+            child.ops = ops
+
+
+def _take_depths(decoder: typing.Any) -> None:
+    """Make ALiBi's biases those of the nodes' depths, where a mask of [bins, 1, width, width] says who sees whom.
+
+    transformers takes a key for as far along as it lies in its row; in a trie a node's position is how many it sees, less itself.
+    """
+    by_row = decoder.build_alibi_tensor
+
+    def biases(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+        if mask.ndim == 2:
+            return by_row(mask, heads, dtype)
+        depths = ((mask[:, 0] == 0).sum(2) - 1).clamp_min(0)
+        # of one row in which everything is a token: [heads, 1, width]
+        each = by_row(depths.new_ones(1, mask.shape[-1]), heads, dtype)
+        return each[:, 0, depths].transpose(0, 1).reshape(-1, 1, mask.shape[-1])
+
+    decoder.build_alibi_tensor = biases
 
 
 def _config(checkpoint: Checkpoint, blocks: int) -> typing.Any:
@@ -121,24 +162,42 @@ def _config(checkpoint: Checkpoint, blocks: int) -> typing.Any:
     config.quantization_config = None
     # a placeholder row, until the kept rows replace it
     config.vocab_size, config.pad_token_id = 1, None
+    # the adapters' dropout is the only one: it has a seed, and the whole model's would be another
+    for name in [name for name, value in config.to_dict().items() if "drop" in name and isinstance(value, (int, float))]:
+        setattr(config, name, 0.0)
     # SDPA has no soft-capping: Gemma 2 needs the eager form
-    config._attn_implementation = "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"
+    eager = checkpoint.family.only_eager or getattr(config, "attn_logit_softcapping", None) is not None
+    config._attn_implementation = "eager" if eager else "sdpa"
     return config
 
 
 def load_block(checkpoint: Checkpoint, block: nn.Module, index: int, device_config: DeviceConfig) -> None:
     """Read block ``index`` of the checkpoint into ``block``, frozen; packed NF4 weights only where the ops compute from them."""
     linear = {f"{path}.weight" for path, module in block.named_modules() if isinstance(module, nn.Linear)}
-    for full, (local, parameter) in block_tensors(block, index).items():
+    for full, (local, empty) in block_tensors(checkpoint.family, block, index).items():
+        turned = checkpoint.family.transposed and local in linear
         # one by one: as long as a tensor of a file is held, all of the file that was read counts as this process's memory
-        tensor = checkpoint.read({full: tuple(parameter.shape)})[full]
-        owner, _, leaf = local.rpartition(".")
-        module = block.get_submodule(owner)
-        # a registered parameter's place takes no packed weight
-        delattr(module, leaf)
-        setattr(module, leaf, _placed(tensor, device_config, local in linear))
+        tensor = checkpoint.read({full: tuple(reversed(empty.shape)) if turned else tuple(empty.shape)})[full]
+        _set(block, local, _placed(tensor.T.contiguous() if turned else tensor, device_config, local in linear))
         del tensor
     return_freed_memory()
+
+
+def _set(module: nn.Module, path: str, value: nn.Parameter | ops.NF4Weight) -> None:
+    """Put a weight in the place of the parameter at this path."""
+    owner, _, leaf = path.rpartition(".")
+    module = module.get_submodule(owner)
+    # a registered parameter's place takes no packed weight
+    delattr(module, leaf)
+    setattr(module, leaf, value)
+
+
+def _load_module(checkpoint: Checkpoint, decoder: "Decoder", path: str, device_config: DeviceConfig) -> None:
+    """Read a part of ``decoder`` outside its blocks, frozen; what it made itself (sinusoidal positions) takes the compute dtype, too."""
+    module = decoder.get_submodule(path).to(device_config.dtype)
+    for name, parameter in list(module.named_parameters()):
+        tensor = checkpoint.read({f"{path}.{name}": tuple(parameter.shape)})[f"{path}.{name}"]
+        _set(module, name, _placed(tensor, device_config, linear=False))
 
 
 def use_eager_attention(decoder: "Decoder") -> None:
@@ -152,8 +211,7 @@ def use_eager_attention(decoder: "Decoder") -> None:
 
 def load_norm(checkpoint: Checkpoint, decoder: "Decoder", device_config: DeviceConfig) -> None:
     """Read the final norm into ``decoder``, frozen."""
-    tensors = checkpoint.read({"norm.weight": tuple(decoder.norm.weight.shape)})
-    decoder.norm.weight = _placed(tensors["norm.weight"], device_config, linear=False)
+    _load_module(checkpoint, decoder, checkpoint.family.norm, device_config)
 
 
 def _placed(tensor: Tensor | ops.NF4Weight, device_config: DeviceConfig, linear: bool) -> nn.Parameter | ops.NF4Weight:
@@ -175,9 +233,9 @@ def _placed(tensor: Tensor | ops.NF4Weight, device_config: DeviceConfig, linear:
     return nn.Parameter(tensor.to(device_config.device, device_config.dtype, copy=True), requires_grad=False)
 
 
-def block_tensors(block: nn.Module, index: int) -> dict[str, tuple[str, nn.Parameter]]:
-    """A block's parameters by name in the checkpoint: name -> (name in the block, parameter)."""
-    return {f"layers.{index}.{local}": (local, parameter) for local, parameter in block.named_parameters()}
+def block_tensors(family: Family, block: nn.Module, index: int) -> dict[str, tuple[str, Tensor]]:
+    """A block's parameters, and buffers that are saved, by name in the checkpoint: name -> (name in the block, tensor)."""
+    return {f"{family.blocks}.{index}.{local}": (local, tensor) for local, tensor in block.state_dict(keep_vars=True).items()}
 
 
 def load_full_decoder(checkpoint: Checkpoint, vocab_ids: np.ndarray | None, device_config: DeviceConfig) -> "Decoder":
@@ -197,17 +255,22 @@ def load_full_decoder(checkpoint: Checkpoint, vocab_ids: np.ndarray | None, devi
         TliError: an absent shard, a missing or misshapen tensor.
     """
     decoder = init_empty_decoder(checkpoint, checkpoint.blocks, vocab_ids, device_config)
-    for index, block in enumerate(decoder.layers):
+    for index, block in enumerate(blocks_of(decoder)):
         load_block(checkpoint, block, index, device_config)
     load_norm(checkpoint, decoder, device_config)
     return decoder
+
+
+def states_of(output: Tensor | tuple) -> Tensor:
+    """A block's states; some families' give attention's weights, too."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 @contextlib.contextmanager
 def capture_output(block: nn.Module) -> Iterator[list[Tensor]]:
     """Capture the outputs of ``block`` by a forward hook while the context is open; the hook is removed whatever happens inside."""
     states = []
-    handle = block.register_forward_hook(lambda module, arguments, output: states.append(output))
+    handle = block.register_forward_hook(lambda module, arguments, output: states.append(states_of(output)))
     try:
         yield states
     finally:
@@ -216,7 +279,7 @@ def capture_output(block: nn.Module) -> Iterator[list[Tensor]]:
 
 def run_hooked(decoder: "Decoder", batch: Batch, layer: int) -> Tensor:
     """Hidden state ``layer`` of each node, [T, D] as from ``run``, out of a pass through all blocks."""
-    with capture_output(decoder.layers[layer - 1]) as states:
+    with capture_output(blocks_of(decoder)[layer - 1]) as states:
         run(decoder, batch)
     return states[0].flatten(0, 1)
 
@@ -228,7 +291,7 @@ def enable_gradient_checkpointing(decoder: "Decoder") -> None:
     own switch changes its name and its place among the hooks from version to version, and its reentrant form loses the gradients
     of adapters above frozen embeddings.)
     """
-    for block in decoder.layers:
+    for block in blocks_of(decoder):
         block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tli.data.batch import Batch
 from tli.model.checkpoint import Checkpoint
-from tli.model.decoder import block_tensors, init_empty_decoder, load_block, load_norm, run, use_eager_attention
+from tli.model.decoder import block_tensors, init_empty_decoder, load_block, load_norm, run, states_of, use_eager_attention
+from tli.model.families import blocks_of, norm_of
 from tli.model.lora import Adapter, detach
 from tli.runtime import cpu
 from tli.runtime.device import DeviceConfig
@@ -37,9 +38,10 @@ class _StreamedBlock(nn.Module):
         # in a list, so that the block's parameters are nobody's but its own
         self.block = [block]
         self.index, self.checkpoint, self.device_config, self.streams, self.visit = index, checkpoint, device_config, streams, visit
+        self.gives_tuples = False
         self.attention_type = getattr(block, "attention_type", None)
 
-    def forward(self, states: Tensor, *arguments, **named) -> Tensor:
+    def forward(self, states: Tensor, *arguments, **named) -> Tensor | tuple[Tensor, None]:
         block = self.block.pop()
         if self.index == 0:
             self.visit(0, states.chunk(len(self.streams)))
@@ -47,12 +49,13 @@ class _StreamedBlock(nn.Module):
         load_block(self.checkpoint, block, self.index, self.device_config)
         results = []
         for part, (adapter, stream) in enumerate(zip(self.streams, states.chunk(len(self.streams)), strict=True)):
-            wrapped = {} if adapter is None else adapter.attach(block, f"layers.{self.index}.")
+            wrapped = {} if adapter is None else adapter.attach(block, f"{self.checkpoint.family.blocks}.{self.index}.")
             results.append(self._chunked(block, stream, part * len(stream), arguments, named))
             detach(block, wrapped)
         states = torch.cat(results)
         self.visit(self.index + 1, states.chunk(len(self.streams)))
-        return states
+        # as the block itself
+        return (states, None) if self.gives_tuples else states
 
     def _chunked(self, block: nn.Module, stream: Tensor, offset: int, arguments: tuple, named: dict) -> Tensor:
         bins = max(1, _CHUNK_NODES // stream.shape[1])
@@ -62,15 +65,20 @@ class _StreamedBlock(nn.Module):
             rows = slice(offset + start, offset + min(start + bins, len(stream)))
             mine = [_rows(value, rows, total) for value in arguments]
             mine_named = {name: _rows(value, rows, total) for name, value in named.items()}
-            chunks.append(block(stream[start : start + bins], *mine, **mine_named))
+            output = block(stream[start : start + bins], *mine, **mine_named)
+            self.gives_tuples = isinstance(output, tuple)
+            chunks.append(states_of(output))
         return torch.cat(chunks)
 
 
 def _rows(value, rows: slice, total: int):
-    """What a chunk of bins gets of an argument that a block takes: its rows where there is one per bin, else all of it."""
+    """What a chunk of bins gets of an argument that a block takes: its rows where there is one, or one a head, per bin, else all of it."""
     if isinstance(value, tuple):
         return tuple(_rows(item, rows, total) for item in value)
-    return value[rows] if isinstance(value, Tensor) and value.ndim > 1 and len(value) == total else value
+    if not isinstance(value, Tensor) or value.ndim < 2 or len(value) % total:
+        return value
+    each = len(value) // total
+    return value[rows.start * each : rows.stop * each]
 
 
 @torch.no_grad()
@@ -105,14 +113,14 @@ def stream_layers(
     def flat_visit(layer, states):
         visit(layer, [stream.reshape(-1, stream.shape[-1]) for stream in states])
 
-    stand_ins = [_StreamedBlock(whole.layers[i], i, checkpoint, device_config, streams, flat_visit) for i in range(available)]
-    whole.layers = nn.ModuleList(stand_ins)
+    stand_ins = [_StreamedBlock(blocks_of(whole)[i], i, checkpoint, device_config, streams, flat_visit) for i in range(available)]
+    setattr(whole, checkpoint.family.blocks, nn.ModuleList(stand_ins))
     whole.config.num_hidden_layers = available
     if reason is None:
         # in its turn, as a block: of a hub's model a pass that ends before must not fetch its shard
-        whole.norm.register_forward_pre_hook(lambda *_: load_norm(checkpoint, whole, device_config))
+        norm_of(whole).register_forward_pre_hook(lambda *_: load_norm(checkpoint, whole, device_config))
     else:
-        whole.norm = nn.Identity()
+        setattr(whole, checkpoint.family.norm, nn.Identity())
     copies = len(streams)
     repeated = Batch(
         batch.input_ids.repeat(copies, 1),
@@ -130,9 +138,10 @@ def stream_layers(
 
 def _available(checkpoint: Checkpoint, whole: "Decoder") -> tuple[int, str | None]:
     """How many blocks can be read, and why not all."""
-    for index, block in enumerate(whole.layers):
-        absent = checkpoint.absent(list(block_tensors(block, index)))
+    blocks = blocks_of(whole)
+    for index, block in enumerate(blocks):
+        absent = checkpoint.absent(list(block_tensors(checkpoint.family, block, index)))
         if absent:
             return index, f"{absent[0]} is absent, which holds block {index} and what follows"
-    absent = checkpoint.absent(["norm.weight"])
-    return len(whole.layers), f"{absent[0]} is absent, which holds the final norm" if absent else None
+    absent = checkpoint.absent([checkpoint.norm])
+    return len(blocks), f"{absent[0]} is absent, which holds the final norm" if absent else None

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from tli.model.families import TRANSPOSED, blocks_of, traits_of
 from tli.runtime import ops
 from tli.runtime.errors import TliError
 from tli.runtime.files import atomic_write, write_text
@@ -32,9 +33,9 @@ if typing.TYPE_CHECKING:
 
 _KEY_PREFIX = "base_model.model."
 # where classes of transformers have their text decoder; not in a vision_tower
-_DECODER = r"(?:(?:model|language_model|text_model|decoder|transformer)\.)*"
+_DECODER = r"(?:(?:model|language_model|text_model|decoder|transformer|gpt_neox)\.)*"
 _KEY = re.compile(
-    rf"^base_model\.model\.(?P<decoder>{_DECODER})(?P<path>layers\.\d+\..+)\.(lora_(?P<factor>[AB])\.weight|lora_magnitude_vector)$"
+    rf"^base_model\.model\.(?P<decoder>{_DECODER})(?P<path>(?:layers|h)\.\d+\..+)\.(lora_(?P<factor>[AB])\.weight|lora_magnitude_vector)$"
 )
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # keys of an adapter_config.json that are computed with here, and those that change nothing about how a saved adapter computes: a key of
@@ -43,6 +44,8 @@ _COMPUTED = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alph
 _WITHOUT_EFFECT = (
     # what it is of, and which layers it has, of which the tensors themselves speak
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    # of how a weight is stored (see TRANSPOSED)
+    "fan_in_fan_out",
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     # of training, of how the factors start (see _STARTS), and of switches whose other half must be unset
     *("inference_mode", "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
@@ -99,10 +102,10 @@ class LoRALinear(nn.Module):
 
 
 def inject(decoder: "Decoder", config: LoRAConfig, blocks: range | list[int] | None = None, seed: int = 0) -> list[str]:
-    """Put adapters into ``decoder.layers`` in place and freeze everything else.
+    """Put adapters into the blocks of ``decoder`` in place and freeze everything else.
 
     Args:
-        decoder:  a transformers decoder with ``layers``
+        decoder:  a transformers decoder of one of ``families.FAMILIES``
         config:   rank, scale, targets
         blocks:   indices of the blocks that get adapters; None for all
         seed:     of A; each module's start depends on the seed and its own path alone
@@ -124,7 +127,7 @@ def inject(decoder: "Decoder", config: LoRAConfig, blocks: range | list[int] | N
             f"alpha {config.alpha}, dropout {config.dropout}",
             "choose other values",
         )
-    indices = range(len(decoder.layers)) if blocks is None else blocks
+    indices = range(len(blocks_of(decoder))) if blocks is None else blocks
     chosen = target_paths(decoder, indices, config.targets)
     check_rank(decoder, chosen, config.rank)
     decoder.requires_grad_(False)
@@ -254,13 +257,19 @@ def snapshot(decoder: nn.Module, scale: float) -> Adapter:
 
 
 def save(
-    decoder: nn.Module, config: LoRAConfig, folder: str | os.PathLike, base_model: str, decoder_path: str = "model", task: str = "CAUSAL_LM"
+    decoder: "Decoder",
+    config: LoRAConfig,
+    folder: str | os.PathLike,
+    base_model: str,
+    decoder_path: str | None = None,
+    task: str = "CAUSAL_LM",
 ) -> None:
     """Write the decoder's adapters to ``folder`` as a PEFT adapter, each file whole or not at all.
 
-    The same adapters give the same bytes. ``decoder_path`` is that of the decoder in the class that PEFT's users load, ``task`` PEFT's
-    task type for it (``tli/model/whole_model.py``).
+    The same adapters give the same bytes. ``decoder_path`` is that of the decoder in the class that PEFT's users load, None in the
+    family's ForCausalLM class, ``task`` PEFT's task type for it (``tli/model/whole_model.py``).
     """
+    decoder_path = traits_of(decoder).causal_lm if decoder_path is None else decoder_path
     folder = pathlib.Path(folder)
     tensors, inside = {}, f"{decoder_path}." if decoder_path else ""
     for path, adapter in adapters(decoder).items():
@@ -304,6 +313,8 @@ def load(folder: str | os.PathLike) -> Adapter:
             raise TliError(folder / ADAPTER_FILE, must, f"others in {key}", "train the adapter again")
         places.add(match["decoder"])
         factors.setdefault(match["path"], {})[f"lora_{match['factor'] or 'magnitude_vector'}"] = tensor.float()
+    if config.get("fan_in_fan_out") and not all(path.split(".", 2)[2] in TRANSPOSED for path in factors):
+        raise TliError(folder / CONFIG_FILE, "the adapter must be plain LoRA", "fan_in_fan_out", "train one without it")
     names = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(config.get("use_dora"))]
     for path, found in factors.items():
         if set(found) != set(names):
@@ -365,7 +376,8 @@ def _read_config(file: pathlib.Path) -> dict:
 
 def _targets(decoder: "Decoder", index: int, targets: str) -> list[str]:
     """Paths of the linear layers of block ``index`` that ``targets`` means."""
-    block = decoder.layers[index]
+    blocks, name_of_blocks = blocks_of(decoder), traits_of(decoder).blocks
+    block = blocks[index]
     linear = [path for path, child in block.named_modules() if isinstance(child, nn.Linear)]
     if targets == "all-linear":
         chosen = linear
@@ -373,7 +385,7 @@ def _targets(decoder: "Decoder", index: int, targets: str) -> list[str]:
         names = [name.strip() for name in targets.split(",")]
         unknown = [name for name in names if not any(path.rpartition(".")[2] == name for path in linear)]
         if unknown:
-            available = ", ".join(path.rpartition(".")[2] for path in linear)
+            available = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in linear))
             raise TliError(
                 "--targets", f"each target must be a linear layer of the model ({available})", ", ".join(unknown), "choose among these"
             )
@@ -385,12 +397,12 @@ def _targets(decoder: "Decoder", index: int, targets: str) -> list[str]:
             raise TliError(
                 "--targets", "the targets must be names or a regular expression", f"{targets} ({error})", "correct it"
             ) from error
-        chosen = [path for path in linear if pattern.fullmatch(path) or pattern.fullmatch(f"layers.{index}.{path}")]
+        chosen = [path for path in linear if pattern.fullmatch(path) or pattern.fullmatch(f"{name_of_blocks}.{index}.{path}")]
         if not any(
-            pattern.fullmatch(path) or pattern.fullmatch(f"layers.{i}.{path}") for i in range(len(decoder.layers)) for path in linear
+            pattern.fullmatch(path) or pattern.fullmatch(f"{name_of_blocks}.{i}.{path}") for i in range(len(blocks)) for path in linear
         ):
             raise TliError("--targets", f"the expression must match a linear layer ({', '.join(linear)})", targets, "correct it")
-    return [f"layers.{index}.{path}" for path in chosen]
+    return [f"{name_of_blocks}.{index}.{path}" for path in chosen]
 
 
 def _start(lora_a: Tensor, init: str, seed: int, path: str) -> None:
@@ -427,7 +439,7 @@ def _peft_config(paths: list[str], config: LoRAConfig, base_model: str, inside: 
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": all(path.split(".", 2)[2] in TRANSPOSED for path in paths),
         # short names mean every chosen block; full paths where blocks differ
         "target_modules": sorted(everywhere) if uniform else sorted(paths if inside == "model." else (inside + path for path in paths)),
         "layers_to_transform": sorted(by_block),

@@ -28,7 +28,7 @@ class Pooling:
     def from_checkpoint(cls, token_norm: str, checkpoint: Checkpoint, device: torch.device, ops: Ops = REFERENCE) -> "Pooling":
         """The pooling for a ``--token-norm``: ``final`` reads the model's final norm, ``rms`` has unit weights, ``none`` is none."""
         weight: Tensor | None
-        weight, eps = None, checkpoint.config.rms_norm_eps
+        weight, eps = None, checkpoint.norm_eps
         if token_norm == "final":
             weight, eps = checkpoint.final_norm()
         elif token_norm == "rms":
@@ -49,7 +49,9 @@ class Pooling:
 
 
 def resolve_token_norm(token_norm: str, checkpoint: Checkpoint) -> str:
-    """What ``auto`` means for this checkpoint: ``final``, or ``rms`` in a folder without the shard that holds the final norm."""
+    """What ``auto`` means for this checkpoint: ``final``, or ``rms`` where that is a LayerNorm, or in a folder without its shard."""
     if token_norm != "auto":
         return token_norm
-    return "final" if checkpoint.folder is None or checkpoint.at_hand("norm.weight") else "rms"
+    if checkpoint.family.layer_norm:
+        return "rms"
+    return "final" if checkpoint.folder is None or checkpoint.at_hand(checkpoint.norm) else "rms"

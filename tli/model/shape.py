@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from tli.model.families import FAMILIES, LINEAR, Family, family_of
+from tli.model.families import FAMILIES, Family, family_of
 from tli.runtime.errors import TliError
 
 QUANTISED = "the weights must be unquantised or bitsandbytes' NF4"
@@ -28,7 +28,13 @@ Layer = int | str
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes; ``family`` is its name in ``families.FAMILIES``."""
+    """A decoder's sizes; ``family`` is its name in ``families.FAMILIES``.
+
+    biases      last names of the linear layers that have them
+    norms       norms of a block that are as wide as the model
+    head_norms  queries and keys have norms, too
+    beside      numbers held beside embedding, blocks and final norm: learned positions, a norm behind the embedding
+    """
 
     family: str
     blocks: int
@@ -39,6 +45,9 @@ class Shape:
     head_dim: int
     vocabulary: int
     biases: tuple[str, ...]
+    norms: int = 2
+    head_norms: bool = False
+    beside: int = 0
 
     @classmethod
     def from_config(cls, config: dict, name: str) -> Shape:
@@ -51,22 +60,30 @@ class Shape:
         # a config's own names for its text part, as transformers reads them
         config = next((config[key] for key in ("text_config", "decoder", "text_encoder") if isinstance(config.get(key), dict)), config)
         family = str(config.get("model_type"))
-        config = family_of(family, name).config_defaults | {key: value for key, value in config.items() if value is not None}
+        traits = family_of(family, name)
+        config = traits.read(config, name)
         try:
             width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            head_dim, keys = int(config.get("head_dim", width // heads)), int(config.get("num_key_value_heads", heads))
-            sizes = [int(config[key]) for key in ("num_hidden_layers", "intermediate_size", "vocab_size")]
+            head_dim = int(config.get("head_dim", width // heads))
+            keys = int(traits.key_heads(config) if traits.key_heads else config.get("num_key_value_heads", heads))
+            inside = config["intermediate_size"] if traits.inside is None else config.get("intermediate_size", traits.inside * width)
+            blocks, hidden, vocabulary = int(config["num_hidden_layers"]), int(inside), int(config["vocab_size"])
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise TliError(name, "config.json must give the model's sizes", repr(error), "check the file") from error
-        attention = config.get("attention_bias", False)
-        biases = tuple(attention.split(",")) if isinstance(attention, str) else ("q_proj", "k_proj", "v_proj", "o_proj") * bool(attention)
-        biases += ("gate_proj", "up_proj", "down_proj") * bool(config.get("mlp_bias", False))
-        return cls(family, sizes[0], width, sizes[1], heads, keys, head_dim, sizes[2], biases)
+        biases = tuple(path for key, paths in traits.biases.items() if key == "always" or config.get(key) for path in paths)
+        head_norms = bool(config.get(traits.head_norms) if isinstance(traits.head_norms, str) else traits.head_norms)
+        beside = width * traits.rows_beside(config)
+        return cls(family, blocks, width, hidden, heads, keys, head_dim, vocabulary, biases, traits.norms(config), head_norms, beside)
 
     @property
     def traits(self) -> Family:
         """What sets its family apart."""
         return FAMILIES[self.family]
+
+    @property
+    def down(self) -> str:
+        """The path of the linear layer that ends the MLP."""
+        return next(reversed(self.traits.linear))
 
     @property
     def queries(self) -> int:
@@ -78,17 +95,17 @@ class Shape:
 
     def linear(self) -> dict[str, tuple[int, int]]:
         """(N, K) of each linear layer of a block, by its path in the block."""
-        d, i, q, kv = self.width, self.hidden, self.queries, self.keys
-        return dict(zip(LINEAR, ((q, d), (kv, d), (kv, d), (d, q), (i, d), (i, d), (d, i))))
+        size = {"d": self.width, "i": self.hidden, "q": self.queries, "k": self.keys}
+        return {path: (sum(size[part] for part in n), size[k]) for path, (n, k) in self.traits.linear.items()}
 
     def block_bytes(self, weights: str, element: int) -> int:
         """Of one block's frozen weights: linear ones in the compute dtype or NF4, biases and norms in the compute dtype."""
-        linear = self.linear()
+        linear, traits = self.linear(), self.traits
         numbers = sum(n * k for n, k in linear.values())
         biases = sum(n for path, (n, _) in linear.items() if path.rpartition(".")[2] in self.biases)
-        normed = self.queries + self.keys if self.traits.across_heads else 2 * self.head_dim
-        norms = (4 if self.traits.norms_behind else 2) * self.width + normed * self.traits.head_norms
-        return int(numbers * (NF4_BYTES if weights == "nf4" else element)) + element * (biases + norms)
+        normed = self.queries + self.keys if traits.across_heads else 2 * self.head_dim
+        norms = (self.norms + 2 * traits.norms_behind) * self.width * (1 + traits.norm_biases) + normed * self.head_norms
+        return int(numbers * (NF4_BYTES if weights == "nf4" else element)) + element * (biases + norms + traits.numbers)
 
 
 def require_unquantised(config: dict, name: str) -> None:
@@ -120,18 +137,19 @@ def _parts(config: dict) -> list[dict]:
     return [config, *(part for value in inner for part in _parts(value))]
 
 
-def targets_of(block: int, targets: str) -> tuple[str, ...]:
+def targets_of(family: Family, block: int, targets: str) -> tuple[str, ...]:
     """The linear layers of this block that ``--targets`` means; what nothing matches is for the injector to refuse."""
+    linear = tuple(family.linear)
     if targets == "all-linear":
-        return LINEAR
+        return linear
     if re.fullmatch(r"\w+(\s*,\s*\w+)*", targets):
         names = [name.strip() for name in targets.split(",")]
-        return tuple(path for path in LINEAR if path.rpartition(".")[2] in names)
+        return tuple(path for path in linear if path.rpartition(".")[2] in names)
     try:
         pattern = re.compile(targets)
     except re.error:
         return ()
-    return tuple(path for path in LINEAR if pattern.fullmatch(path) or pattern.fullmatch(f"layers.{block}.{path}"))
+    return tuple(path for path in linear if pattern.fullmatch(path) or pattern.fullmatch(f"{family.blocks}.{block}.{path}"))
 
 
 def table_bytes(rows: int, outputs: int, element: int, weight_bytes: int) -> int | None:

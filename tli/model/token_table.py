@@ -12,7 +12,7 @@ import typing
 import torch
 from torch import Tensor, nn
 
-from tli.model.families import QKV
+from tli.model.families import blocks_of, embedding_of, traits_of
 from tli.model.shape import table_bytes
 from tli.runtime import ops
 from tli.runtime.environment import return_freed_memory
@@ -30,10 +30,12 @@ def precompute_qkv(decoder: "Decoder") -> int | None:
         decoder:  a loaded decoder, in front of adapters; its kept embedding rows are the tokens
 
     Returns:
-        The tables' bytes, or None where the weights stay.
+        The tables' bytes, or None where the weights stay, as where positions are added to the embeddings.
     """
-    attention, table = decoder.layers[0].self_attn, decoder.embed_tokens.weight
-    projections = [getattr(attention, name) for name in QKV]
+    block, embedding = blocks_of(decoder)[0], embedding_of(decoder)
+    projections, table = [block.get_submodule(path) for path in traits_of(decoder).tables], embedding.weight
+    if not projections:
+        return None
     outputs = sum(linear.weight.shape[0] for linear in projections)
     held = sum(linear.weight.nbytes for linear in projections)
     size = table_bytes(len(table), outputs, table.element_size(), held)
@@ -46,7 +48,7 @@ def precompute_qkv(decoder: "Decoder") -> int | None:
         del linear.weight
         linear.weight = lookup
         # the table, not the module that has it: an adapter takes its place
-        decoder.embed_tokens.register_forward_pre_hook(functools.partial(_see, lookup))
+        embedding.register_forward_pre_hook(functools.partial(_see, lookup))
     return_freed_memory()
     return size
 
@@ -62,16 +64,17 @@ class _Reached(Exception):
 @torch.no_grad()
 def _inputs(decoder: "Decoder") -> Tensor:
     """What block 0's projections read of each token: [V, K], by the model's own code for whatever comes before."""
-    inputs, tokens = [], torch.arange(len(decoder.embed_tokens.weight), device=decoder.embed_tokens.weight.device)
+    block, table = blocks_of(decoder)[0], embedding_of(decoder).weight
+    inputs, tokens = [], torch.arange(len(table), device=table.device)
 
     def take(module: nn.Module, arguments: tuple) -> None:
         inputs.append(arguments[0].flatten(0, 1))
         raise _Reached
 
-    hook = decoder.layers[0].self_attn.q_proj.register_forward_pre_hook(take)
+    hook = block.get_submodule(traits_of(decoder).tables[0]).register_forward_pre_hook(take)
     try:
         for part in tokens.split(_AT_ONCE):
-            alone = decoder.embed_tokens.weight.new_zeros(len(part), 1, 1, 1)
+            alone = table.new_zeros(len(part), 1, 1, 1)
             with contextlib.suppress(_Reached):
                 decoder(input_ids=part[:, None], attention_mask=alone, position_ids=torch.zeros_like(part)[:, None], use_cache=False)
     finally:

@@ -30,7 +30,7 @@ def whole_model(checkpoint: Checkpoint) -> WholeModel:
 
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder or checkpoint.name, trust_remote_code=False)
     if config.get_text_config() is config:
-        return WholeModel()
+        return WholeModel(decoder=checkpoint.family.causal_lm)
     named = (config.architectures or ["none"])[0]
     must = "transformers must be able to build the class that config.json names under architectures, as adapters are named by its modules"
     try:

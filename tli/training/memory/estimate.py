@@ -90,7 +90,7 @@ class Run:
         return self.layer if self.arm == "early" else self.shape.blocks
 
     def adapted(self, block: int) -> tuple[str, ...]:
-        return targets_of(block, self.targets) if self.arm == "full" or block < self.layer else ()
+        return targets_of(self.shape.traits, block, self.targets) if self.arm == "full" or block < self.layer else ()
 
     @property
     def parameters(self) -> int:
@@ -105,9 +105,10 @@ class Run:
     @property
     def eager(self) -> bool:
         """Whether attention keeps its T × T weights: for soft-capping, and, where nobody says it, in 16 bits on a CPU."""
+        always = self.shape.traits.soft_caps or self.shape.traits.only_eager
         if self.eager_attention is not None:
-            return self.shape.traits.soft_caps or self.eager_attention
-        return self.shape.traits.soft_caps or (self.element < 4 and not self.fused and not self.exact)
+            return always or self.eager_attention
+        return always or (self.element < 4 and not self.fused and not self.exact)
 
     @property
     def in_parts(self) -> bool:
@@ -125,7 +126,8 @@ def predict(run: Run) -> dict[str, int]:
     tables, replaced = _tables(run)
     weights = run.blocks * shape.block_bytes(run.weights, run.element) - replaced
     # the norm behind the last block, and the token norm's copy of it
-    weights += run.element * shape.width * (run.arm != "early") + 4 * shape.width * run.token_norm
+    final = shape.width * (1 + shape.traits.norm_biases)
+    weights += run.element * (final * (run.arm != "early") + shape.beside) + 4 * shape.width * run.token_norm
     held, workspace, gradients = max([*_moments(run).values(), *_moments_of_kept_text(run)], key=sum)
     bytes_of = {
         "weights": weights,
@@ -167,7 +169,7 @@ def _moments(run: Run) -> dict[str, tuple[float, float, float]]:
     packing = (2 * largest if run.fused else 16 * min(largest, _DECODED)) if run.weights == "nf4" else 0
     # what the functions on the way still name: the embedding's output, the block's, the residual, the MLP's; and its product, unsaved
     on_the_way = _product_parts(run, width, shape.hidden) + (5 if element < 4 else 2) * nodes * width * element
-    on_the_way += nodes * shape.hidden * element * ("mlp.down_proj" not in run.adapted(blocks - 1))
+    on_the_way += nodes * shape.hidden * element * (shape.down not in run.adapted(blocks - 1))
     return {
         "loading": (0, max(0, packing - _kept_workspace(run)), 0),
         "forward": (sum(held) + angles, on_the_way, before),
@@ -196,8 +198,28 @@ def _moments_of_kept_text(run: Run) -> list[tuple[float, float, float]]:
     return [(*moments[name][:2], 4 * run.parameters) for name in moments if name not in ("loading", "optimiser")]
 
 
+def saved_at_most(run: Run, block: int) -> float:
+    """Bytes that block ``block`` saves for its backward pass, at most, of a family whose parts are not counted one by one.
+
+    As if every linear layer and norm kept its input, fused or not.
+    """
+    shape, part, e = run.shape, run.current, run.element
+    t, d, i, q, kv = part.nodes, shape.width, shape.hidden, shape.queries, shape.keys
+    adapted = run.adapted(block)
+    if not adapted and not any(run.adapted(below) for below in range(block)):
+        return 0.0
+    low = 4 if run.fused or run.in_float32 else e
+    saved = sum(low * t * run.rank * _low_rank_parts(run, shape.linear()[path][1]) for path in adapted)
+    saved += sum((e + (e + 1) * bool(run.dropout and run.exact)) * t * shape.linear()[path][1] for path in adapted)
+    saved += 4 * t * (d + 2) * shape.norms + 4 * t * (q + kv) * shape.head_norms + e * t * i * (shape.traits.kept_inside or 0)
+    saved += 4 * e * t * q
+    return saved + (part.bins * shape.heads * part.width**2 * (4 + 2 * e * (e < 4)) if run.eager else 4 * t * shape.heads)
+
+
 def saved_activations(run: Run, block: int) -> float:
     """Bytes that block ``block`` saves for its backward pass."""
+    if run.shape.traits.kept_inside is not None:
+        return saved_at_most(run, block)
     shape, part, e = run.shape, run.current, run.element
     t, d, i, q, kv = part.nodes, shape.width, shape.hidden, shape.queries, shape.keys
     adapted = {path.rpartition(".")[2] for path in run.adapted(block)}
@@ -210,7 +232,7 @@ def saved_activations(run: Run, block: int) -> float:
         saved += sum((e + 1) * t * shape.linear()[path][1] for path in run.adapted(block))
     saved += 4 * t * d * flows + e * t * d * bool(adapted & {"q_proj", "k_proj", "v_proj"})
     into_queries, into_keys = flows or "q_proj" in adapted, flows or "k_proj" in adapted
-    if shape.traits.head_norms:
+    if shape.head_norms:
         saved += 4 * t * (q * into_queries + kv * into_keys)
     attends = into_queries or into_keys or "v_proj" in adapted
     if attends and not run.eager:
@@ -233,8 +255,8 @@ def saved_activations(run: Run, block: int) -> float:
 
 def _mlp_workspace(run: Run) -> float:
     """Of a block's MLP, backward: what its gradients take, less what is let go meanwhile."""
-    t, e, (_, i) = run.current.nodes, run.element, run.shape.linear()["mlp.down_proj"]
-    adapted = "mlp.down_proj" in run.adapted(run.layer - 1 if run.arm == "full-hook" else run.blocks - 1)
+    t, e, i = run.current.nodes, run.element, run.shape.hidden
+    adapted = run.shape.down in run.adapted(run.layer - 1 if run.arm == "full-hook" else run.blocks - 1)
     # of the product and its two factors; down_proj's adapter has let go of the product
     inside = e * t * i * (3 - adapted)
     # the gradients of its own factors, while the last of them is made
@@ -311,10 +333,10 @@ def _kept_workspace(run: Run) -> int:
 
 def _tables(run: Run) -> tuple[int, int]:
     """Bytes of the tables in the place of block 0's q, k and v weights (tli/model/token_table.py), and of those weights and biases."""
-    replaced = {path: run.shape.linear()[f"self_attn.{path}"] for path in ("q_proj", "k_proj", "v_proj")}
+    replaced = {path: run.shape.linear()[path] for path in run.shape.traits.tables}
     weights = int(sum(n * k for n, k in replaced.values()) * (NF4_BYTES if run.weights == "nf4" else run.element))
-    tables = None if run.exact else table_bytes(run.rows, sum(n for n, _ in replaced.values()), run.element, weights)
-    biases = run.element * sum(n for path, (n, _) in replaced.items() if path in run.shape.biases)
+    tables = None if run.exact or not replaced else table_bytes(run.rows, sum(n for n, _ in replaced.values()), run.element, weights)
+    biases = run.element * sum(n for path, (n, _) in replaced.items() if path.rpartition(".")[2] in run.shape.biases)
     return (0, 0) if tables is None else (tables, weights + biases)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity
 
+from tli.model.families import embedding_of, traits_of
 from tli.runtime import ops
 from tli.runtime.environment import process_memory
 from tli.runtime.files import atomic_write
@@ -71,7 +72,7 @@ class Profile:
         curves_sum = np.sum([curves[name] for name in _STEP], axis=0)
         top = int(curves_sum.argmax())
         adapters = 12 * sum(parameter.numel() for parameter in parameters)
-        embedding = _bytes(decoder.embed_tokens.weight)
+        embedding = _bytes(embedding_of(decoder).weight)
         rows = embedding + sum(_bytes(weight.products) for weight in _weights(decoder) if isinstance(weight, ops.TokenTable))
         bytes_of = {
             "weights": sum(_bytes(tensor) for tensor in _frozen(decoder)) - embedding,
@@ -98,7 +99,10 @@ class Profile:
 
 def _frozen(decoder: nn.Module) -> list[torch.Tensor]:
     """The decoder's frozen tensors, each once; of a packed weight its parts."""
-    found = {id(parameter): parameter for parameter in decoder.parameters() if not parameter.requires_grad}
+    found: dict[int, torch.Tensor] = {id(parameter): parameter for parameter in decoder.parameters() if not parameter.requires_grad}
+    # sinusoidal positions
+    for path in traits_of(decoder).beside:
+        found |= {id(buffer): buffer for buffer in decoder.get_submodule(path).buffers()}
     for weight in _weights(decoder):
         if isinstance(weight, ops.NF4Weight):
             found |= {id(part): part for part in (weight.codes, weight.absmax, weight.nested_absmax) if part is not None}
