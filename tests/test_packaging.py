@@ -210,3 +210,17 @@ def test_every_file_is_in_contributing():
     tests = {path.relative_to(ROOT).as_posix() for path in modules("tests")}
     assert on_disk - named == set(), "on disk, not in CONTRIBUTING.md"
     assert named - on_disk - tests == set(), "in CONTRIBUTING.md, not on disk"
+
+
+def test_no_call_of_transformers_may_run_code_beside_the_weights():
+    """Left open, ``trust_remote_code`` makes transformers ask on standard input, where any yes runs it."""
+    loaders, found = {"from_pretrained", "from_config"}, []
+    for file in modules("tli"):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in loaders:
+                of = ast.unparse(call.func.value)
+                if "Auto" in of or "transformers" in of:
+                    found.append(of)
+                    told = {word.arg: ast.unparse(word.value) for word in call.keywords}
+                    assert told.get("trust_remote_code") == "False", f"{file.name}:{call.lineno}: {ast.unparse(call)}"
+    assert {"transformers.AutoConfig", "AutoTokenizer", "AutoModel"} <= set(found)

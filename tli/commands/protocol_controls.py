@@ -35,7 +35,7 @@ def save_random_model(checkpoint: Checkpoint, folder: pathlib.Path, seed: int) -
     settings = {name: value for name, value in checkpoint.config.to_dict().items() if name != "quantization_config"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(type(checkpoint.config)(**settings), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(type(checkpoint.config)(**settings), dtype=torch.float32, trust_remote_code=False)
     # a bar of its own would break ours
     logging.disable_progress_bar()
     with atomic_folder(folder, "--output") as building:

@@ -117,7 +117,7 @@ def _build(config: typing.Any, dtype: torch.dtype, family: Family) -> typing.Any
     """transformers' decoder of a config."""
     from transformers import AutoModel
 
-    return AutoModel.from_config(config, dtype=dtype).get_submodule(family.base)
+    return AutoModel.from_config(config, dtype=dtype, trust_remote_code=False).get_submodule(family.base)
 
 
 def _use_frozen_linear(blocks: nn.ModuleList, family: Family, ops: Ops) -> None:
