@@ -126,7 +126,7 @@ class Family:
             value = said.get(wanted) if isinstance(wanted, str) else wanted
             if key in said and said[key] != value:
                 must = f"{key} in config.json must be {value} in a model of the family {config.get('model_type')}"
-                raise TliError(name, must, said[key], "choose another model of the family, or of another one")
+                raise TliError(name, must, said[key], "choose another model")
         return self.config_defaults | said | {common: said[own] for common, own in self.aliases.items() if own in said}
 
 
