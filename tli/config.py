@@ -223,7 +223,7 @@ class MemoryConfig(ListConfig):
     all_rows: bool = _as_in_training("all_rows")
 
     prefix: str = _as_in_training("prefix")
-    held_out: float = _as_in_training("held_out", help="share of the pairs kept out of training")
+    held_out: float = _as_in_training("held_out", help="share of the pairs kept out of training", above=None, least=0)
 
     rank: int = _as_in_training("rank")
     targets: str = _as_in_training("targets")
