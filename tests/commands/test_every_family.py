@@ -72,8 +72,8 @@ def test_a_run_is_measured_embedded_and_exported(settings, tmp_path, family, cap
     apart = embed(words, adapter=str(folder), language="swahili")
     torch.testing.assert_close(embed(words, map=str(tmp_path / "merged"), language="swahili"), apart, rtol=0, atol=1e-4)
     tokens = torch.arange(2, 20)[None]
-    base = AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.float32)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.float32, trust_remote_code=False)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, trust_remote_code=False)
     with torch.no_grad():
         expected = PeftModel.from_pretrained(base, folder)(tokens).logits
         torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-3, atol=1e-3)

@@ -20,9 +20,11 @@ LINEAR = {
     "mlp.up_proj": ("i", "d"),
     "mlp.down_proj": ("d", "i"),
 }
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_Q_K_V = ("q_proj", "k_proj", "v_proj")
+_QKV = tuple(f"self_attn.{name}" for name in _Q_K_V)
 _FUSED_QKV = "self_attention.query_key_value"
 _DENSE = {"mlp.dense_h_to_4h": ("i", "d"), "mlp.dense_4h_to_h": ("d", "i")}
+_FUSED = {_FUSED_QKV: ("qkk", "d"), "self_attention.dense": ("d", "q"), **_DENSE}
 _FAIRSEQ = {
     "self_attn.k_proj": ("k", "d"),
     "self_attn.v_proj": ("k", "d"),
@@ -32,8 +34,8 @@ _FAIRSEQ = {
     "fc2": ("d", "i"),
 }
 
-_Q_K_V = ("q_proj", "k_proj", "v_proj")
-_LLAMA_BIASES = {"attention_bias": (*_Q_K_V, "o_proj"), "mlp_bias": ("gate_proj", "up_proj", "down_proj")}
+_ATTENTION, _MLP = (*_Q_K_V, "o_proj"), ("gate_proj", "up_proj", "down_proj")
+_LLAMA_BIASES = {"attention_bias": _ATTENTION, "mlp_bias": _MLP}
 
 Config = dict[str, typing.Any]
 
@@ -162,16 +164,16 @@ FAMILIES = {
     "vaultgemma": Family({**_GEMMA, "attn_logit_softcapping": 50.0}, norm_offset=1.0, soft_caps=True),
     "seed_oss": Family(
         {"head_dim": 128, "num_key_value_heads": 8, "attention_bias": True},
-        biases={"attention_bias": _Q_K_V, "attention_out_bias": ("o_proj",), "mlp_bias": ("gate_proj", "up_proj", "down_proj")},
+        biases={"attention_bias": _Q_K_V, "attention_out_bias": ("o_proj",), "mlp_bias": _MLP},
     ),
     "ernie4_5": Family(
         {"head_dim": 128, "num_key_value_heads": 2},
-        biases={"use_bias": (*_Q_K_V, "o_proj", "gate_proj", "up_proj", "down_proj")},
+        biases={"use_bias": (*_ATTENTION, *_MLP)},
     ),
     "apertus": Family(
         {},
         linear={path: sizes for path, sizes in LINEAR.items() if path != "mlp.gate_proj"},
-        biases={"attention_bias": (*_Q_K_V, "o_proj")},
+        biases={"attention_bias": _ATTENTION},
         head_norms=True,
         numbers=4,
         kept_inside=6,
@@ -201,7 +203,7 @@ FAMILIES = {
     ),
     "cohere": Family(
         {},
-        biases={"attention_bias": (*_Q_K_V, "o_proj")},
+        biases={"attention_bias": _ATTENTION},
         layer_norm=True,
         norm_eps="layer_norm_eps",
         norms=lambda config: 1,
@@ -211,7 +213,7 @@ FAMILIES = {
     ),
     "cohere2": Family(
         {},
-        biases={"attention_bias": (*_Q_K_V, "o_proj")},
+        biases={"attention_bias": _ATTENTION},
         layer_norm=True,
         norm_eps="layer_norm_eps",
         norms=lambda config: 1,
@@ -312,7 +314,7 @@ FAMILIES = {
         norm="ln_f",
         beside=("word_embeddings_layernorm",),
         rows_beside=lambda config: 2,
-        linear={_FUSED_QKV: ("qkk", "d"), "self_attention.dense": ("d", "q"), **_DENSE},
+        linear=_FUSED,
         tables=(_FUSED_QKV,),
         biases={"always": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")},
         layer_norm=True,
@@ -332,7 +334,7 @@ FAMILIES = {
         blocks="h",
         embedding="word_embeddings",
         norm="ln_f",
-        linear={_FUSED_QKV: ("qkk", "d"), "self_attention.dense": ("d", "q"), **_DENSE},
+        linear=_FUSED,
         tables=(_FUSED_QKV,),
         biases={"bias": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")},
         layer_norm=True,

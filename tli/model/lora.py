@@ -16,6 +16,7 @@ import re
 import shlex
 import typing
 import zlib
+from collections.abc import Iterable
 
 import torch
 from safetensors import SafetensorError
@@ -313,7 +314,7 @@ def load(folder: str | os.PathLike) -> Adapter:
             raise TliError(folder / ADAPTER_FILE, must, f"others in {key}", "train the adapter again")
         places.add(match["decoder"])
         factors.setdefault(match["path"], {})[f"lora_{match['factor'] or 'magnitude_vector'}"] = tensor.float()
-    if config.get("fan_in_fan_out") and not all(path.split(".", 2)[2] in TRANSPOSED for path in factors):
+    if config.get("fan_in_fan_out") and not _are_transposed(factors):
         raise TliError(folder / CONFIG_FILE, "the adapter must be plain LoRA", "fan_in_fan_out", "train one without it")
     names = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(config.get("use_dora"))]
     for path, found in factors.items():
@@ -343,6 +344,11 @@ def rank_and_scale(config: dict, path: str) -> tuple[int, float]:
 
     rank, alpha = int(of("rank_pattern", "r")), float(of("alpha_pattern", "lora_alpha"))
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _are_transposed(paths: Iterable[str]) -> bool:
+    """Whether all these linear layers of a decoder, ``h.0.attn.c_attn``, are stored as [K, N]."""
+    return all(path.split(".", 2)[2] in TRANSPOSED for path in paths)
 
 
 def _read_config(file: pathlib.Path) -> dict:
@@ -439,7 +445,7 @@ def _peft_config(paths: list[str], config: LoRAConfig, base_model: str, inside: 
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
         "bias": "none",
-        "fan_in_fan_out": all(path.split(".", 2)[2] in TRANSPOSED for path in paths),
+        "fan_in_fan_out": _are_transposed(paths),
         # short names mean every chosen block; full paths where blocks differ
         "target_modules": sorted(everywhere) if uniform else sorted(paths if inside == "model." else (inside + path for path in paths)),
         "layers_to_transform": sorted(by_block),

@@ -53,7 +53,7 @@ def in_words(results: dict) -> str:
 
 def _bought_sentence(results: dict, arm: str) -> str:
     """What the arm bought over the best that needs no training."""
-    best = find_free(results, arm, "mrr")
+    best = find_free(results, place_of(results, arm, ALIGNED), "mrr")
     family = _bought_family(results, arm, "mrr")
     if best is None or not family:
         return ""
@@ -69,7 +69,7 @@ def _bought_sentence(results: dict, arm: str) -> str:
 
 def _answer_sentence(results: dict, arm: str, question: str) -> str:
     """What the arm found where neither class nor loans help, or where a map may help, beside the same without training."""
-    best, family = find_free(results, arm, question), _bought_family(results, arm, question)
+    best, family = find_free(results, place_of(results, arm, ALIGNED), question), _bought_family(results, arm, question)
     if best is None or not family:
         return ""
     ranks = results["ranks"]
@@ -268,7 +268,7 @@ def _answer_table(results: dict, full: bool) -> Table:
     rows = []
     for arm in results["search"]:
         rows.append([_ARMS[arm]])
-        best = [find_free(results, arm, question) for question in QUESTIONS]
+        best = [find_free(results, place_of(results, arm, ALIGNED), question) for question in QUESTIONS]
         rows.append(["best without\ntraining", *("" if one is None else _value_cell(one, full) for one in best)])
         for rank, control in _rows_of(results):
             own = [find_answer(results, arm, rank, question, control) for question in QUESTIONS]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -295,14 +296,27 @@ def _harm(runs: dict, cells: list[tuple], seeds: list[int]) -> list[dict]:
 def find(results: dict, arm: str, rank: int, layer: Layer, metric: str, split: str = "held_out", shuffled: bool = False) -> dict:
     """The value after training with these keys; ``ALIGNED`` is where the arm's loss was."""
     layer = place_of(results, arm, layer)
-    wanted = {"arm": arm, "rank": rank, "shuffled": shuffled, "split": split, "when": "after", "layer": layer, "metric": metric}
-    return next(value for value in results["values"] if wanted.items() <= value.items())
+    return _only(results["values"], arm=arm, rank=rank, shuffled=shuffled, split=split, when="after", layer=layer, metric=metric)
 
 
 def find_before(results: dict, layer: Layer, metric: str, split: str = "held_out") -> dict:
     """The value before training."""
-    wanted = {"split": split, "when": "before", "layer": layer, "metric": metric}
-    return next(value for value in results["values"] if wanted.items() <= value.items())
+    return _only(results["values"], split=split, when="before", layer=layer, metric=metric)
+
+
+def find_harm(results: dict, arm: str, rank: int, text: str, shuffled: bool = False) -> dict:
+    """How many times the base's perplexity the cell's is on a text."""
+    return _only(results["harm"], arm=arm, rank=rank, text=text, shuffled=shuffled)
+
+
+def find_answer(results: dict, arm: str, rank: int, question: str, shuffled: bool = False) -> dict | None:
+    """What was found of one of ``QUESTIONS`` after training, or None where no cell knows it."""
+    return next(_matching(results["answers"], arm=arm, rank=rank, question=question, shuffled=shuffled), None)
+
+
+def find_free(results: dict, layer: Layer, question: str) -> dict | None:
+    """The best that needs no training at this layer, or None where none was measured."""
+    return next(_matching(results["without_training"], layer=layer, question=question), None)
 
 
 def place_of(results: dict, arm: str, layer: Layer) -> Layer:
@@ -311,19 +325,9 @@ def place_of(results: dict, arm: str, layer: Layer) -> Layer:
     return "output" if arm == "full" else results["config"]["layer"]
 
 
-def find_free(results: dict, arm: str, question: str) -> dict | None:
-    """The best that needs no training where the arm's loss was, or None where none was measured."""
-    layer = place_of(results, arm, ALIGNED)
-    return next((one for one in results["without_training"] if (one["question"], one["layer"]) == (question, layer)), None)
+def _only(records: list[dict], **wanted) -> dict:
+    return next(_matching(records, **wanted))
 
 
-def find_answer(results: dict, arm: str, rank: int, question: str, shuffled: bool = False) -> dict | None:
-    """What was found of one of ``QUESTIONS`` after training, or None where no cell knows it."""
-    wanted = {"arm": arm, "rank": rank, "question": question, "shuffled": shuffled}
-    return next((one for one in results["answers"] if wanted.items() <= one.items()), None)
-
-
-def find_harm(results: dict, arm: str, rank: int, text: str, shuffled: bool = False) -> dict:
-    """How many times the base's perplexity the cell's is on a text."""
-    wanted = {"arm": arm, "rank": rank, "text": text, "shuffled": shuffled}
-    return next(one for one in results["harm"] if wanted.items() <= one.items())
+def _matching(records: list[dict], **wanted) -> Iterator[dict]:
+    return (record for record in records if wanted.items() <= record.items())

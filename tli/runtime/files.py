@@ -151,7 +151,7 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: pathlib.Path, where: str = "--output") -> Iterator[None]:
+def lock_folder(folder: pathlib.Path) -> Iterator[None]:
     """Make ``folder`` if it is not there, and keep other processes that ask for it out of it while the context is open.
 
     The lock is on the folder itself, leaves no file, and dies with its process. Where a system locks no folders there is none.
@@ -159,26 +159,20 @@ def lock_folder(folder: pathlib.Path, where: str = "--output") -> Iterator[None]
     Raises:
         TliError: another process has it, or it is no folder.
     """
-    with disk_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise TliError(where, "the output must be a folder", f"the file {folder}", "name another")
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
+    with contextlib.ExitStack() as held:
+        with disk_errors(folder), contextlib.suppress(ModuleNotFoundError):
+            _require_folder(folder)
+            folder.mkdir(parents=True, exist_ok=True)
             import fcntl
-        except ModuleNotFoundError:
-            yield
-            return
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(handle)
-            must = "one run at a time may write to the folder"
-            raise TliError(where, must, f"another that is writing to {folder}", "wait, or name another folder") from error
-    try:
+
+            handle = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                must = "one run at a time may write to the folder"
+                raise TliError("--output", must, f"another that is writing to {folder}", "wait, or name another folder") from error
         yield
-    finally:
-        os.close(handle)
 
 
 def prepare_output_dir(folder: pathlib.Path, overwrite: bool) -> None:
@@ -187,11 +181,15 @@ def prepare_output_dir(folder: pathlib.Path, overwrite: bool) -> None:
     Nothing in it is deleted: a run with ``overwrite`` replaces file by file as its own results come to be.
     """
     with disk_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise TliError("--output", "the output must be a folder", f"the file {folder}", "name another")
+        _require_folder(folder)
         if not overwrite and folder.is_dir() and any(folder.iterdir()):
             raise TliError("--output", "the output folder must be new or empty", folder, "add --overwrite or name another with --output")
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def _require_folder(folder: pathlib.Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise TliError("--output", "the output must be a folder", f"the file {folder}", "name another")
 
 
 def _umask() -> int:

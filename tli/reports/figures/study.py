@@ -43,7 +43,7 @@ def draw_bought(results: dict) -> matplotlib.figure.Figure:
             of_rank = [find_answer(results, arm, rank, name) for rank in results["ranks"]]
             _curve(panel, arm, [one for one in of_rank if one is not None], f"{arm} arm")
             _shuffled(panel, arm, [one for one in [find_answer(results, arm, _control_rank(results), name, shuffled=True)] if one])
-            if (free := find_free(results, arm, name)) is not None:
+            if (free := find_free(results, place_of(results, arm, ALIGNED), name)) is not None:
                 style = _STYLES[arm] | {"marker": "", "linestyle": DOTTED, "linewidth": 2.4}
                 panel.axhline(free["value"], label=f"best without training, where the {arm} arm's loss was", **style)
             panel.set_title(QUESTIONS[name].label.replace("\n", " "), fontsize=10)
@@ -83,7 +83,7 @@ def draw_ranks(results: dict) -> matplotlib.figure.Figure:
                     _curve(panel, arm, _values(results, arm, layer, "clipscore_mismatched"), f"{arm} arm, mismatched pairs", faint=True)
             before = next(v for v in results["values"] if _key(v) == ("before", layer, metric, "held_out"))
             panel.axhline(before["value"], color="0.35", linewidth=1.2, linestyle=(0, (8, 3, 1, 3)), label="before training")
-            for free in _without_training(results, layer) if metric == "mrr" else []:
+            if metric == "mrr" and (free := find_free(results, layer, metric)) is not None:
                 panel.axhline(free["value"], color="0.35", linewidth=2.4, linestyle=(0, (2, 1)), label="best without training")
             if before["chance"] is not None:
                 panel.axhline(before["chance"], color="black", linewidth=1.4, linestyle=DOTTED, label="chance")
@@ -129,7 +129,7 @@ def draw_costs(results: dict) -> matplotlib.figure.Figure:
             for arm in results["search"]:
                 layer = place or place_of(results, arm, ALIGNED)
                 style = {"color": _STYLES[arm]["color"] if place is None else "0.35", "linewidth": 1.6, "linestyle": DOTTED}
-                for free in _without_training(results, layer):
+                if (free := find_free(results, layer, "mrr")) is not None:
                     panel.axhline(free["value"], label=f"best without training, {place_name(layer)}", **style)
         row[0].set_ylabel(f"held-out MRR,\n{where}")
         row[0].set_ylim(bottom=0)
@@ -157,11 +157,6 @@ def _plain_numbers(axis) -> None:
 
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.15g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _without_training(results: dict, layer: Layer) -> list[dict]:
-    """The best that needs no training at the layer, by MRR; none where none was measured."""
-    return [one for one in results["without_training"] if (one["question"], one["layer"]) == ("mrr", layer)]
 
 
 def _curve(panel, arm: str, values: list[dict], label: str, faint: bool = False) -> None:

@@ -198,7 +198,7 @@ def _moments_of_kept_text(run: Run) -> list[tuple[float, float, float]]:
     return [(*moments[name][:2], 4 * run.parameters) for name in moments if name not in ("loading", "optimiser")]
 
 
-def saved_at_most(run: Run, block: int) -> float:
+def _saved_at_most(run: Run, block: int) -> float:
     """Bytes that block ``block`` saves for its backward pass, at most, of a family whose parts are not counted one by one.
 
     As if every linear layer and norm kept its input, fused or not.
@@ -219,7 +219,7 @@ def saved_at_most(run: Run, block: int) -> float:
 def saved_activations(run: Run, block: int) -> float:
     """Bytes that block ``block`` saves for its backward pass."""
     if run.shape.traits.kept_inside is not None:
-        return saved_at_most(run, block)
+        return _saved_at_most(run, block)
     shape, part, e = run.shape, run.current, run.element
     t, d, i, q, kv = part.nodes, shape.width, shape.hidden, shape.queries, shape.keys
     adapted = {path.rpartition(".")[2] for path in run.adapted(block)}
