@@ -68,6 +68,12 @@ def resolve_device(
     if chosen.type == "cpu":
         cpu.set_cpu_threads()
         cpu.limit_onednn_cache()
+    else:
+        # graphs, streams and kernels without a tensor are on the current device
+        if chosen.index is not None:
+            torch.cuda.set_device(chosen)
+        # cuDNN's attention is not deterministic, and gives NaN gradients under some masks (PyTorch issue 196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if dtype in ("auto", "fastest"):
         on_cpu = cpu.ways().fastest if dtype == "fastest" and chosen.type == "cpu" else "float32"
         dtype = on_cpu if chosen.type == "cpu" else "bfloat16"

@@ -151,10 +151,11 @@ def _fused_agree(dtype: torch.dtype, device: torch.device) -> bool:
     indices = torch.arange(32)
 
     def found(ops: Ops, where: torch.device, kind: torch.dtype) -> list[Tensor]:
-        leaves = [value.to(where, kind if i == 0 else torch.float32).requires_grad_() for i, value in enumerate((x, a, b))]
+        # cloned: where nothing is to be converted, to() gives the operand itself, which must not want gradients in the next turn
+        leaves = [value.to(where, kind if i == 0 else torch.float32).clone().requires_grad_() for i, value in enumerate((x, a, b))]
         y = ops.lora_linear(leaves[0], weight.to(where, kind), *leaves[1:], 0.5, dropout=0.25, seed=7)
         y.backward(dy.to(where, kind))
-        states = x.to(where, kind).requires_grad_()
+        states = x.to(where, kind).clone().requires_grad_()
         vectors = ops.pool_norm(states, indptr.to(where), indices.to(where), None)
         sources, targets = vectors.detach().chunk(2)
         losses = []

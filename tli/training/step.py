@@ -3,8 +3,9 @@
 A step depends on its batch, its learning rate and its dropout seeds alone. All of these lie in memory that a CUDA graph reads when it
 is replayed, so each replay has its own dropout. Nothing in a GPU's step waits for the GPU: batches are made and moved by another
 thread on another stream, losses are read once they have arrived, and a loss or gradient that is not finite is seen by the GPU itself,
-which from then on changes no adapter. The first steps run eagerly, so that kernels are compiled and AdamW's moments exist before the first
-capture; a new shape is captured when it comes, and beyond a number of shapes a step runs eagerly.
+which from then on changes no adapter. The first steps run eagerly, so that AdamW's moments exist before the first capture; and so does
+each shape when it first comes, so that its kernels are built and loaded and its libraries have made their plans before it is captured.
+Beyond a number of shapes a step runs eagerly.
 """
 
 import collections
@@ -117,6 +118,7 @@ class TrainStep:
             self.optimiser.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.taken = 0
         self.graphs: dict[tuple, CapturedStep] = {}
+        self.shapes_met: set[tuple] = set()
         self.graph_pool = torch.cuda.graph_pool_handle() if self.use_cuda_graphs else None
         self.pending_results: collections.deque[tuple[float, Tensor, torch.cuda.Event | None]] = collections.deque()
 
@@ -135,7 +137,8 @@ class TrainStep:
         if self.use_cuda_graphs:
             micro_batches, false_negatives = _padded(micro_batches, false_negatives)
         shape = tuple(tensor.shape for tensor in tensors_of(micro_batches, false_negatives))
-        early = self.taken < _STEPS_BEFORE_CAPTURE or position < 2
+        early = self.taken < _STEPS_BEFORE_CAPTURE or position < 2 or shape not in self.shapes_met
+        self.shapes_met.add(shape)
         if self.use_cuda_graphs and not early and (shape in self.graphs or len(self.graphs) < _MOST_SHAPES):
             measured = self._replay(shape, micro_batches, false_negatives)
         else:
@@ -225,7 +228,8 @@ class TrainStep:
         # the graph's own inputs, which each replay's batch is copied into
         micro_batches, false_negatives = [micro_batch.clone() for micro_batch in micro_batches], false_negatives.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.graph_pool):
+        # the thread that makes batches pins and copies meanwhile, which a capture in "global" mode forbids to all threads
+        with torch.cuda.graph(graph, pool=self.graph_pool, capture_error_mode="thread_local"):
             measured = self._update(self._gradients(micro_batches, false_negatives))
         # the gradients are the graph's own
         self.optimiser.zero_grad()
