@@ -107,8 +107,10 @@ class Dispatch:
 
 
 ALWAYS = 1 << 62
-# 7.5: Triton makes no tensor-core products there, cuBLAS does. The others are reasoned, not measured: python -m tli.tune measures
+# 7.5: Triton makes no tensor-core products there, cuBLAS does. 9.0: measured on an H100 (bench/LOG.md, 2026-11-27): at 128 rows decoding
+# was never the slower. The others are reasoned, not measured: python -m tli.tune measures
 _DISPATCH = {75: Dispatch(0, 0)} | dict.fromkeys(CAPABILITIES[1:], Dispatch(decode_rows=64, fused_rows=ALWAYS))
+_DISPATCH[90] = Dispatch(decode_rows=128, fused_rows=ALWAYS)
 _chosen: dict[int, Dispatch] = {}
 
 
@@ -223,9 +225,9 @@ def down(capability: int, rank: int, bytes_per_element: int) -> Blocks:
     return Blocks((("M", 64), ("R", _rank_block(rank, 32)), ("Q", 64)), num_stages=3, max_registers=_enough(capability))
 
 
-def finish(capability: int, rows: int) -> Blocks:
-    """The tiles of the kernel that adds to a product."""
-    if capability < 80:
+def finish(capability: int, rows: int, bytes_per_element: int) -> Blocks:
+    """The tiles of the kernel that adds to a product; without tensor cores (7.5, fp32) they are small, to fit in registers."""
+    if capability < 80 or bytes_per_element == 4:
         return Blocks((("P", 32), ("M", 32), ("R", _RANK_STEP)), num_stages=1)
     return Blocks((("P", 64), ("M", 16 if rows <= 16 else 64), ("R", _RANK_STEP)), max_registers=_enough(capability))
 

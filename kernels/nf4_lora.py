@@ -11,8 +11,8 @@ kept(x) is x with dropped elements set to zero, recomputed wherever it is needed
 column); s includes 1/(1 - dropout). Never in memory: the mask, kept(x), W in fp32, and, with few rows, W in 16 bits. A weight takes one
 of three paths, chosen by ``launch.dispatch``: NF4 decoded tile by tile inside the product; NF4 dequantised into a buffer that all layers
 share; or 16 bits, if the caller holds it so. A ``TokenTable`` already contains x·Wᵀ. Saved: x, A, B, t (fp32) and W itself.
-Products are in x's dtype with fp32 sums; t and u are fp32 partial sums, added in a fixed order by the kernel that reads them: no
-atomics, the same bits each time. Source: Hu et al. 2021 (arXiv 2106.09685), Dettmers et al. 2023 (arXiv 2305.14314).
+Products are in x's dtype with fp32 sums; t and u are fp32. A sum that is split over programs is added up in a fixed order: no atomics,
+the same bits each time. Source: Hu et al. 2021 (arXiv 2106.09685), Dettmers et al. 2023 (arXiv 2305.14314).
 
 Letters: M rows, K in-features, N out-features, R rank; in the kernels Q is the length of the sum and P that of the result: K and N
 forward, N and K backward. Products are computed transposed, [P, M] = W·xᵀ, so that the long side feeds the tensor cores even if M is 16.
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # not specialised: they differ from call to call, or make no load wider
-_CHANGING = ["M", "R", "parts", "low_splits", "threshold"]
+_CHANGING = ["M", "R", "parts", "threshold"]
 
 
 @triton.jit
@@ -56,19 +56,17 @@ def _weight_tile(
 
 @triton.jit
 def _low_rank_tile(
-    low_ptr, f_ptr, bias_ptr, offs_p, offs_m, mask_p, mask_m, M, R, low_splits, stride_fp, stride_fr, scale, seed_ptr, threshold,
+    low_ptr, f_ptr, bias_ptr, offs_p, offs_m, mask_p, mask_m, R, stride_fp, stride_fr, scale, seed_ptr, threshold,
     LOW_RANK: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    # s·kept(F·lowᵀ) + bias, low being the sum of its partial sums: the initial value of a tile of y, so that one accumulator is enough
+    # s·kept(F·lowᵀ) + bias: the initial value of a tile of y, so that one accumulator is enough
     tile = tl.zeros((BLOCK_P, BLOCK_M), tl.float32)
     if LOW_RANK:
         for first in range(0, R, BLOCK_R):
             offs_r = first + tl.arange(0, BLOCK_R)
             mask = (offs_r < R)[:, None] & mask_m[None, :]
-            low = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-            for part in range(0, low_splits):
-                low += tl.load(low_ptr + (part * M + offs_m)[None, :] * R + offs_r[:, None], mask=mask, other=0.0)
+            low = tl.load(low_ptr + offs_m[None, :] * R + offs_r[:, None], mask=mask, other=0.0)
             mask = mask_p[:, None] & (offs_r < R)[None, :]
             f = tl.load(f_ptr + offs_p[:, None] * stride_fp + offs_r[None, :] * stride_fr, mask=mask, other=0.0)
             tile = tl.dot(f.to(DTYPE), low.to(DTYPE), tile, input_precision="ieee")
@@ -110,7 +108,7 @@ def _down_kernel(
 @triton.jit(do_not_specialize=_CHANGING)
 def _product_kernel(
     x_ptr, w_ptr, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, code_ptr, low_ptr, f_ptr, bias_ptr, y_ptr,
-    M, P, Q, stride_xm, per_split, R, low_splits, stride_fp, stride_fr, scale, seed_ptr, threshold,
+    M, P, Q, stride_xm, per_split, R, stride_fp, stride_fr, scale, seed_ptr, threshold,
     NF4: tl.constexpr, NESTED: tl.constexpr, BACKWARD: tl.constexpr, SPLIT: tl.constexpr, LOW_RANK: tl.constexpr, BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -127,8 +125,8 @@ def _product_kernel(
     mask_m, mask_p = offs_m < M, offs_p < P
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     y = _low_rank_tile(
-        low_ptr, f_ptr, bias_ptr, offs_p, offs_m, mask_p, mask_m, M, R, low_splits, stride_fp, stride_fr, scale, seed_ptr,
-        threshold, LOW_RANK, BIAS, DROPOUT, BLOCK_P, BLOCK_M, BLOCK_R, DTYPE,
+        low_ptr, f_ptr, bias_ptr, offs_p, offs_m, mask_p, mask_m, R, stride_fp, stride_fr, scale, seed_ptr, threshold,
+        LOW_RANK, BIAS, DROPOUT, BLOCK_P, BLOCK_M, BLOCK_R, DTYPE,
     )  # fmt: skip
     for first in range(tl.program_id(1) * per_split, min(Q, (tl.program_id(1) + 1) * per_split), BLOCK_Q):
         offs_q = first + tl.arange(0, BLOCK_Q)
@@ -155,7 +153,7 @@ def _product_kernel(
 
 @triton.jit(do_not_specialize=_CHANGING)
 def _finish_kernel(
-    part_ptr, low_ptr, f_ptr, bias_ptr, y_ptr, M, P, parts, R, low_splits, stride_fp, stride_fr, scale, seed_ptr, threshold,
+    part_ptr, low_ptr, f_ptr, bias_ptr, y_ptr, M, P, parts, R, stride_fp, stride_fr, scale, seed_ptr, threshold,
     LOW_RANK: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # Each program computes one tile of y: the sum of its parts, the low-rank term and the bias
@@ -165,8 +163,8 @@ def _finish_kernel(
     mask = mask_p[:, None] & mask_m[None, :]
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     y = _low_rank_tile(
-        low_ptr, f_ptr, bias_ptr, offs_p, offs_m, mask_p, mask_m, M, R, low_splits, stride_fp, stride_fr, scale, seed_ptr,
-        threshold, LOW_RANK, BIAS, DROPOUT, BLOCK_P, BLOCK_M, BLOCK_R, DTYPE,
+        low_ptr, f_ptr, bias_ptr, offs_p, offs_m, mask_p, mask_m, R, stride_fp, stride_fr, scale, seed_ptr, threshold,
+        LOW_RANK, BIAS, DROPOUT, BLOCK_P, BLOCK_M, BLOCK_R, DTYPE,
     )  # fmt: skip
     for part in range(0, parts):
         y += tl.load(part_ptr + (part * M + offs_m)[None, :] * P + offs_p[:, None], mask=mask, other=0.0).to(tl.float32)
@@ -175,7 +173,7 @@ def _finish_kernel(
 
 @triton.jit(do_not_specialize=_CHANGING)
 def _outer_kernel(
-    low_ptr, x_ptr, grad_ptr, M, C, R, low_splits, stride_xm, stride_gs, stride_gc, stride_gr, per_split, scale,
+    low_ptr, x_ptr, grad_ptr, M, C, R, stride_xm, stride_gs, stride_gc, stride_gr, per_split, scale,
     seed_ptr, threshold,
     DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -193,28 +191,26 @@ def _outer_kernel(
         if DROPOUT:
             kept = keep(keys[:, None] + row_keys(offs_m, seed_ptr)[None, :], threshold)
             x = tl.where(kept, x, 0.0).to(x_ptr.dtype.element_ty)
-        low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for part in range(0, low_splits):
-            low_ptrs = low_ptr + (part * M + offs_m)[:, None] * R + offs_r[None, :]
-            low += tl.load(low_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        low = tl.load(low_ptr + offs_m[:, None] * R + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         grad = tl.dot(x, low.to(x_ptr.dtype.element_ty), grad, input_precision="ieee")
     grad_ptrs = grad_ptr + split * stride_gs + offs_c[:, None] * stride_gc + offs_r[None, :] * stride_gr
     tl.store(grad_ptrs, scale * grad, mask=mask_c[:, None] & mask_r[None, :])
 
 
 def _down(x: Tensor, factor: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    """kept(x)·Fᵀ for F [R, Q] of any strides: fp32 [splits, M, R], partial sums that the reading kernel adds."""
+    """kept(x)·Fᵀ for F [R, Q] of any strides: fp32 [M, R]."""
     (rows, terms), rank = x.shape, factor.shape[0]
     config = launch.down(launch.capability(x.device), rank, x.element_size())
     tiles = launch.tiles((rows, config["M"]), (rank, config["R"]))
     splits, per_split = launch.split(terms, 4 * config["Q"], tiles, x.device)
-    low = x.new_empty((splits, rows, rank), dtype=torch.float32)
+    parts = x.new_empty((splits, rows, rank), dtype=torch.float32)
     launch.run(
         _down_kernel, (triton.cdiv(rows, config["M"]), triton.cdiv(rank, config["R"]), splits),
-        x, factor, low, rows, terms, rank, x.stride(0), *factor.stride(), per_split, *parameters(dropout, seed),
+        x, factor, parts, rows, terms, rank, x.stride(0), *factor.stride(), per_split, *parameters(dropout, seed),
         DROPOUT=dropout > 0, **config.options(),
     )  # fmt: skip
-    return low
+    # added up here, once: every tile of the kernels that read it would do so again
+    return parts[0] if splits == 1 else parts.sum(0)
 
 
 def _product(
@@ -230,8 +226,8 @@ def _product(
     known = isinstance(weight, TokenTable)
     by_cublas = not nf4_in_loop and rows > (dispatch.decode_rows if x.dtype == torch.float32 else dispatch.fused_rows)
     y = weight.lookup(x) if known else x.new_empty((rows, length))
-    low_splits, rank, strides = (1, 1, (0, 0)) if low is None else (low.shape[0], low.shape[2], factor.stride())
-    adding = (rank, low_splits, *strides, scale, *parameters(dropout, seed))
+    rank, strides = (1, (0, 0)) if low is None else (low.shape[1], factor.stride())
+    adding = (rank, *strides, scale, *parameters(dropout, seed))
     flags = {"LOW_RANK": low is not None, "BIAS": bias is not None and not by_cublas, "DROPOUT": dropout > 0}
     if known:
         parts = y[None]
@@ -248,11 +244,11 @@ def _product(
         launch.run(
             _product_kernel, (tiles, splits), x, *(weight.pointers if nf4_in_loop else (weight,) * 6),
             *((low, factor, bias) if whole else (None, None, None)), parts, rows, length, terms, x.stride(0), per_split,
-            *(adding if whole else (1, 1, 0, 0, 1.0, None, 0)), NF4=nf4_in_loop, NESTED=nf4_in_loop and weight.nested, BACKWARD=backward,
+            *(adding if whole else (1, 0, 0, 1.0, None, 0)), NF4=nf4_in_loop, NESTED=nf4_in_loop and weight.nested, BACKWARD=backward,
             SPLIT=not whole, **(flags if whole else dict.fromkeys(flags, False)), **config.options(),
         )  # fmt: skip
     if len(parts) > 1 or ((known or by_cublas) and low is not None):
-        config = launch.finish(launch.capability(x.device), rows)
+        config = launch.finish(launch.capability(x.device), rows, x.element_size())
         grid = (triton.cdiv(length, config["P"]), triton.cdiv(rows, config["M"]))
         launch.run(_finish_kernel, grid, parts, low, factor, bias, y, rows, length, len(parts), *adding, **flags, **config.options())
     return y
@@ -260,7 +256,7 @@ def _product(
 
 def _outer(low: Tensor, x: Tensor, scale: float, dropout: float, seed: Tensor | None, transposed: bool = False) -> Tensor:
     """s·lowᵀ·kept(x): fp32 [R, C], or transposed [C, R]."""
-    (splits_low, rows, rank), columns = low.shape, x.shape[1]
+    (rows, rank), columns = low.shape, x.shape[1]
     config = launch.outer(launch.capability(x.device), rank)
     tiles = launch.tiles((columns, config["C"]), (rank, config["R"]))
     splits, per_split = launch.split(rows, 4 * config["M"], tiles, x.device)
@@ -268,7 +264,7 @@ def _outer(low: Tensor, x: Tensor, scale: float, dropout: float, seed: Tensor | 
     part, by_column, by_rank = grads.stride() if transposed else (grads.stride(0), 1, columns)
     launch.run(
         _outer_kernel, (triton.cdiv(columns, config["C"]), triton.cdiv(rank, config["R"]), splits),
-        low, x, grads, rows, columns, rank, splits_low, x.stride(0), part, by_column, by_rank, per_split, scale, *parameters(dropout, seed),
+        low, x, grads, rows, columns, rank, x.stride(0), part, by_column, by_rank, per_split, scale, *parameters(dropout, seed),
         DROPOUT=dropout > 0, **config.options(),
     )  # fmt: skip
     return grads[0] if splits == 1 else grads.sum(0)

@@ -7,6 +7,9 @@ FOLDER is what ``python -m bench.synthetic --like llama-3-8b --blocks 0 FOLDER``
              peft + bitsandbytes, the whole model with a hook behind block L: the paper's way
     full     tli with NF4 and recomputed blocks; peft + bitsandbytes with its gradient checkpointing; both with the loss at the output
 
+Of tli it also says where a step's time goes: the batch made, the GPU asked, the GPU's own time of a graph; and what a step takes where
+steps follow one another as in training, batches made by another thread.
+
 First losses must agree, or nothing is timed: to bf16's rounding among those that compute the same function. A contender's memory is what it
 holds once it is built, and what its steps take at most on top, both as torch's allocator counts. The floor is the larger of two times:
 the step's multiplications, counted, at the rate of a large bf16 product, and its weights, read forward and backward, at that of a copy.
@@ -15,6 +18,7 @@ Whatever the time ends is in the record all the same. ``--rehearse`` runs all of
 
 import dataclasses
 import gc
+import itertools
 import json
 import pathlib
 import statistics
@@ -31,6 +35,7 @@ from bench.gpu.card import card
 from bench.large import step_work
 from bench.peers.contenders import Contender, PeftBitsandbytes, PeftTruncated, Tli, truncated_config
 from tli.config import TrainConfig
+from tli.data.loader import prefetch
 from tli.runtime.cli import argument, as_dict, option, parse
 from tli.runtime.errors import TliError, run_command
 
@@ -202,6 +207,47 @@ def interleave(contenders: dict[str, Contender], rounds: int, device: torch.devi
     return seconds
 
 
+def inside(tli: Tli, device: torch.device, steps: int = 24) -> dict:
+    """Seconds (medians) of the parts of a step, each waited for, and of a step among others as in training."""
+    parts: dict[str, list[float]] = {"batch": [], "asking": [], "waiting": []}
+    for _ in range(steps):
+        settled(device)
+        times = [time.perf_counter()]
+        ((micro_batches, false_negatives),) = tli.batches.epoch(tli.taken)
+        times.append(time.perf_counter())
+        tli.stepper(tli.taken, micro_batches, false_negatives)
+        times.append(time.perf_counter())
+        list(tli.stepper.pop_results(wait=True))
+        settled(device)
+        times.append(time.perf_counter())
+        tli.taken += 1
+        for part, begin, end in zip(parts, times, times[1:]):
+            parts[part].append(end - begin)
+    began = time.perf_counter()
+    for micro_batches, false_negatives in prefetch(itertools.islice(tli.batches.steps(tli.taken), steps), device):
+        tli.stepper(tli.taken, micro_batches, false_negatives)
+        list(tli.stepper.pop_results())
+        tli.taken += 1
+    list(tli.stepper.pop_results(wait=True))
+    settled(device)
+    in_training = (time.perf_counter() - began) / steps
+    graphs = [_replayed(captured.graph) for captured in tli.stepper.graphs.values()]
+    medians = {part: statistics.median(seconds) for part, seconds in parts.items()}
+    return {**medians, "in_training": in_training, "graphs": len(graphs), "graph": statistics.median(graphs) if graphs else None}
+
+
+def _replayed(graph: torch.cuda.CUDAGraph, times: int = 20) -> float:
+    """The GPU's seconds for a graph, replayed without a gap."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    begin.record()
+    for _ in range(times):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / times
+
+
 def measured(kinds: dict, config: TrainConfig, rounds: int, device: torch.device, watch: Watch, console: Console) -> list[dict]:
     """Each contender's row: losses, memory, and its seconds in the rounds. One that fails, or for which no time is left, says so."""
     contenders, rows = {}, []
@@ -223,6 +269,11 @@ def measured(kinds: dict, config: TrainConfig, rounds: int, device: torch.device
     for row in rows:
         if seconds.get(row["subject"]):
             row |= {"rounds": seconds[row["subject"]], "seconds": statistics.median(seconds[row["subject"]])}
+    for row in rows:
+        if "seconds" in row and isinstance(contender := contenders[row["subject"]], Tli) and watch.left() > 0:
+            row["inside"] = inside(contender, device)
+            told = ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in row["inside"].items() if isinstance(value, float))
+            console.print(f"inside {row['subject']}: {told}", markup=False, soft_wrap=True)
     return rows
 
 

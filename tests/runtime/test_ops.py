@@ -84,6 +84,14 @@ def test_fused_ops_that_give_other_numbers_are_not_taken(monkeypatch, op):
     ops._fused_agree.cache_clear()
 
 
+@pytest.mark.slow
+def test_the_try_passes_in_a_dtype_that_its_operands_are_not_in():
+    """As every GPU does, which computes in 16 bits, and where the operands, drawn on the CPU, are not."""
+    ops._fused_agree.cache_clear()
+    assert ops._fused_agree(torch.float16, DEVICE)
+    ops._fused_agree.cache_clear()
+
+
 @pytest.mark.parametrize("problem", ["other numbers", "an exception"])
 def test_on_a_gpu_where_the_try_fails_auto_takes_the_reference_and_says_so(monkeypatch, problem):
     def tried(dtype, device):
