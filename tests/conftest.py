@@ -5,6 +5,11 @@ import pathlib
 from collections.abc import Callable
 
 import pytest
+
+# the tests of several files run side by side, a thread each: threads of one process that wait for a core of another's spin
+if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
+    os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
+
 import torch
 
 # before any kernel is defined: Triton asks when it meets @triton.jit
