@@ -10,6 +10,7 @@ import pytest
 if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
     os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
 
+import hypothesis
 import torch
 
 # before any kernel is defined: Triton asks when it meets @triton.jit
@@ -19,6 +20,10 @@ if not torch.cuda.is_available():
 from tests.support import interpreter
 from tli.data import word_pairs
 from tli.model.families import FAMILIES
+
+# a busy machine is no failure
+hypothesis.settings.register_profile("tli", deadline=None)
+hypothesis.settings.load_profile("tli")
 
 interpreter.mend_bfloat16()
 

@@ -321,7 +321,7 @@ def test_a_killed_run_resumes_to_the_bytes_of_one_that_was_not(settings, tmp_pat
     # as from a kill long after the last save, in the middle of a line
     with logged.open("a") as file:
         file.write('{"step": 119, "loss": 0.5}\n{"step": 120, "lo')
-    with pytest.raises(TliError, match="a run must be resumed with its own options and pairs, got others; "):
+    with pytest.raises(TliError, match="a run must be resumed with its own options, pairs, .*, got other options; "):
         run(long, resume=True, no_report=True, lr=0.5)
     resumed = run(long, resume=True, no_report=True)
     assert resumed["training"]["steps"] == 30 * 4
@@ -389,6 +389,95 @@ def test_an_output_folder_is_not_lost(settings, capsys):
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
     run(settings, overwrite=True, no_report=True)
     assert {path.name for path in folder.iterdir()} == ADAPTER_FILES | MAP_FILES | {"mine.txt"}
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.slow
+def test_an_earlier_result_stays_whole_until_the_new_one_is_complete(settings, monkeypatch):
+    run(settings)
+    folder = pathlib.Path(settings["output"])
+    (folder / "evaluation.json").write_text("of the first adapter")
+    (folder / "mine.txt").write_text("precious")
+    before = contents(folder)
+    with monkeypatch.context() as patched:
+
+        def interrupted(*arguments, **named):
+            # the adapter is there, and nothing of its report
+            raise KeyboardInterrupt
+
+        patched.setattr(train_module, "judge", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, overwrite=True, seed=7)
+    assert contents(folder) == before
+    with pytest.raises(TliError, match="a run must be resumed with its own .*, got other options"):
+        run(settings, resume=True, seed=8)
+    assert contents(folder) == before
+    facts = run(settings, resume=True, seed=7)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["adapter"] == facts["adapter"]
+    assert report["config"]["seed"] == 7
+    assert (folder / lora.ADAPTER_FILE).read_bytes() != before[lora.ADAPTER_FILE]
+    assert (folder / "earlier-evaluation.json").read_text() == "of the first adapter"
+    assert {path.name for path in folder.iterdir()} == REPORT_FILES | ADAPTER_FILES | MAP_FILES | {"mine.txt", "earlier-evaluation.json"}
+    # a run that cannot begin leaves no trace
+    kept = contents(folder)
+    with pytest.raises(TliError, match="--rank"):
+        run(settings, overwrite=True, rank=10_000)
+    assert contents(folder) == kept
+    assert not [path for path in folder.iterdir() if path.is_dir()]
+
+
+@pytest.mark.slow
+def test_what_a_run_is_made_of_is_what_it_says_it_is_made_of(settings, tmp_path, monkeypatch):
+    """The list, the weights and the tokenizer are hashed as they are read; whatever changes meanwhile is named."""
+    model, words = tmp_path / "model", tmp_path / "list.tsv"
+    shutil.copytree(settings["model"], model)
+    shutil.copyfile(settings["pairs"], words)
+    mine = {**settings, "model": str(model), "pairs": str(words), "epochs": 3}
+    was_fit = train_module.fit
+
+    def during(change):
+        def fit(*arguments, **named):
+            change()
+            return was_fit(*arguments, **named)
+
+        monkeypatch.setattr(train_module, "fit", fit)
+
+    # a list that is edited, or goes, changes nothing: it was read
+    read = word_pairs.list_facts(words)
+    during(words.unlink)
+    assert run(mine, no_report=True)["pairs"]["sha256"] == read["sha256"]
+    shutil.copyfile(settings["pairs"], words)
+
+    weights = load_file(model / "model.safetensors")
+
+    def other_weights(seed: float) -> None:
+        changed = {**weights, "model.layers.0.mlp.up_proj.weight": weights["model.layers.0.mlp.up_proj.weight"] + seed}
+        # in a new file, as a download comes
+        save_file(changed, tmp_path / "new", metadata={"format": "pt"})
+        (tmp_path / "new").replace(model / "model.safetensors")
+
+    during(lambda: other_weights(0.1))
+    with pytest.raises(TliError, match="the model must stay as it is during a run, got other weights than at its start; run again"):
+        run(mine, no_report=True, output=str(tmp_path / "other"))
+
+    other_weights(0.0)
+    process = start({**mine, "epochs": 100_000, "output": str(tmp_path / "stopped")}, save_every_s=0)
+    wait_for(tmp_path / "stopped" / STATE_FILE, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    other_weights(0.2)
+    with pytest.raises(TliError, match="a run must be resumed with its own .*, got other model; "):
+        run(mine, no_report=True, resume=True, epochs=100_000, output=str(tmp_path / "stopped"))
+    other_weights(0.0)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:5]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(TliError, match="a run must be resumed with its own .*, got other tokens; "):
+        run(mine, no_report=True, resume=True, epochs=100_000, output=str(tmp_path / "stopped"))
 
 
 @pytest.mark.slow

@@ -229,12 +229,18 @@ print([name for name in ("torch", "transformers", "gguf", "pip", "rich") if name
     assert loaded == "[]"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "no marker", "broken marker"])
+@pytest.mark.parametrize("damage", ["truncated", "edited", "missing", "no marker", "broken marker"])
 def test_a_damaged_folder_is_built_anew(online, no_pip, damage):
     folder = module.starter_folder(progress=False)
-    whole = {path.name: sha256(path) for path in folder.iterdir()}
+    # the marker tells times of change, too
+    names = {path.name for path in folder.iterdir()} - {module._MARKER}
+    whole = {name: sha256(folder / name) for name in names}
     if damage == "truncated":
         os.truncate(folder / "model.safetensors", 1000)
+    elif damage == "edited":
+        with (folder / "model.safetensors").open("rb+") as file:
+            file.seek(-8, os.SEEK_END)
+            file.write(b"12345678")
     elif damage == "missing":
         (folder / "tokenizer.json").unlink()
     elif damage == "no marker":
@@ -242,8 +248,10 @@ def test_a_damaged_folder_is_built_anew(online, no_pip, damage):
     else:
         (folder / module._MARKER).write_text("[1, 2")
     assert module.starter_folder(progress=False) == folder
-    assert {path.name: sha256(path) for path in folder.iterdir()} == whole
+    assert {name: sha256(folder / name) for name in names} == whole
     no_pip()
+    # touched, and still what it was
+    os.utime(folder / "model.safetensors")
     assert module.starter_folder(progress=False) == folder
 
 
@@ -267,8 +275,10 @@ def test_a_kill_leaves_nothing_that_is_taken_for_whole(online, cache, moment):
     assert left_in(cache) != []
     folder = module.starter_folder(progress=False)
     assert left_in(cache) == [folder.name]
-    sizes = json.loads((folder / module._MARKER).read_text())
-    assert sizes == {path.name: path.stat().st_size for path in folder.iterdir() if path.name != module._MARKER}
+    known = json.loads((folder / module._MARKER).read_text())
+    assert {name: size for name, ((size, _), _) in known.items()} == {
+        path.name: path.stat().st_size for path in folder.iterdir() if path.name != module._MARKER
+    }
     assert safetensors.torch.load_file(folder / "model.safetensors")["model.norm.weight"].shape == (64,)
 
 

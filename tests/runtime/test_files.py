@@ -1,9 +1,20 @@
 """Files that are whole or absent, and what a kill leaves of them."""
 
+import contextlib
+
 import pytest
 
 from tli.runtime.errors import TliError
-from tli.runtime.files import atomic_folder, atomic_write, remove_unfinished, remove_written, write_manifest
+from tli.runtime.files import (
+    atomic_folder,
+    atomic_write,
+    complete,
+    next_result,
+    remove_unfinished,
+    remove_written,
+    take_place,
+    write_manifest,
+)
 
 
 def test_what_a_kill_left_unfinished_is_removed_and_nothing_else(tmp_path):
@@ -73,3 +84,46 @@ def test_what_this_program_did_not_write_is_not_deleted(tmp_path):
     (folder / "a.txt").rmdir()
     remove_written(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.mark.parametrize("renames", range(4))
+def test_a_kill_between_the_renames_of_one_result_into_anothers_place_is_made_up_for(tmp_path, monkeypatch, renames):
+    for name in ("adapter", "report", "only of the first", "mine.txt"):
+        (tmp_path / name).write_text("first")
+    place = next_result(tmp_path, anew=True)
+    for name in ("adapter", "report", "only of the second"):
+        (place / name).write_text("second")
+    # not complete: nothing gives way
+    take_place(tmp_path)
+    assert (tmp_path / "adapter").read_text() == "first"
+    complete(place, ["adapter", "report", "only of the first"])
+    done, replace = 0, type(tmp_path).replace
+
+    def killed(path, target):
+        nonlocal done
+        if done == renames:
+            raise KeyboardInterrupt
+        done += 1
+        return replace(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tmp_path), "replace", killed)
+        with contextlib.suppress(KeyboardInterrupt):
+            take_place(tmp_path)
+    assert next_result(tmp_path, anew=False) == (place if renames < 3 else None)
+    take_place(tmp_path)
+    there = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert there == {"adapter": "second", "report": "second", "only of the second": "second", "mine.txt": "first"}
+
+
+def test_no_link_is_followed_to_where_a_result_comes_to_be(tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("precious")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".next-by-tli").symlink_to(foreign)
+    with pytest.raises(TliError, match="what is deleted must have been written by tli, got a link"):
+        next_result(out, anew=True)
+    take_place(out)
+    assert (foreign / "thesis.tex").read_text() == "precious"

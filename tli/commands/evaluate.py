@@ -202,8 +202,9 @@ def _read_lists(config: EvaluateConfig, known: "list[TrainedAdapter]", console) 
     path_held_out, share = (common_option(known, name, None) for name in ("held_out_pairs", "held_out"))
     # what is not given is as in training, so that the split is the same
     listed = ListConfig(**{field.name: _given(config, known, field.name, field.default) for field in dataclasses.fields(ListConfig)})
-    pairs: DiskBackedPairs = word_pairs.read_list(listed, console)
-    file = word_pairs.list_facts(listed.pairs)
+    whole = word_pairs.read_list(listed, console)
+    pairs: DiskBackedPairs = whole
+    file = whole.reading.file
     hashes = {recorded.report["pairs"]["sha256"] for recorded in known if recorded.report is not None}
     is_recorded = hashes == {file["sha256"]} and all(recorded.report is not None for recorded in known)
     if hashes and not is_recorded and config.pairs is None:

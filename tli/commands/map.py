@@ -95,7 +95,7 @@ def fit_map(config: MapConfig) -> dict:
         "model": model_facts(config.model or starter.NAME, checkpoint, hashed(layer)),
         "pairs": {
             **split_facts(whole["trained"], whole["held_out"], config.split),
-            **word_pairs.list_facts(config.pairs),
+            **pairs.reading.file,
         },
         "map": {"layer": layer, **choice.facts()},
         "by_layer": [{"layer": of, **each.facts()} for of, each in choices.items()],

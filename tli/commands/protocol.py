@@ -151,7 +151,7 @@ def protocol(config: ProtocolConfig) -> dict:
     if checkpoint.blocks < deepest:
         must = f"the model must have at least {deepest} blocks, as hidden states 1 to {deepest} are compared"
         raise TliError("--model", must, checkpoint.blocks, "choose a deeper model")
-    facts = _facts(config, checkpoint, splits, deepest)
+    facts = _facts(config, checkpoint, pairs.reading.file, splits, deepest)
     # what is measured here must be what the cells' own reports measure
     splits = {split: part.subset(word_pairs.sample(part, config.seed)) for split, part in splits.items()}
     _claim(output, facts, config.overwrite)
@@ -203,14 +203,16 @@ def _random_folder(output: pathlib.Path) -> pathlib.Path:
     return output / "random-weights"
 
 
-def _facts(config: ProtocolConfig, checkpoint: Checkpoint, splits: Mapping[str, Sequence[Pair]], deepest: int) -> dict:
+def _facts(
+    config: ProtocolConfig, checkpoint: Checkpoint, file: dict[str, str], splits: Mapping[str, Sequence[Pair]], deepest: int
+) -> dict:
     """What must be the same for a stopped protocol to go on: plain JSON values."""
     local = None if checkpoint.folder is None else checkpoint.folder.resolve().name
     name = starter.NAME if config.model is None else local or config.model
     return {
         "config": {name: getattr(config, name) for name in (*LIST_OPTIONS, "seed", "epochs") if name != "pairs"},
         "model": {"name": name, "family": checkpoint.config.model_type, "blocks": checkpoint.blocks, "sha256": checkpoint.sha256(deepest)},
-        "pairs": {**word_pairs.list_facts(config.pairs), **split_facts(splits["trained"], splits["held_out"], "families")},
+        "pairs": {**file, **split_facts(splits["trained"], splits["held_out"], "families")},
         "versions": environment.versions(),
     }
 

@@ -65,7 +65,7 @@ def scan(config: ScanConfig) -> dict:
     began = time.monotonic()
     console = open_console()
     output = pathlib.Path(config.output).expanduser()
-    pairs, listed = _pairs(config, console)
+    pairs, listed, file = _pairs(config, console)
     false_negatives = word_pairs.false_negative_pairs(pairs)
     adapted = None if config.adapter is None else load_adapter(config.adapter)
     streams = {"base": None} if adapted is None else {"base": None, "adapter": adapted.adapter}
@@ -99,7 +99,7 @@ def scan(config: ScanConfig) -> dict:
         "config": {**as_dict(config), "token_norm": token_norm},
         "model": model_facts(name, checkpoint, hashed(max(layer for _, layer in scans if layer != "output"))),
         "adapter": None if adapted is None else adapted.facts(),
-        "pairs": {**word_pairs.list_facts(config.pairs), "listed": listed, "scanned": len(pairs)},
+        "pairs": {**file, "listed": listed, "scanned": len(pairs)},
         "missing_output": missing_output,
         "choice": {
             "gap": layer_choice.choose_layer(layers.by_layer(scans, "base", "word", "gap"), clusters, config.seed),
@@ -129,14 +129,16 @@ def _layer_maps(pairs: Sequence[Pair], config: ScanConfig) -> LayerMaps | None:
     return None
 
 
-def _pairs(config: ScanConfig, console) -> tuple[DiskBackedPairs, int]:
-    """The pairs of the chosen split, or a random sample of them, in the order of the list, and how many the split has."""
-    pairs: DiskBackedPairs = word_pairs.read_list(config, console)
+def _pairs(config: ScanConfig, console) -> tuple[DiskBackedPairs, int, dict[str, str]]:
+    """The pairs of the chosen split, or a random sample of them, in the order of the list; how many the split has; and the list's file."""
+    whole = word_pairs.read_list(config, console)
+    pairs: DiskBackedPairs = whole
+    file = whole.reading.file
     if config.split != "all":
         sides = word_pairs.split_pairs(pairs, config.held_out, config.seed, config.split_by)
         pairs = sides[("trained", "held_out").index(config.split)]
     if config.sample is None:
-        return pairs.subset(word_pairs.sample(pairs, config.seed)), len(pairs)
+        return pairs.subset(word_pairs.sample(pairs, config.seed)), len(pairs), file
     if not 2 <= config.sample <= len(pairs):
         raise TliError("--sample", f"a sample must have from 2 to {len(pairs)} pairs, as many as there are", config.sample, "change it")
-    return pairs.subset(word_pairs.sample(pairs, config.seed, config.sample)), len(pairs)
+    return pairs.subset(word_pairs.sample(pairs, config.seed, config.sample)), len(pairs), file

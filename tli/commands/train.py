@@ -12,6 +12,7 @@ import functools
 import math
 import operator
 import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,21 +38,31 @@ from tli.model.pooling import Pooling, resolve_token_norm
 from tli.model.shape import Layer
 from tli.model.text_windows import TextWindows, read_kept_texts, read_texts
 from tli.model.whole_model import whole_model
-from tli.reports import memory
+from tli.reports import evaluation, memory
 from tli.reports import training as training_report
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import layer_bar, open_console
 from tli.runtime.device import DeviceConfig, resolve_device
-from tli.runtime.files import SCHEMA, lock_folder, prepare_output_dir, remove_unfinished, sha256
+from tli.runtime.errors import TliError
+from tli.runtime.files import (
+    SCHEMA,
+    complete,
+    lock_folder,
+    next_result,
+    prepare_output_dir,
+    remove_unfinished,
+    sha256,
+    take_place,
+)
 from tli.training.kept_text import KeptText
 from tli.training.loop import fit
 from tli.training.loss import Objective
 from tli.training.memory import budget
 from tli.training.memory.estimate import Run
-from tli.training.memory.profile import Profile
-from tli.training.run_logger import holds_only_logs, open_loggers, require_tensorboard
-from tli.training.state import Progress, TrainingState
+from tli.training.memory.profile import FIGURE_FILE, TRACE_FILE, Profile
+from tli.training.run_logger import EVENTS_PREFIX, METRICS_FILE, holds_only_logs, open_loggers, require_tensorboard
+from tli.training.state import STATE_FILE, Progress, TrainingState
 from tli.training.step import OptimiserSettings, TrainStep
 
 if TYPE_CHECKING:
@@ -59,6 +70,11 @@ if TYPE_CHECKING:
 
 # options that change nothing about the numbers: a resumed run may differ in them
 _FREE_OPTIONS = ("text", "output", "overwrite", "resume", "no_report", "profile", "tensorboard", "json")
+# of an earlier run's files those that a new one's take the place of
+_RESULT_FILES = {
+    *(lora.ADAPTER_FILE, lora.CONFIG_FILE, MAP_FILE, MAP_REPORT_FILE, METRICS_FILE, STATE_FILE, TRACE_FILE, FIGURE_FILE),
+    *training_report.FILES,
+}
 
 
 def train(config: TrainConfig) -> dict:
@@ -86,13 +102,52 @@ def train(config: TrainConfig) -> dict:
     """
     console = open_console()
     output = pathlib.Path(config.output).expanduser()
-    trained, held_out = _read_pairs(config, console)
+    trained, held_out, file = _read_pairs(config, console)
     with lock_folder(output):
-        return _train(config, output, trained, held_out, console)
+        return _train(config, output, trained, held_out, file, console)
 
 
-def _train(config: TrainConfig, output: pathlib.Path, trained: DiskBackedPairs, held_out: DiskBackedPairs, console) -> dict:
-    """The run, in an output folder that no other is writing to."""
+def _train(
+    config: TrainConfig, output: pathlib.Path, trained: DiskBackedPairs, held_out: DiskBackedPairs, file: dict[str, str], console
+) -> dict:
+    """The run, in an output folder that no other is writing to; ``file`` is what is known of the list's.
+
+    Where an earlier result stands in the folder, that stays whole until this one is complete, and then gives way to it at once.
+    """
+    # a kill may have come when one was to take the other's place
+    take_place(output)
+    anew = config.overwrite and any((output / name).exists() for name in (lora.ADAPTER_FILE, STATE_FILE))
+    place = next_result(output, anew) if anew or config.resume else None
+    if place is None:
+        facts = _train_in(output, config, trained, held_out, file, console)
+    else:
+        try:
+            facts = _train_in(place, config, trained, held_out, file, console)
+        except BaseException:
+            if not (place / STATE_FILE).exists():
+                shutil.rmtree(place, ignore_errors=True)
+            console.print(f"what was in {output} before stays as it is until a run is complete")
+            raise
+        _give_way(output, place, console)
+    console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+    return facts
+
+
+def _give_way(output: pathlib.Path, place: pathlib.Path, console) -> None:
+    """Let the earlier result in ``output`` give way to the complete one in ``place``; what was measured of the earlier is moved aside."""
+    earlier = [path.name for path in output.iterdir() if path.name in _RESULT_FILES or path.name.startswith(EVENTS_PREFIX)]
+    complete(place, earlier)
+    take_place(output)
+    for name in evaluation.FILES:
+        if (output / name).exists():
+            (output / name).replace(output / f"earlier-{name}")
+            console.print(f"{name} is about the earlier adapter: now it is earlier-{name}")
+
+
+def _train_in(
+    output: pathlib.Path, config: TrainConfig, trained: DiskBackedPairs, held_out: DiskBackedPairs, file: dict[str, str], console
+) -> dict:
+    """The run and its files, in ``output``."""
     state = _claim_output(config, output, trained)
     checkpoint = open_checkpoint(starter.locate(config.model))
     kept = read_kept_texts(config.keep, checkpoint) if config.keep_weight else []
@@ -117,6 +172,12 @@ def _train(config: TrainConfig, output: pathlib.Path, trained: DiskBackedPairs, 
     sampling = _options(config, "batch", "epochs", "micro_batch", "pool_bos", "seed")
     batches = BatchLoader(words, trained, device_config, partners=partners, **sampling)
     require_layer(checkpoint, layer)
+    # as they are now, since they are read from here on
+    deepest: Layer = layer if config.arm == "early" else "output"
+    weights = checkpoint.sha256(deepest)
+    state.fingerprints |= {"model": weights, "tokens": words.sha256()}
+    if kept:
+        state.fingerprints["kept texts"] = " ".join(str(windows.facts["sha256"]) for windows in kept)
     needed = _require_memory(config, checkpoint, words, len(trained), device_config, kept)
     profile = Profile(device_config.device) if config.profile else None
     decoder = build_decoder(checkpoint, words.vocab_ids, device_config, **_options(config, "arm", "layer", "checkpointing"))
@@ -142,7 +203,7 @@ def _train(config: TrainConfig, output: pathlib.Path, trained: DiskBackedPairs, 
     if config.map == "auto":
         choice = _fit_map(config, checkpoint, pool, exact, trained, partners, learnt, console)
         save_map(output, choice.linear, _map_facts(config, checkpoint, choice, output))
-    facts = _facts(config, checkpoint, decoder, layer, device_config, trained, held_out, output, progress)
+    facts = _facts(config, checkpoint, weights, decoder, device_config, trained, held_out, file, output, progress)
     facts["model"] |= {"loads_by": whole.loads_by, "first_token": opening}
     facts["machine"]["measured_in"] = exact.facts["dtype"]
     if profile is not None:
@@ -157,9 +218,10 @@ def _train(config: TrainConfig, output: pathlib.Path, trained: DiskBackedPairs, 
         facts["baselines"] = judge(splits, states, config.seed, maps, functools.partial(tokenise_pairs, checkpoint, config.prefix))
         facts["probe"] = _probe(config, checkpoint, exact, splits, console)
         facts["harm"] = _measure_harm(checkpoint, texts, exact, learnt, config.seed, console)
+    _require_same_weights(checkpoint, deepest, weights, output)
+    if not config.no_report:
         facts = training_report.write_report(output, facts, alignments, console)
     state.discard()
-    console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     return facts
 
 
@@ -168,14 +230,21 @@ def _options(config: TrainConfig, *names: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _read_pairs(config: TrainConfig, console) -> tuple[DiskBackedPairs, DiskBackedPairs]:
-    """Trained and held-out pairs, which share no word, and no family of words where the split sees to it."""
+def _read_pairs(config: TrainConfig, console) -> tuple[DiskBackedPairs, DiskBackedPairs, dict[str, str]]:
+    """Trained and held-out pairs, which share no word, and no family where the split sees to it; and facts about the list's file."""
     pairs = word_pairs.read_list(config, console)
     if config.held_out_pairs is None:
-        return word_pairs.split_pairs(pairs, config.held_out, config.seed, config.split)
+        return *word_pairs.split_pairs(pairs, config.held_out, config.seed, config.split), pairs.reading.file
     held_out = word_pairs.read_list(config, console, config.held_out_pairs)
     word_pairs.check_disjoint(pairs, held_out)
-    return pairs, held_out
+    return pairs, held_out, pairs.reading.file
+
+
+def _require_same_weights(checkpoint: Checkpoint, deepest: Layer, weights: str, output: pathlib.Path) -> None:
+    """Raise ``TliError`` where the model's files are not those any more that the run began with: nothing would be true of either."""
+    if checkpoint.sha256(deepest) != weights:
+        must = "the model must stay as it is during a run"
+        raise TliError(checkpoint.name, must, "other weights than at its start", f"run again; the adapter in {output} is of the first ones")
 
 
 def _claim_output(config: TrainConfig, output: pathlib.Path, trained: DiskBackedPairs) -> TrainingState:
@@ -376,11 +445,12 @@ def _training_step(
 def _facts(
     config: TrainConfig,
     checkpoint: Checkpoint,
+    weights: str,
     decoder: "Decoder",
-    layer: int,
     device_config: DeviceConfig,
     trained: DiskBackedPairs,
     held_out: DiskBackedPairs,
+    listed: dict[str, str],
     output: pathlib.Path,
     progress: Progress,
 ) -> dict:
@@ -390,10 +460,10 @@ def _facts(
     return {
         "schema": SCHEMA,
         "config": as_dict(config),
-        "model": model_facts(config.model or starter.NAME, checkpoint, checkpoint.sha256(layer if config.arm == "early" else "output")),
+        "model": model_facts(config.model or starter.NAME, checkpoint, weights),
         "pairs": {
             **split_facts(trained, held_out, config.split if config.held_out_pairs is None else LISTS),
-            **word_pairs.list_facts(config.pairs),
+            **listed,
         },
         "adapter": {"sha256": sha256(file), "parameters": sum(p.numel() for p in lora.trainable(decoder)), "bytes": file.stat().st_size},
         "training": {

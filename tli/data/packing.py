@@ -15,6 +15,7 @@ everything below is arithmetic on the lcp array. A bin that begins at a word rep
 """
 
 import dataclasses
+import hashlib
 import itertools
 import tempfile
 from array import array
@@ -54,6 +55,10 @@ class TokenisedWords:
     def lengths(self) -> np.ndarray:
         """int64 [words]: tokens of each word, sink included."""
         return np.diff(self.indptr)
+
+    def sha256(self) -> str:
+        """The hash of the words' tokens: of other words, or of another tokenizer's, it is another."""
+        return hashlib.sha256(np.ascontiguousarray(self.ids).tobytes() + np.ascontiguousarray(self.indptr).tobytes()).hexdigest()
 
     def with_all_rows(self, vocabulary: int) -> "TokenisedWords":
         """The same words over the whole embedding table: tokens are token ids."""

@@ -29,6 +29,7 @@ class Reading:
     remarks   what was concluded about the whole list, as sentences
     changed   what was done to words, and how often
     dropped   why rows were left out, and how often
+    file      the file's name and SHA-256, of the very bytes that were read: what a report says of the list
     """
 
     name: str
@@ -41,6 +42,7 @@ class Reading:
     remarks: list[str] = dataclasses.field(default_factory=list)
     changed: dict[str, Tally] = dataclasses.field(default_factory=dict)
     dropped: dict[str, Tally] = dataclasses.field(default_factory=dict)
+    file: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def change(self, what: str, line: int, example: object) -> None:
         """Count something that was done to a word."""

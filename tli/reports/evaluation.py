@@ -20,6 +20,7 @@ from tli.reports.wording import UNDEFINED, interval, is_significant, number, num
 if typing.TYPE_CHECKING:
     import pathlib
 
+FILES = ("evaluation.json", "evaluation.md")
 # with more layers than this the console's tables keep to one line a layer
 _FEW_LAYERS = 6
 _MOST_COMPARISONS = 20

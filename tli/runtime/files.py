@@ -26,6 +26,8 @@ _HASH_CHUNK_BYTES = 1 << 20
 _BUILDING, _BUILDER = ".building", ".tli-building.lock"
 # the names of all files that this program wrote into a folder
 _MANIFEST = ".written-by-tli.json"
+# in a folder with an earlier result, where the next one comes to be; and what says there that it is complete
+_NEXT, _COMPLETE = ".next-by-tli", ".complete"
 
 
 @contextlib.contextmanager
@@ -120,6 +122,46 @@ def remove_written(folder: pathlib.Path, names: Iterable[str] | None = None) -> 
         for name in require_written(folder, names):
             (folder / name).unlink(missing_ok=True)
         folder.rmdir()
+
+
+def next_result(folder: pathlib.Path, anew: bool) -> pathlib.Path | None:
+    """The folder inside ``folder`` in which the result comes to be that takes the place of an earlier one; made if ``anew``, else None
+    where there is none.
+
+    Raises:
+        TliError: a link in its place.
+    """
+    place = folder / _NEXT
+    with disk_errors(folder):
+        if place.is_symlink():
+            raise TliError(place, "what is deleted must have been written by tli", "a link", "move it elsewhere")
+        if anew:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+    return place if place.is_dir() else None
+
+
+def take_place(folder: pathlib.Path) -> None:
+    """Put a complete ``next_result`` where the earlier one is; nothing happens where none is, or none is complete.
+
+    Two results are never mixed for longer than a few renames, and if a kill comes between these, the next call makes up for it.
+    """
+    place = folder / _NEXT
+    if place.is_symlink() or not (place / _COMPLETE).is_file():
+        return
+    with disk_errors(folder):
+        for name in json.loads((place / _COMPLETE).read_text(encoding="utf-8")):
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(place.iterdir()):
+            if path.name != _COMPLETE:
+                path.replace(folder / path.name)
+        shutil.rmtree(place)
+
+
+def complete(place: pathlib.Path, outdated: Iterable[str]) -> None:
+    """Say of a ``next_result`` that it is complete, and which files of an earlier one go, if it has none of the same name."""
+    # now, as afterwards some may have taken their places
+    write_text(place / _COMPLETE, json.dumps(sorted(set(outdated) - {path.name for path in place.iterdir()})))
 
 
 def remove_unfinished(folder: pathlib.Path) -> None:

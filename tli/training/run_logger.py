@@ -16,6 +16,8 @@ from tli.runtime.errors import TliError, disk_errors, one_line
 from tli.runtime.files import SCHEMA, atomic_write
 
 METRICS_FILE = "metrics.jsonl"
+# of TensorBoard's files
+EVENTS_PREFIX = "events.out.tfevents."
 
 
 class RunLogger(Protocol):
@@ -100,7 +102,7 @@ def require_tensorboard() -> None:
 def holds_only_logs(folder: pathlib.Path) -> bool:
     """Whether a run left nothing but logs, because it was killed before its first save."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return all(name.startswith((METRICS_FILE, "events.out.tfevents.")) for name in names)
+    return all(name.startswith((METRICS_FILE, EVENTS_PREFIX)) for name in names)
 
 
 def _lines_until(path: pathlib.Path, step: int) -> list[bytes]:

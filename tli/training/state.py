@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+import tli
 from tli.data.pair_store import DiskBackedPairs
 from tli.model.lora import LoRALinear
 from tli.runtime.errors import TliError
@@ -44,20 +45,27 @@ class Progress:
 class TrainingState:
     """The file from which an interrupted run goes on: adapters, AdamW's moments and the losses so far.
 
-    It carries a fingerprint of the options and of the trained pairs, so that no other run goes on from it.
+    It carries fingerprints of all that a run's numbers come from, so that no other run goes on from it.
 
     Args:
         folder:   the run's output
         options:  those that decide the run's numbers, plain JSON values by name
         trained:  the trained pairs
+
+    Attributes:
+        fingerprints:  hashes by the names of what they are of: options and pairs, and whatever is added before ``restore``
     """
 
     def __init__(self, folder: pathlib.Path, options: Mapping[str, object], trained: DiskBackedPairs):
         self.path = folder / STATE_FILE
-        digest = hashlib.sha256(json.dumps(dict(options)).encode())
+        pairs = hashlib.sha256()
         for record in trained.records():
-            digest.update(record)
-        self.fingerprint = digest.hexdigest()
+            pairs.update(record)
+        self.fingerprints = {
+            "options": hashlib.sha256(json.dumps(dict(options)).encode()).hexdigest(),
+            "pairs": pairs.hexdigest(),
+            "version of tli": tli.__version__,
+        }
         # ``DeviceConfig.facts`` of the run: its dtype, matmul and attention, where the options leave them open
         self.begun_on: dict[str, str] = {}
 
@@ -86,7 +94,7 @@ class TrainingState:
             tensors[name] = parameter.detach()
             for moment in _MOMENTS:
                 tensors[f"{name}.{moment}"] = optimiser.state[parameter][moment]
-        metadata = {"fingerprint": self.fingerprint, **self.begun_on}
+        metadata = {**self.fingerprints, **self.begun_on}
         metadata |= {"seconds": str(progress.seconds), "first_step_at": str(progress.first_step_at)}
         with atomic_write(self.path) as temporary:
             temporary.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
@@ -95,7 +103,7 @@ class TrainingState:
         """Restore adapters and optimiser; without a file, the run was killed before its first save and starts anew.
 
         Raises:
-            TliError: the file is of a run with other options or pairs, or is damaged.
+            TliError: the file is of a run with other fingerprints, or is damaged.
         """
         if not self.exists():
             return Progress()
@@ -106,10 +114,10 @@ class TrainingState:
                 tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise TliError(self.path, "the file must be whole safetensors", error, "start anew with --overwrite") from error
-        if metadata["fingerprint"] != self.fingerprint:
-            raise TliError(
-                self.path, "a run must be resumed with its own options and pairs", "others", "repeat them, or start anew with --overwrite"
-            )
+        others = [name for name, own in self.fingerprints.items() if metadata.get(name) != own]
+        if others:
+            must = f"a run must be resumed with its own {', '.join(self.fingerprints)}"
+            raise TliError(self.path, must, f"other {', '.join(others)}", "repeat it as it was begun, or start anew with --overwrite")
         losses = tensors["losses"].tolist()
         for name, parameter in _named(adapters):
             parameter.data.copy_(tensors[name])
