@@ -1,5 +1,6 @@
 """The study as its user meets it: real cells in processes of their own, kills, parts without a coordinator, and bad input."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -193,8 +194,18 @@ def test_a_part_alone_leaves_the_rest_to_others(settings, tmp_path):
     assert before.items() <= contents(tmp_path / "parts" / "cells").items()
 
 
-def test_a_killed_study_goes_on_to_the_same_numbers(settings, tmp_path):
-    flags = settings | {"arms": "early", "epochs": 60, "ranks": "1"}
+def commands_with(text: str) -> list[str]:
+    """The command lines of all processes that hold this text."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [line] if text in (line := path.read_text(errors="replace")) else []
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP], ids=str)
+def test_a_killed_study_goes_on_to_the_same_numbers(settings, tmp_path, number):
+    flags = settings | {"arms": "early", "epochs": 30, "ranks": "1"}
     whole = study(StudyConfig(**flags, output=str(tmp_path / "whole")))
     folder = tmp_path / "killed"
     begun = process(as_flags(flags | {"output": folder}), tmp_path)
@@ -202,10 +213,14 @@ def test_a_killed_study_goes_on_to_the_same_numbers(settings, tmp_path):
     deadline = time.monotonic() + 120
     while not partial.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    begun.send_signal(signal.SIGKILL)
-    begun.wait()
+    assert commands_with(str(partial))
+    begun.send_signal(number)
+    assert begun.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number)
     assert not (folder / "cells" / "early-rank1-seed0").exists()
-    # the cell's own process outlives a kill of its parent; the next study waits for it, and gives its folder its name
+    # the cell's own process is told to end; the next study goes on with what it left
+    while commands_with(str(partial)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not commands_with(str(partial))
     results = study(StudyConfig(**flags, output=str(folder)))
     keys = ("value", "layer", "metric", "split", "when")
     assert [[v[key] for key in keys] for v in results["values"]] == [[v[key] for key in keys] for v in whole["values"]]

@@ -274,14 +274,14 @@ def test_given_values_win_over_the_recipe():
     assert (mixed.loss, mixed.pool_bos, mixed.dropout, mixed.batch) == ("infonce", False, 0.0, 8)
 
 
-def start(settings: dict, save_every_s: float) -> subprocess.Popen:
+def start(settings: dict, save_every_s: float, report: bool = False) -> subprocess.Popen:
     """The command in a process of its own, saving its state as often as this."""
-    flags = as_flags(settings)
+    flags = as_flags(settings) + ([] if report else ["--no-report"])
     code = (
         f"import tli.commands.train as t; from tli.training import loop; loop._SAVE_EVERY_S = {save_every_s}; "
         f"from tli.config import TrainConfig; from tli.runtime.cli import parse; "
         f"from tli.runtime.errors import run_command; "
-        f"run_command(lambda: t.train(parse(TrainConfig, 'tli.train', {flags!r} + ['--no-report'])))"
+        f"run_command(lambda: t.train(parse(TrainConfig, 'tli.train', {flags!r})))"
     )
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
@@ -349,20 +349,47 @@ def test_a_second_run_is_kept_out_of_the_folder_and_one_that_was_killed_before_i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1], ids=str)
 def test_ctrl_c_saves_what_there_is(settings, tmp_path, number):
     long = {**settings, "epochs": 100_000}
     process = start(long, save_every_s=0)
     wait_for(tmp_path / "out" / STATE_FILE, process)
     process.send_signal(number)
     shown = " ".join(process.communicate(timeout=60)[1].split())
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "--resume goes on from here" in shown
     assert "Traceback" not in shown
     assert {path.name for path in (tmp_path / "out").iterdir()} == ADAPTER_FILES | {STATE_FILE}
     saved, state = load_file(tmp_path / "out" / lora.ADAPTER_FILE), load_file(tmp_path / "out" / STATE_FILE)
     assert [line["loss"] for line in metrics(tmp_path / "out")] == state["losses"].tolist()
     assert torch.equal(saved["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"], state["layers.0.self_attn.q_proj.lora_B"])
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_end_while_it_measures_can_go_on(settings, tmp_path):
+    process = start({**settings, "epochs": 2}, save_every_s=0, report=True)
+    wait_for(tmp_path / "out" / lora.ADAPTER_FILE, process)
+    process.send_signal(signal.SIGTERM)
+    shown = process.communicate(timeout=60)[1]
+    assert (process.returncode, "Traceback" in shown) == (143, False)
+    assert (tmp_path / "out" / STATE_FILE).exists()
+    assert run(settings, resume=True)["measurements"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored(settings, tmp_path):
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start({**settings, "epochs": 100_000}, save_every_s=0)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for(tmp_path / "out" / STATE_FILE, process)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
 
 
 def test_an_interrupted_report_is_made_by_resuming(settings, monkeypatch):
@@ -415,7 +442,8 @@ def test_an_earlier_result_stays_whole_until_the_new_one_is_complete(settings, m
     with pytest.raises(TliError, match="a run must be resumed with its own .*, got other options"):
         run(settings, resume=True, seed=8)
     assert contents(folder) == before
-    facts = run(settings, resume=True, seed=7)
+    # as a study's cells are begun: what is there goes on
+    facts = run(settings, resume=True, overwrite=True, seed=7)
     report = json.loads((folder / "report.json").read_text())
     assert report["adapter"] == facts["adapter"]
     assert report["config"]["seed"] == 7

@@ -5,10 +5,12 @@ runs a cell holds a lock on it, so processes that share a folder, on one machine
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -219,8 +221,20 @@ def _start(cell: Cell, folder: pathlib.Path, lock, environment: dict) -> subproc
         # the run inherits the lock: should this process be killed, no other begins the cell while the run is still at it. Ctrl-C
         # goes to this process alone, which tells its runs
         return subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()], start_new_session=True
-        )
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()], start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )  # fmt: skip
+
+
+_PR_SET_PDEATHSIG = 1
+# loaded here: between fork and exec nothing should be
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+    """In a child of this process: have it asked to end when this process is killed. Elsewhere the next study waits for its lock."""
+    assert _LIBC is not None
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _finish(cell: Cell, folder: pathlib.Path, code: int) -> None:

@@ -116,7 +116,8 @@ def _train(
     """
     # a kill may have come when one was to take the other's place
     take_place(output)
-    anew = config.overwrite and any((output / name).exists() for name in (lora.ADAPTER_FILE, STATE_FILE))
+    begun = config.resume and ((output / STATE_FILE).exists() or next_result(output, anew=False) is not None)
+    anew = config.overwrite and not begun and any((output / name).exists() for name in (lora.ADAPTER_FILE, STATE_FILE))
     place = next_result(output, anew) if anew or config.resume else None
     if place is None:
         facts = _train_in(output, config, trained, held_out, file, console)

@@ -1,11 +1,12 @@
 """How a run speaks, shows how far it is, and stops cleanly when it is asked to: the console, bars and signals."""
 
 import contextlib
-import signal
 import threading
 import time
 import typing
 from collections.abc import Callable, Iterable, Iterator
+
+from tli.runtime.errors import handle_stops
 
 
 class ShowStep(typing.Protocol):
@@ -23,22 +24,16 @@ def open_console(stderr: bool = True):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or a request to terminate sets; a second one acts as it always does."""
+    """An event that Ctrl-C, or another signal to end, sets; a second one ends the program at once."""
     stop = threading.Event()
-    former: dict[int, typing.Any] = {}
 
     def handle(number, frame):
+        if stop.is_set():
+            raise KeyboardInterrupt
         stop.set()
-        signal.signal(number, former[number])
 
-    # only the main thread may change handlers; elsewhere signals act as they always do
-    if threading.current_thread() is threading.main_thread():
-        former = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handle_stops(handle):
         yield stop
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
-"""The one form in which tli says that something is wrong, and how a command ends when it does."""
+"""The one form in which tli says that something is wrong, and how a command ends when it does, or is asked to."""
 
 import contextlib
 import errno
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import types
+from collections.abc import Callable, Iterator
 
 
 class TliError(Exception):
@@ -51,16 +54,55 @@ def disk_errors(where: object):
         raise
 
 
-def run_command(command: Callable[[], None]) -> None:
-    """Run a command's body and leave with its exit code: 2 and one line for a ``TliError``, 130 for Ctrl-C, 141 for a closed pipe."""
+# what asks a run to save what there is and end: Ctrl-C, a batch queue or a shutdown, a terminal that closes, a queue's warning
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+_received: int = signal.SIGINT
+
+
+@contextlib.contextmanager
+def handle_stops(handle: Callable[[int, types.FrameType | None], None]) -> Iterator[None]:
+    """Have ``handle`` called, as a signal's handler, for what asks a run to end, and remember which it was for the exit code.
+
+    A signal that is ignored stays so, as nohup wants it. Only the main thread may change handlers; elsewhere signals act as always.
+    """
+
+    def remember(number: int, frame: types.FrameType | None) -> None:
+        global _received
+        _received = number
+        handle(number, frame)
+
+    former = {}
+    if threading.current_thread() is threading.main_thread():
+        former = {number: signal.getsignal(number) for number in STOPPING}
+        former = {number: handler for number, handler in former.items() if handler != signal.SIG_IGN}
+        for number in former:
+            signal.signal(number, remember)
     try:
-        command()
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: types.FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a command's body and leave with its exit code: 2 and one line for a ``TliError``, 141 for a closed pipe; 130 for Ctrl-C, 143, 129
+    and 138 for SIGTERM, SIGHUP and SIGUSR1, each of which ends a run as Ctrl-C does.
+    """
+    try:
+        with handle_stops(_interrupt):
+            command()
     except TliError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        # the terminal may be gone
+        with contextlib.suppress(OSError):
+            print("stopped", file=sys.stderr)
+        sys.exit(128 + _received)
     except BrokenPipeError:
         # who read the output has gone, as head does; nor is there anyone to flush the rest to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
