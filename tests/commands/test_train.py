@@ -28,6 +28,7 @@ from tli.data.loader import BatchLoader
 from tli.model import lora
 from tli.runtime.cli import parse
 from tli.runtime.errors import TliError, run_command
+from tli.training import collapse
 from tli.training.run_logger import METRICS_FILE
 from tli.training.state import STATE_FILE
 from tli.training.step import lr_multiplier
@@ -404,6 +405,23 @@ def test_an_interrupted_report_is_made_by_resuming(settings, monkeypatch):
     facts = run(settings, resume=True)
     assert adapter_bytes(settings["output"]) == first
     assert facts["measurements"]
+
+
+@pytest.mark.slow
+def test_a_collapse_is_said_once_and_stands_in_the_report(settings, monkeypatch, capsys):
+    steps = iter(range(1000))
+
+    def collapsing(embeddings):
+        step = next(steps)
+        return torch.tensor([0.2 + 0.02 * step, 40.0 if step < 12 else 2.0])
+
+    monkeypatch.setattr(collapse, "spread", collapsing)
+    # a rate of nothing keeps the loss where it is
+    facts = run({**settings, "epochs": 10, "lr": 1e-12, "temperature": 1e3})
+    assert facts["training"]["alarm"].startswith("at step ")
+    assert " ".join(capsys.readouterr().err.split()).count("warning: at step") == 1
+    assert f"While it trained, {facts['training']['alarm']}." in facts["verdict"]
+    assert {"mismatched", "effective_rank"} <= metrics(settings["output"])[0].keys()
 
 
 def test_an_output_folder_is_not_lost(settings, capsys):

@@ -189,7 +189,7 @@ def _train_in(
     step = _training_step(config, decoder, pool, layer, batches.total, device_config, kept, words.vocab_ids)
     progress = state.restore(step.adapters, step.optimiser) if config.resume else Progress()
     with open_loggers(output, progress.step, config.tensorboard) as loggers:
-        fit(step, batches, state, progress, loggers, console, profile)
+        fit(step, batches, state, progress, loggers, console, profile, _chance_loss(config, len(trained)))
     lora.save(decoder, adapter, output, config.model or starter.NAME, whole.decoder, whole.task)
     training_report.clear(output)
     for stale in (MAP_FILE, MAP_REPORT_FILE):
@@ -443,6 +443,12 @@ def _training_step(
     return TrainStep(decoder, lambda batch: pool(states(decoder, batch), batch), objective, optimiser, config.seed, keep=keep)
 
 
+def _chance_loss(config: TrainConfig, trained: int) -> float | None:
+    """The loss of a batch whose words are all alike, in nats; None where it depends on how alike they are."""
+    per_batch = trained / -(-trained // config.batch)
+    return math.log(per_batch) if config.loss == "infonce" else None
+
+
 def _facts(
     config: TrainConfig,
     checkpoint: Checkpoint,
@@ -457,7 +463,6 @@ def _facts(
 ) -> dict:
     """What the run was: plain JSON values, for the report."""
     file = output / lora.ADAPTER_FILE
-    per_batch = len(trained) / -(-len(trained) // config.batch)
     return {
         "schema": SCHEMA,
         "config": as_dict(config),
@@ -474,8 +479,8 @@ def _facts(
             "first_step_at": progress.first_step_at,
             "loss_first": progress.losses[0],
             "loss_last": progress.losses[-1],
-            # of a batch whose pairs all look alike
-            "chance_loss": math.log(per_batch) if config.loss == "infonce" else None,
+            "chance_loss": _chance_loss(config, len(trained)),
+            "alarm": progress.alarm,
             "peak_bytes": environment.peak_bytes(),
         },
         "versions": environment.versions(),

@@ -38,6 +38,7 @@ def verdict(report: dict) -> str:
         cost(report),
         bought_with_maps(report, layer),
         _knows(report),
+        _collapse(report),
         _loss(report),
         *_at_layer(report, layer),
         _sink(report, layer),
@@ -70,6 +71,12 @@ def _knows(report: dict) -> str:
     if found["high"] < _KNOWS_NOTHING:
         return f"{said} {interval(found)}: it hardly knows these words, and vectors of what it does not know can only be aligned by rote."
     return f"{said}, {found['value']:.0%} {interval(found)}."
+
+
+def _collapse(report: dict) -> str:
+    """What the run itself said while it trained."""
+    alarm = report["training"].get("alarm")
+    return f"While it trained, {alarm}." if alarm else ""
 
 
 def _loss(report: dict) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tli.data.loader import BatchLoader, prefetch
 from tli.runtime.console import stop_signals, training_bar
+from tli.training import collapse
 from tli.training.memory.profile import Profile
 from tli.training.run_logger import RunLogger
 from tli.training.state import Progress, TrainingState
@@ -22,8 +23,12 @@ def fit(
     loggers: Sequence[RunLogger],
     console,
     profile: Profile | None = None,
+    chance: float | None = None,
 ) -> None:
-    """Take the steps from ``progress`` on, and count them in it; a signal to stop ends the run after the step that it comes in."""
+    """Take the steps from ``progress`` on, and count them in it; a signal to stop ends the run after the step that it comes in.
+
+    A collapse is said once, and stays in ``progress.alarm``; ``chance`` is the loss of words that are all alike.
+    """
     began = saved = time.monotonic() - progress.seconds
     step.decoder.train()
     with stop_signals() as stop, training_bar(console, batches.total) as show:
@@ -37,7 +42,11 @@ def fit(
             for result in step.pop_results(wait=save):
                 require_finite(progress.step, result.loss)
                 require_finite(progress.step, result.grad_norm, "gradient norm")
-                progress.add(result.loss, time.monotonic() - began)
+                progress.add(result.loss, (result.mismatched, result.effective_rank), time.monotonic() - began)
+                if progress.alarm is None:
+                    progress.alarm = collapse.alarm(progress.losses, progress.spreads, batches.total, chance)
+                    if progress.alarm is not None:
+                        console.print(f"warning: {progress.alarm}")
                 for logger in loggers:
                     logger.log({"epoch": progress.step / batches.per_epoch, **vars(result)}, progress.step)
                 show(progress.step, result.loss, words=sum(len(packed.indptr) - 1 for packed in micro_batches))

@@ -24,20 +24,24 @@ _MACHINE_FACTS = ("dtype", "matmul", "attention")
 
 @dataclasses.dataclass
 class Progress:
-    """The loss of each step done, the seconds that the steps took, and the Unix time at which the first was done."""
+    """The loss and the spread (``collapse.spread``) of each step done, the seconds that the steps took, and the Unix time at which the
+    first was done; what is alarming about it."""
 
     losses: list[float] = dataclasses.field(default_factory=list)
+    spreads: list[tuple[float, float]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     first_step_at: float | None = None
+    alarm: str | None = None
 
     @property
     def step(self) -> int:
         """Steps done."""
         return len(self.losses)
 
-    def add(self, loss: float, seconds: float) -> None:
+    def add(self, loss: float, spread: tuple[float, float], seconds: float) -> None:
         """Count one more step."""
         self.losses.append(loss)
+        self.spreads.append(spread)
         self.seconds = seconds
         self.first_step_at = self.first_step_at or time.time()
 
@@ -90,12 +94,13 @@ class TrainingState:
     def save(self, adapters: dict[str, LoRALinear], optimiser: torch.optim.AdamW, progress: Progress) -> None:
         """Write the state between two steps, completely or not at all."""
         tensors = {"losses": torch.tensor(progress.losses, dtype=torch.float64)}
+        tensors["spreads"] = torch.tensor(progress.spreads, dtype=torch.float64)
         for name, parameter in _named(adapters):
             tensors[name] = parameter.detach()
             for moment in _MOMENTS:
                 tensors[f"{name}.{moment}"] = optimiser.state[parameter][moment]
         metadata = {**self.fingerprints, **self.begun_on}
-        metadata |= {"seconds": str(progress.seconds), "first_step_at": str(progress.first_step_at)}
+        metadata |= {"seconds": str(progress.seconds), "first_step_at": str(progress.first_step_at), "alarm": progress.alarm or ""}
         with atomic_write(self.path) as temporary:
             temporary.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
 
@@ -125,7 +130,8 @@ class TrainingState:
             # where fused AdamW counts its steps, and plain AdamW
             counted_on = parameter.device if optimiser.defaults["fused"] else "cpu"
             optimiser.state[parameter] = {"step": torch.tensor(float(len(losses)), device=counted_on), **moments}
-        return Progress(losses, float(metadata["seconds"]), float(metadata["first_step_at"]))
+        spreads = [(mismatched, rank) for mismatched, rank in tensors["spreads"].tolist()]
+        return Progress(losses, spreads, float(metadata["seconds"]), float(metadata["first_step_at"]), metadata["alarm"] or None)
 
 
 def _named(adapters: dict[str, LoRALinear]) -> Iterator[tuple[str, torch.nn.Parameter]]:

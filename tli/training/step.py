@@ -23,7 +23,7 @@ from tli.data.batch import Batch
 from tli.data.loader import Step, tensors_of
 from tli.model import lora
 from tli.runtime.errors import TliError
-from tli.training import grad_cache
+from tli.training import collapse, grad_cache
 from tli.training.kept_text import KeptText
 from tli.training.loss import Objective
 from tli.training.memory.profile import FORWARD, LOSS, OPTIMISER
@@ -58,17 +58,20 @@ class OptimiserSettings:
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """A step's loss, its learning rate, the norm of its gradients before clipping, and the term for kept text, 0 without one."""
+    """A step's loss, its learning rate, the norm of its gradients before clipping, the term for kept text, 0 without one, and how far the
+    batch's words are apart (``collapse.spread``)."""
 
     loss: float
     lr: float
     grad_norm: float
-    keep: float = 0.0
+    keep: float
+    mismatched: float
+    effective_rank: float
 
 
 @dataclasses.dataclass
 class CapturedStep:
-    """A CUDA graph of one step, the batch that it reads, and where it leaves what was measured, fp32 [3]."""
+    """A CUDA graph of one step, the batch that it reads, and where it leaves what was measured, fp32 [5]."""
 
     graph: torch.cuda.CUDAGraph
     micro_batches: list[Batch]
@@ -116,6 +119,8 @@ class TrainStep:
         if self.on_gpu:
             # fused AdamW reads it by getattr, as torch.amp's scaler sets it; the class does not declare it
             self.optimiser.found_inf = self.found_inf  # type: ignore[attr-defined]
+        # of the step's batch, left by its loss
+        self.spread = torch.zeros(2, device=self.device)
         self.taken = 0
         self.graphs: dict[tuple, CapturedStep] = {}
         self.shapes_met: set[tuple] = set()
@@ -160,8 +165,8 @@ class TrainStep:
                     return
                 event.synchronize()
             self.pending_results.popleft()
-            loss, keep, grad_norm = measured.tolist()
-            yield StepResult(loss, lr, grad_norm, keep)
+            loss, keep, grad_norm, *spread = measured.tolist()
+            yield StepResult(loss, lr, grad_norm, keep, *spread)
 
     def _prepare(self, position: int) -> float:
         """Set the step's learning rate and each adapter's dropout seed, without waiting for a GPU; returns the learning rate."""
@@ -198,10 +203,11 @@ class TrainStep:
 
     def _loss(self, embeddings: Tensor, false_negatives: Tensor) -> Tensor:
         with record_function(LOSS):
+            self.spread = collapse.spread(embeddings)
             return self.objective(embeddings, false_negatives)
 
     def _update(self, losses: Tensor, position: int = 0) -> Tensor:
-        """Clip the gradients and let AdamW step; returns the loss, the term for kept text and the gradient norm, fp32 [3]."""
+        """Clip the gradients and let AdamW step; returns the loss, the term for kept text, the gradient norm and the spread, fp32 [5]."""
         with record_function(OPTIMISER):
             grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             if self.on_gpu:
@@ -212,7 +218,7 @@ class TrainStep:
             if self.settings.clip > 0:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip, grad_norm)
             self.optimiser.step()
-            return torch.cat([losses, grad_norm[None]])
+            return torch.cat([losses, grad_norm[None], self.spread])
 
     def _replay(self, shape: tuple, micro_batches: list[Batch], false_negatives: Tensor) -> Tensor:
         if shape not in self.graphs:
@@ -240,7 +246,7 @@ class TrainStep:
         if not self.on_gpu:
             self.pending_results.append((lr, measured, None))
             return
-        arrived, event = torch.empty(3, pin_memory=True), torch.cuda.Event()
+        arrived, event = torch.empty(len(measured), pin_memory=True), torch.cuda.Event()
         arrived.copy_(measured, non_blocking=True)
         event.record()
         self.pending_results.append((lr, arrived, event))
