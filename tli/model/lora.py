@@ -25,9 +25,11 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from tli.model.families import TRANSPOSED, blocks_of, traits_of
+from tli.model.shape import target_pattern
 from tli.runtime import ops
 from tli.runtime.errors import TliError
 from tli.runtime.files import atomic_write, write_text
+from tli.runtime.patterns import Pattern, pattern
 
 if typing.TYPE_CHECKING:
     from tli.model.decoder import Decoder
@@ -338,12 +340,17 @@ def load(folder: str | os.PathLike) -> Adapter:
 def rank_and_scale(config: dict, path: str) -> tuple[int, float]:
     """R and s of the linear layer at this path in the class that PEFT adapts, as it takes them from an ``adapter_config.json``."""
 
-    def of(pattern: str, default: str) -> float:
-        found = (value for key, value in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", path))
+    def of(patterns: str, default: str) -> float:
+        found = (value for key, value in (config.get(patterns) or {}).items() if _key_pattern(key).fullmatch(path))
         return next(found, config[default])
 
     rank, alpha = int(of("rank_pattern", "r")), float(of("alpha_pattern", "lora_alpha"))
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _key_pattern(key: str) -> Pattern:
+    """What a key of rank_pattern or alpha_pattern means in PEFT: the end of a module's path."""
+    return pattern(rf"(.*\.)?({key})", "adapter_config.json, rank_pattern and alpha_pattern")
 
 
 def _are_transposed(paths: Iterable[str]) -> bool:
@@ -358,8 +365,8 @@ def _read_config(file: pathlib.Path) -> dict:
         ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
         alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
         for key in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})):
-            re.compile(key)
-    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+            _key_pattern(key)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TliError(file, "the file must be JSON with r and lora_alpha", repr(error), "save the adapter again") from error
     for rank in ranks:
         if type(rank) is not int or rank < 1:
@@ -397,15 +404,10 @@ def _targets(decoder: "Decoder", index: int, targets: str) -> list[str]:
             )
         chosen = [path for path in linear if path.rpartition(".")[2] in names]
     else:
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise TliError(
-                "--targets", "the targets must be names or a regular expression", f"{targets} ({error})", "correct it"
-            ) from error
-        chosen = [path for path in linear if pattern.fullmatch(path) or pattern.fullmatch(f"{name_of_blocks}.{index}.{path}")]
+        wanted = target_pattern(targets)
+        chosen = [path for path in linear if wanted.fullmatch(path) or wanted.fullmatch(f"{name_of_blocks}.{index}.{path}")]
         if not any(
-            pattern.fullmatch(path) or pattern.fullmatch(f"{name_of_blocks}.{i}.{path}") for i in range(len(blocks)) for path in linear
+            wanted.fullmatch(path) or wanted.fullmatch(f"{name_of_blocks}.{i}.{path}") for i in range(len(blocks)) for path in linear
         ):
             raise TliError("--targets", f"the expression must match a linear layer ({', '.join(linear)})", targets, "correct it")
     return [f"{name_of_blocks}.{index}.{path}" for path in chosen]

@@ -10,6 +10,7 @@ import re
 
 from tli.model.families import FAMILIES, Family, family_of
 from tli.runtime.errors import TliError
+from tli.runtime.patterns import Pattern, pattern
 
 QUANTISED = "the weights must be unquantised or bitsandbytes' NF4"
 # under these a config.json speaks of quantised weights, and under those of the model that they were made from
@@ -145,11 +146,13 @@ def targets_of(family: Family, block: int, targets: str) -> tuple[str, ...]:
     if re.fullmatch(r"\w+(\s*,\s*\w+)*", targets):
         names = [name.strip() for name in targets.split(",")]
         return tuple(path for path in linear if path.rpartition(".")[2] in names)
-    try:
-        pattern = re.compile(targets)
-    except re.error:
-        return ()
-    return tuple(path for path in linear if pattern.fullmatch(path) or pattern.fullmatch(f"{family.blocks}.{block}.{path}"))
+    wanted = target_pattern(targets)
+    return tuple(path for path in linear if wanted.fullmatch(path) or wanted.fullmatch(f"{family.blocks}.{block}.{path}"))
+
+
+def target_pattern(targets: str) -> Pattern:
+    """The regular expression that ``--targets`` is where it is no list of names."""
+    return pattern(targets, "--targets", "the targets must be names or a regular expression")
 
 
 def table_bytes(rows: int, outputs: int, element: int, weight_bytes: int) -> int | None:

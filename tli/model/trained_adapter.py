@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -24,6 +23,7 @@ from tli.runtime.cli import flag
 from tli.runtime.device import DeviceConfig
 from tli.runtime.errors import TliError
 from tli.runtime.files import sha256
+from tli.runtime.patterns import pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,5 +195,5 @@ def _is_target(path: str, inside: str, peft: dict) -> bool | None:
     if blocks is not None and int(path.split(".")[1]) not in ([blocks] if isinstance(blocks, int) else blocks):
         return False
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, inside + path) is not None
+        return targets == "all-linear" or pattern(targets, "adapter_config.json, target_modules").fullmatch(inside + path)
     return any(inside + path == target or path.endswith(f".{target}") or path == target for target in targets)
