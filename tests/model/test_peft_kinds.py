@@ -225,7 +225,7 @@ def test_settings_of_a_start_that_was_not_taken_have_no_effect(make_model, tmp_p
         ({"r": True}, "every rank must be a whole number of at least 1, got True; "),
         ({"r": 4.5}, "every rank must be a whole number of at least 1, got 4.5; "),
         ({"rank_pattern": {"q_proj": 0}}, "every rank must be a whole number of at least 1, got 0; "),
-        ({"rank_pattern": {"q_proj(": 4}}, "rank_pattern and alpha_pattern: the text must be a regular expression, got "),
+        ({"rank_pattern": {"q_proj(": 4}}, "the keys of rank_pattern and alpha_pattern must be regular expressions, got "),
         ({"rank_pattern": [4]}, "the file must be JSON with r and lora_alpha, got "),
         ({"r": None}, "every rank must be a whole number of at least 1, got None; "),
     ],

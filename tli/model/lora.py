@@ -350,7 +350,7 @@ def rank_and_scale(config: dict, path: str) -> tuple[int, float]:
 
 def _key_pattern(key: str) -> Pattern:
     """What a key of rank_pattern or alpha_pattern means in PEFT: the end of a module's path."""
-    return pattern(rf"(.*\.)?({key})", "adapter_config.json, rank_pattern and alpha_pattern")
+    return pattern(rf"(.*\.)?({key})", "adapter_config.json", "the keys of rank_pattern and alpha_pattern must be regular expressions")
 
 
 def _are_transposed(paths: Iterable[str]) -> bool:
