@@ -36,6 +36,8 @@ _UNDERSTOOD = re.compile(
 # what the head's name ends in: old GPT-NeoX's is the second
 HEADS = ("lm_head.weight", "embed_out.weight")
 _SINGLE = "model.safetensors"
+# each is built, if without memory
+_MOST_BLOCKS = 10_000
 _SHARD_NUMBER = re.compile(r"-\d+-of-\d+")
 # of weights in whatever format
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".ggml", ".h5", ".msgpack", ".npz", ".onnx")
@@ -341,10 +343,14 @@ def _read_config(name: str, folder: pathlib.Path | None) -> tuple[Any, dict]:
 
     path, plain = _fetch(name, folder, "config.json"), {}
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        plain = dict(json.loads(path.read_text(encoding="utf-8")))
+        if not isinstance(plain.get("architectures") or [], list):
+            raise ValueError("architectures must be a list of names")
         whole = AutoConfig.from_pretrained(folder or name, trust_remote_code=False)
         # a model of text and images keeps its decoder's config inside
         config = whole.get_text_config()
+        if not 1 <= config.num_hidden_layers <= _MOST_BLOCKS:
+            raise ValueError(f"num_hidden_layers {config.num_hidden_layers} is not from 1 to {_MOST_BLOCKS:,}")
     except Exception as error:
         got, remedy = one_line(error), "check the file"
         if "auto_map" in plain:

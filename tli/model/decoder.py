@@ -27,7 +27,7 @@ from tli.model.token_table import precompute_qkv
 from tli.runtime import ops
 from tli.runtime.device import DeviceConfig
 from tli.runtime.environment import return_freed_memory
-from tli.runtime.errors import TliError
+from tli.runtime.errors import TliError, one_line
 from tli.runtime.ops import Ops
 
 if typing.TYPE_CHECKING:
@@ -91,15 +91,23 @@ def init_empty_decoder(checkpoint: Checkpoint, blocks: int, vocab_ids: np.ndarra
     """transformers' decoder with its embedding rows read, ``blocks`` blocks without memory, and its final norm unread."""
     family = checkpoint.family
     # built for real but for the blocks and the vocabulary, so that every buffer (rotary frequencies, scales) is the family's own
-    config = _config(checkpoint, blocks)
-    real = _build(_config(checkpoint, blocks=0), torch.float32, family)
-    # some families have frequencies for each kind of block there is
-    if hasattr(real, "rotary_emb"):
-        real.rotary_emb = type(real.rotary_emb)(config)
+    try:
+        config = _config(checkpoint, blocks)
+        real = _build(_config(checkpoint, blocks=0), torch.float32, family)
+        # some families have frequencies for each kind of block there is
+        if hasattr(real, "rotary_emb"):
+            real.rotary_emb = type(real.rotary_emb)(config)
+        with torch.device("meta"):
+            # a decoder notes what kinds of block it has as it is built
+            decoder = _build(config, device_config.dtype, family)
+    # transformers computes with whatever its config says
+    except Exception as error:
+        must = "config.json must describe a model that transformers can build"
+        raise TliError(
+            checkpoint.name, must, f"{type(error).__name__}: {one_line(error)}", "use the config.json of these weights"
+        ) from error
     real.to(device_config.device)
     with torch.device("meta"):
-        # a decoder notes what kinds of block it has as it is built
-        decoder = _build(config, device_config.dtype, family)
         _use_frozen_linear(blocks_of(decoder), family, device_config.ops)
     for name, child in real.named_children():
         if name != family.blocks:

@@ -361,13 +361,19 @@ def _are_transposed(paths: Iterable[str]) -> bool:
 def _read_config(file: pathlib.Path) -> dict:
     """An ``adapter_config.json`` of which everything that it says is understood."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
         ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
         alphas = [config["lora_alpha"], *(config.get("alpha_pattern") or {}).values()]
         for key in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})):
             _key_pattern(key)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TliError(file, "the file must be JSON with r and lora_alpha", repr(error), "save the adapter again") from error
+    targets, blocks = config.get("target_modules"), config.get("layers_to_transform")
+    names = targets if isinstance(targets, list) else [targets or ""]
+    numbers = blocks if isinstance(blocks, list) else [blocks or 0]
+    if not all(isinstance(name, str) for name in names) or not all(type(number) is int for number in numbers):
+        must = "target_modules must be names or an expression, layers_to_transform numbers"
+        raise TliError(file, must, f"{targets}, {blocks}", "save the adapter again")
     for rank in ranks:
         if type(rank) is not int or rank < 1:
             raise TliError(file, "every rank must be a whole number of at least 1", rank, "save the adapter again")

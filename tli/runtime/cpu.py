@@ -159,7 +159,7 @@ def _read(kept: Any) -> Ways | None:
         complete = found.fastest in DTYPES and found.matmul.keys() == found.attention.keys() == set(DTYPES)
         attend = all(attends(attention, dtype) for dtype, attention in found.attention.items())
         multiply = all(runs(ops.Matmul.named(matmul), dtype) for dtype, matmul in found.matmul.items())
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return None
     return found if complete and attend and multiply else None
 

@@ -200,10 +200,15 @@ def dispatch_file() -> pathlib.Path:
 
 
 def tuned() -> dict[str, dict]:
-    """The measurements of ``tli.tune``: the fields of ``launch.Dispatch`` by GPU and versions of triton and torch."""
+    """The measurements of ``tli.tune``: the fields of ``launch.Dispatch`` by GPU and versions of triton and torch; no others are kept."""
+    names = {field.name for field in dataclasses.fields(launch.Dispatch)}
+
+    def is_dispatch(kept: object) -> bool:
+        return isinstance(kept, dict) and kept.keys() == names and all(type(rows) is int and rows >= 0 for rows in kept.values())
+
     try:
-        return json.loads(dispatch_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {gpu: kept for gpu, kept in json.loads(dispatch_file().read_text(encoding="utf-8")).items() if is_dispatch(kept)}
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
 

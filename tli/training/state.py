@@ -14,7 +14,7 @@ from safetensors.torch import save
 import tli
 from tli.data.pair_store import DiskBackedPairs
 from tli.model.lora import LoRALinear
-from tli.runtime.errors import TliError
+from tli.runtime.errors import TliError, one_line
 from tli.runtime.files import atomic_write
 
 STATE_FILE = "training_state.safetensors"
@@ -77,7 +77,7 @@ class TrainingState:
         """``DeviceConfig.facts`` of the interrupted run, which a resumed one keeps; empty without a file."""
         try:
             with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata()
+                metadata = file.metadata() or {}
                 return {name: metadata[name] for name in _MACHINE_FACTS if name in metadata}
         except (SafetensorError, OSError):
             # ``restore`` says what is wrong with it
@@ -114,7 +114,7 @@ class TrainingState:
             return Progress()
         try:
             with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata()
+                metadata = file.metadata() or {}
                 names = file.keys()
                 tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
@@ -123,15 +123,23 @@ class TrainingState:
         if others:
             must = f"a run must be resumed with its own {', '.join(self.fingerprints)}"
             raise TliError(self.path, must, f"other {', '.join(others)}", "repeat it as it was begun, or start anew with --overwrite")
-        losses = tensors["losses"].tolist()
+        try:
+            losses = [float(loss) for loss in tensors["losses"].tolist()]
+            spreads = [(mismatched, rank) for mismatched, rank in tensors["spreads"].reshape(len(losses), 2).tolist()]
+            progress = Progress(losses, spreads, float(metadata["seconds"]), float(metadata["first_step_at"]), metadata["alarm"] or None)
+            for name, parameter in _named(adapters):
+                for kept in (name, *(f"{name}.{moment}" for moment in _MOMENTS)):
+                    if (tensors[kept].shape, tensors[kept].dtype) != (parameter.shape, parameter.dtype):
+                        raise ValueError(f"{kept} {tuple(tensors[kept].shape)} of {tensors[kept].dtype}")
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise TliError(self.path, "the file must hold a run's whole state", one_line(error), "start anew with --overwrite") from error
         for name, parameter in _named(adapters):
             parameter.data.copy_(tensors[name])
             moments = {moment: tensors[f"{name}.{moment}"].to(parameter.device) for moment in _MOMENTS}
             # where fused AdamW counts its steps, and plain AdamW
             counted_on = parameter.device if optimiser.defaults["fused"] else "cpu"
             optimiser.state[parameter] = {"step": torch.tensor(float(len(losses)), device=counted_on), **moments}
-        spreads = [(mismatched, rank) for mismatched, rank in tensors["spreads"].tolist()]
-        return Progress(losses, spreads, float(metadata["seconds"]), float(metadata["first_step_at"]), metadata["alarm"] or None)
+        return progress
 
 
 def _named(adapters: dict[str, LoRALinear]) -> Iterator[tuple[str, torch.nn.Parameter]]:
