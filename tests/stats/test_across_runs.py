@@ -128,3 +128,22 @@ def test_the_interval_over_runs_and_words_is_wider_than_one_that_takes_all_value
 
 def test_a_single_run_has_no_interval_over_runs():
     assert crossed_interval([0.1, 0.3], [0, 0], [0, 1]) == {"value": 0.2, "low": None, "high": None, "n": 2, "runs": 1, "words": 2}
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.2, 0.3], [0.3, 0.1, 0.2, 0.4], [0.1, 0.5, 0.2, 0.4, 0.3], [0.2, 0.2, 0.4, 0.1]])
+def test_of_one_seed_the_trends_p_is_from_all_orders(values):
+    """Three in a row come up in one order of six, and as much against it in another: p is 1/3, where a t-distribution says 0."""
+    found = rank_trend(np.array([values]), 2 ** np.arange(len(values)))
+    rank = np.arange(len(values))
+    all_of_them = [scipy.stats.spearmanr(rank, order).statistic for order in itertools.permutations(values)]
+    rises, falls = (np.mean(np.array(all_of_them) * sign >= found["rho"] * sign - 1e-12) for sign in (1, -1))
+    assert found["p_rho"] == pytest.approx(min(1.0, 2 * min(rises, falls)))
+    assert found["page"] is None
+
+
+def test_no_trend_has_a_p_of_nothing():
+    found = rank_trend(np.array([[0.1, 0.2, 0.3], [0.15, 0.25, 0.35]]), [1, 2, 4])
+    perfect = rank_trend(np.tile([0.1, 0.2, 0.3], (2, 1)), [1, 2, 4])
+    # of 6!/(2!)^3 orders one fits best
+    assert perfect["p_rho"] == pytest.approx(2 / 90)
+    assert found["p_rho"] >= perfect["p_rho"]

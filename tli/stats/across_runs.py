@@ -5,6 +5,7 @@ of one seed are compared with one another.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -68,7 +69,8 @@ def rank_trend(values: np.ndarray, ranks: Sequence[int]) -> dict:
     ranks    ascending LoRA ranks
 
     Returns:
-        ``rho`` and ``p_rho``: Spearman's correlation of all runs' values with log2 R, which takes runs of one seed for independent;
+        ``rho`` and ``p_rho``: Spearman's correlation of all runs' values with log2 R, which takes runs of one seed for independent; of a
+        single seed's p is from all orders;
         ``page`` and ``p_page``: Page's L, for which seeds are blocks, and its two-sided p, twice the smaller of those against a rise
         and a fall, from all orders of each seed's own values, equal ones among them: exact up to 12 ranks, by the normal distribution of
         more. None where there are too few runs, or where all values are equal. Source: Page 1963.
@@ -80,12 +82,20 @@ def rank_trend(values: np.ndarray, ranks: Sequence[int]) -> dict:
     if values.shape[1] < 3 or np.ptp(values) == 0:
         return found
     spearman = scipy.stats.spearmanr(np.tile(np.log2(ranks), len(values)), values.ravel())
-    found |= {"rho": float(spearman.statistic), "p_rho": float(spearman.pvalue)}
-    if len(values) > 1:
-        placed = scipy.stats.rankdata(values, axis=1)
-        statistic = float((placed @ np.arange(1, values.shape[1] + 1)).sum())
-        found |= {"page": statistic, "p_page": min(1.0, 2 * min(_page_tails(placed, statistic)))}
-    return found
+    placed = scipy.stats.rankdata(values, axis=1)
+    statistic = float((placed @ np.arange(1, values.shape[1] + 1)).sum())
+    p_page = min(1.0, 2 * min(_page_tails(placed, statistic)))
+    if len(values) == 1:
+        # of one seed's runs Page's test is Spearman's by all orders; its t-distribution would give three in a row a p of 0
+        return found | {"rho": float(spearman.statistic), "p_rho": p_page}
+    # no p is smaller than that of the one order that fits best, and of its reverse
+    orders = math.factorial(values.size) / math.factorial(len(values)) ** values.shape[1]
+    return {
+        "rho": float(spearman.statistic),
+        "p_rho": max(float(spearman.pvalue), min(1.0, 2 / orders)),
+        "page": statistic,
+        "p_page": p_page,
+    }
 
 
 def _page_tails(placed: np.ndarray, statistic: float) -> tuple[float, float]:
