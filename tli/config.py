@@ -426,6 +426,9 @@ class StudyConfig(ListConfig):
     )
     rates: str = option("1e-4,3e-4,1e-3,3e-3", "grid", "learning rates tried once per arm; a single one is taken as it is")
     search_rank: int = option(16, "grid", "rank at which the rate is searched and the control on shuffled pairs is run", least=1)
+    search_seeds: int = option(
+        2, "grid", "runs of each rate that is tried: that rate is taken whose worst run finds most, as one alone may be luck", least=1
+    )
     search_share: float = option(
         0.1, "grid", "share of --pairs that the search is judged by; no cell of the grid ever sees them", above=0, below=1
     )

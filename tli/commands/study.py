@@ -24,7 +24,7 @@ from tli.runtime.files import atomic_write
 
 SETTINGS_FILE = "study.json"
 # what may differ from one call to the next: how large the grid and the search are, and how they are run
-_FREE_OPTIONS = ("ranks", "arms", "seeds", "rates", "device", "jobs", "cells", "output", "json")
+_FREE_OPTIONS = ("ranks", "arms", "seeds", "rates", "search_seeds", "device", "jobs", "cells", "output", "json")
 # options of a cell that it has from the study
 _SHARED: tuple[str, ...] = ("model", "layer", "weights", "dtype", "source", "target", "prefix", "split")
 _SHARED += ("targets", "dropout", "temperature", "batch", "epochs", "warmup", "keep_weight")
@@ -156,20 +156,23 @@ def _searches(config: StudyConfig, folder: pathlib.Path, device: str, arm: str, 
     if len(rates) == 1:
         return []
     return [
-        _cell(config, folder, device, blocks, f"search-{arm}-rate{rate:g}", arm, config.search_rank, seed=0, lr=rate)
+        _cell(config, folder, device, blocks, f"search-{arm}-rate{rate:g}-seed{seed}", arm, config.search_rank, seed=seed, lr=rate)
+        for seed in range(config.search_seeds)
         for rate in sorted(set(rates))
     ]
 
 
 def _search(config: StudyConfig, folder: pathlib.Path, arm: str, blocks: int) -> dict:
-    """The arm's learning rate: where the pairs that no cell of the grid sees are found best, at the layer of the arm's loss."""
-    tried = [
+    """The arm's learning rate: where the pairs that no cell of the grid sees are found best, in the worst of the rate's runs; at the
+    layer of the arm's loss.
+    """
+    runs: dict[float, list[dict]] = {}
+    for cell in _searches(config, folder, "auto", arm, blocks):
         # the search has run: each of its cells has a report
-        study_results.search_record(cell.options["lr"], typing.cast(dict, cell.report(folder / "cells")))
-        for cell in _searches(config, folder, "auto", arm, blocks)
-    ]
-    if not tried:
+        runs.setdefault(cell.options["lr"], []).append(typing.cast(dict, cell.report(folder / "cells")))
+    if not runs:
         return {"chosen": float(config.rates), "tried": []}
+    tried = [study_results.search_record(rate, reports) for rate, reports in runs.items()]
     return {"chosen": max(tried, key=lambda one: one["value"])["rate"], "tried": tried}
 
 

@@ -335,9 +335,10 @@ def _search_table(results: dict) -> Table:
     for arm, found in results["search"].items():
         for one in found["tried"]:
             chosen = "taken" if one["rate"] == found["chosen"] else ""
-            rows.append([f"{_ARMS[arm]}", f"{one['rate']:g}", f"{number(one['value'])} {interval(one)}", chosen])
+            runs = ", ".join(number(value) for value in one["runs"])
+            rows.append([f"{_ARMS[arm]}", f"{one['rate']:g}", runs, f"{number(one['value'])} {interval(one)}", chosen])
     title = f"Learning rates tried at rank {results['config']['search_rank']}: MRR of pairs that the grid never sees"
-    return Table(title, ["", "rate", "MRR", ""], once(rows))
+    return Table(title, ["", "rate", "each run", "the worst", ""], once(rows))
 
 
 def show(results: dict, console: rich.console.Console) -> None:

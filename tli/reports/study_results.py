@@ -63,10 +63,13 @@ QUESTIONS = {
 }
 
 
-def search_record(rate: float, report: dict) -> dict:
-    """How well a learning rate did: the MRR of the pairs that the grid never sees, at the layer of the loss."""
-    found = find_value(report, "held_out", "after", aligned_layer(report), "mrr")
-    return {"rate": rate, **{key: found[key] for key in ("value", "low", "high", "n")}}
+def search_record(rate: float, reports: list[dict]) -> dict:
+    """How well a learning rate did: the MRR of the pairs that the grid never sees, at the layer of the loss, in the worst of its runs, and
+    in each of them.
+    """
+    runs = [find_value(report, "held_out", "after", aligned_layer(report), "mrr") for report in reports]
+    worst = min(runs, key=lambda found: found["value"])
+    return {"rate": rate, **{key: worst[key] for key in ("value", "low", "high", "n")}, "runs": [found["value"] for found in runs]}
 
 
 def assemble(config: dict, search: dict[str, dict], reports: list[tuple[Cell, dict]]) -> dict:
