@@ -22,11 +22,11 @@ from tli.metrics.baseline_records import BEFORE, judge
 from tli.model.linear_map import Sides
 from tli.model.shape import Layer
 from tli.reports import evaluation
-from tli.reports.tables import Table, show
+from tli.reports.tables import Table, show, write_markdown
 from tli.runtime.cli import as_dict
 from tli.runtime.console import open_console
 from tli.runtime.errors import TliError
-from tli.runtime.files import SCHEMA, prepare_output_dir, write_json, write_text
+from tli.runtime.files import SCHEMA, prepare_output_dir, write_json
 from tli.stats import paired_table
 
 if typing.TYPE_CHECKING:
@@ -284,5 +284,5 @@ def _versions() -> dict:
 
 def _write(output: pathlib.Path, facts: dict, tables: list[Table], title: str) -> None:
     text = evaluation.markdown(title, tables, facts)
-    write_text(output / "evaluation.md", text)
+    write_markdown(output / "evaluation.md", text)
     write_json(output / "evaluation.json", facts)

@@ -32,12 +32,13 @@ from tli.model.trained_adapter import load_adapter
 from tli.reports.figures.protocol import draw_protocol
 from tli.reports.figures.style import save_figure
 from tli.reports.protocol import PUBLISHED, markdown, sentence, show, verdict
+from tli.reports.tables import write_markdown
 from tli.runtime import environment
 from tli.runtime.cli import as_dict
 from tli.runtime.console import cells_bar, open_console
 from tli.runtime.device import resolve_device
 from tli.runtime.errors import TliError, disk_errors
-from tli.runtime.files import SCHEMA, remove_written, require_written, write_json, write_text
+from tli.runtime.files import SCHEMA, remove_written, require_written, write_json
 
 FILES = ("protocol.json", "protocol.md", "protocol.png")
 # what the option ``model`` says until there is a folder to name
@@ -183,7 +184,7 @@ def protocol(config: ProtocolConfig) -> dict:
     }
     result["verdict"] = verdict(result)
     save_figure(output / "protocol.png", draw_protocol(result))
-    write_text(output / "protocol.md", markdown(result))
+    write_markdown(output / "protocol.md", markdown(result))
     write_json(output / "protocol.json", result)
     show(result, console)
     console.print(f"in {output}: {', '.join(FILES)}, and each training in cells/")

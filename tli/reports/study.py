@@ -18,10 +18,10 @@ from tli.reports.figures.study import draw_bought, draw_costs, draw_ranks
 from tli.reports.figures.style import save_figure
 from tli.reports.glossary import how_to_read
 from tli.reports.study_results import ALIGNED, QUESTIONS, find, find_answer, find_before, find_free, find_harm, place_of
-from tli.reports.tables import Table, as_markdown, once, to_repeat
+from tli.reports.tables import Table, as_markdown, once, to_repeat, write_markdown
 from tli.reports.tables import show as show_tables
 from tli.reports.wording import interval, is_significant, number, number_or_dash, p_value, place_name, text_name
-from tli.runtime.files import write_json, write_text
+from tli.runtime.files import write_json
 
 if typing.TYPE_CHECKING:
     import rich.console
@@ -354,7 +354,7 @@ def write(folder: pathlib.Path, results: dict) -> None:
     save_figure(folder / "bought.png", draw_bought(results))
     save_figure(folder / "rank.png", draw_ranks(results))
     save_figure(folder / "cost.png", draw_costs(results))
-    write_text(folder / "report.md", markdown(results))
+    write_markdown(folder / "report.md", markdown(results))
     write_json(folder / "results.json", results)
 
 

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import typing
+
+from tli.runtime.errors import printable
+from tli.runtime.files import write_text
 
 if typing.TYPE_CHECKING:
     import rich.console
+
+
+# where HTML would begin
+_HTML = re.compile(r"<(?=[a-zA-Z/!?])")
 
 
 class Table(typing.NamedTuple):
@@ -50,6 +59,13 @@ def as_markdown(table: Table) -> str:
     rows = [row + [""] * (len(table.head) - len(row)) for row in [table.head, *table.rows]]
     lines = ["| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|").strip() for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" + "|---:" * (len(table.head) - 1) + "|", *lines[1:]])
+
+
+def write_markdown(path: str | os.PathLike, text: str) -> None:
+    """Write a page, completely or not at all; what other people's names hold is text in it, not HTML, and steers no terminal."""
+    # code stands as it is, between fences
+    parts = [part if i % 2 else _HTML.sub("&lt;", part) for i, part in enumerate(printable(text).split("```"))]
+    write_text(path, "```".join(parts))
 
 
 def to_repeat(facts: dict, *said: str) -> str:

@@ -21,11 +21,11 @@ from tli.reports.figures.training import draw_distributions, draw_layers
 from tli.reports.harm import harm_table
 from tli.reports.model_card import model_card
 from tli.reports.run_tables import READING, gain_rows, languages, rows_as_markdown, summary, value_rows
-from tli.reports.tables import Table, as_markdown, to_repeat
+from tli.reports.tables import Table, as_markdown, to_repeat, write_markdown
 from tli.reports.tables import show as show_tables
 from tli.reports.verdict import verdict
 from tli.reports.wording import aligned_layer, compared_layers, place_name
-from tli.runtime.files import write_json, write_text
+from tli.runtime.files import write_json
 
 if typing.TYPE_CHECKING:
     import rich.console
@@ -54,8 +54,8 @@ def write_report(
     report = assemble(run, alignments)
     save_figure(folder / "distributions.png", draw_distributions(report, alignments))
     save_figure(folder / "layers.png", draw_layers(report))
-    write_text(folder / "report.md", markdown(report))
-    write_text(folder / "README.md", model_card(report))
+    write_markdown(folder / "report.md", markdown(report))
+    write_markdown(folder / "README.md", model_card(report))
     write_json(folder / "report.json", report)
     show(report, console)
     return report

@@ -6,7 +6,7 @@ import time
 import typing
 from collections.abc import Callable, Iterable, Iterator
 
-from tli.runtime.errors import handle_stops
+from tli.runtime.errors import handle_stops, printable
 
 
 class ShowStep(typing.Protocol):
@@ -16,10 +16,19 @@ class ShowStep(typing.Protocol):
 
 
 def open_console(stderr: bool = True):
-    """rich's console on standard error, or on standard output, that shows text as it is: ``[v2]`` in a path is no markup."""
+    """rich's console on standard error, or on standard output, that shows text as it is: ``[v2]`` in a path is no markup, and nothing in a
+    name steers the terminal (``printable``).
+    """
     from rich.console import Console
+    from rich.segment import Segment
 
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    class PlainConsole(Console):
+        def render(self, renderable, options=None):
+            for segment in super().render(renderable, options):
+                # its own colours come later, and its cursor's moves are marked
+                yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    return PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 @contextlib.contextmanager

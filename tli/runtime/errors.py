@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -30,6 +31,15 @@ class TliError(Exception):
 
     def __init__(self, where: object, must: str, got: object, remedy: str):
         super().__init__(f"{where}: {must}, got {got}; {remedy}")
+
+
+# what steers a terminal, and what turns the direction of all text behind it
+_STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Other people's text as it may be shown: a file's or a column's name may hold what would steer a terminal, which becomes U+FFFD."""
+    return _STEERS.sub("\ufffd", text)
 
 
 # Windows knows no quota
@@ -96,7 +106,7 @@ def run_command(command: Callable[[], None]) -> None:
         with handle_stops(_interrupt):
             command()
     except TliError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         # the terminal may be gone

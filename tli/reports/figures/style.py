@@ -71,6 +71,10 @@ def mark_layer(panel, at: int) -> None:
 
 
 def save_figure(path: str | os.PathLike, figure: matplotlib.figure.Figure) -> None:
-    """Write a figure as PNG, completely or not at all."""
+    """Write a figure as PNG, completely or not at all; a dollar sign in a name is one, and begins no formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
