@@ -1,6 +1,7 @@
 """Perplexity and divergence against transformers' whole model with peft's adapter, and against sums written out."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -87,6 +88,25 @@ def test_every_token_of_the_text_is_predicted_once(make_model, text):
     assert (part.facts["tokens"], part.facts["tokens_in_file"]) == (20, len(ids))
     # a text shorter than one window
     assert read_windows(text, checkpoint, 64, most_tokens=5).tokens.shape == (1, 6)
+
+
+@pytest.mark.parametrize("letters", ["habari za asubuhi ", "水と火と木", "ሰላም"], ids=["words", "without spaces", "three bytes a letter"])
+def test_of_a_long_text_no_more_is_read_than_is_taken(make_model, tmp_path, letters):
+    """And the tokens are those of the whole text."""
+    checkpoint = open_checkpoint(str(make_model("llama")))
+    path = tmp_path / "long.txt"
+    # a byte that is no UTF-8, far behind, is never met
+    path.write_bytes(b"\xef\xbb\xbf" + (letters * (3_000_000 // len(letters.encode()))).encode() + b"\xff")
+    tracemalloc.start()
+    part = read_windows(path, checkpoint, 9, most_tokens=500)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    ids = checkpoint.tokenizer()(letters * 2000, add_special_tokens=False)["input_ids"][:500]
+    found = [part.vocab_ids[row[:length]] for row, length in zip(part.tokens, part.lengths)]
+    assert [int(token) for row in found for token in row[1:]] == ids
+    assert (part.facts["tokens"], part.facts["tokens_in_file"]) == (500, None)
+    # the hash walks through it a megabyte at a time
+    assert peak < 3_000_000
 
 
 def test_no_number_depends_on_how_much_is_held_at_once(make_model, text, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Running text as a model reads it: in windows of equal width, each behind one sink."""
 
+import codecs
 import dataclasses
 import os
 import pathlib
@@ -46,6 +47,10 @@ _LANGUAGES = ("swahili", "english")
 _SHIPPED = {kind: tuple(SHIPPED.parent / f"{kind}-text-{language}.txt" for language in _LANGUAGES) for kind in ("running", "kept")}
 
 
+# what is read of a text at first: most languages' tokens are shorter
+_BYTES_A_TOKEN, _TOKENS_BEHIND = 8, 64
+
+
 def read_texts(path: str | os.PathLike | None, checkpoint: Checkpoint) -> list[TextWindows]:
     """A named text in windows, as by ``read_windows``, no more than 8,192 tokens of it; None: the shipped texts, in short windows."""
     if path is not None:
@@ -73,19 +78,13 @@ def read_windows(
         TliError: a file that cannot be read or holds less than two tokens, a width that the model cannot see whole.
     """
     path = pathlib.Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        got = f"byte {error.start}: no UTF-8" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error)).lower()
-        raise TliError(path, "the text must be a readable UTF-8 file", got, f"name another with {flag}") from error
     widest = context_length(checkpoint)
     width = min(DEFAULT_WIDTH, widest) if width is None else width
     if not 2 <= width <= widest:
         raise TliError("--window", f"a window must be 2 to {widest} tokens wide, the model's own", width, "choose one in this range")
     tokenizer = checkpoint.tokenizer()
     sink = sink_token(tokenizer)
-    # it would warn that the text is longer than the model's window
-    found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    found, is_whole = _tokens(path, tokenizer, most_tokens, flag)
     ids = np.array(found if most_tokens is None else found[: max(0, most_tokens)], np.int64)
     if len(ids) < 2:
         raise TliError(path, "the text must hold at least 2 tokens", len(ids), f"name a longer text with {flag}")
@@ -101,11 +100,32 @@ def read_windows(
         "name": path.name,
         "sha256": sha256(path),
         "tokens": len(ids),
-        "tokens_in_file": len(found),
+        # of a text that is longer nobody has read the rest
+        "tokens_in_file": len(found) if is_whole else None,
         "windows": windows,
         "width": width,
     }
     return TextWindows(tokens, lengths, vocab_ids, facts)
+
+
+def _tokens(path: pathlib.Path, tokenizer, most: int | None, flag: str) -> tuple[list[int], bool]:
+    """The text's tokens, and whether these are all: of a long text no more is read than it takes to have ``most`` of them."""
+    some_bytes = -1 if most is None else _BYTES_A_TOKEN * (most + 4 * _TOKENS_BEHIND)
+    while True:
+        try:
+            with path.open("rb") as file:
+                head = file.read(some_bytes)
+                is_whole = not file.read(1)
+            # a letter of several bytes may be cut through, and what is read of the last word may have other tokens than all of it
+            text = codecs.getincrementaldecoder("utf-8-sig")().decode(head, final=is_whole)
+        except (OSError, UnicodeDecodeError) as error:
+            got = f"byte {error.start}: no UTF-8" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error)).lower()
+            raise TliError(path, "the text must be a readable UTF-8 file", got, f"name another with {flag}") from error
+        # it would warn that the text is longer than the model's window
+        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if is_whole or most is None or len(found) > most + _TOKENS_BEHIND:
+            return found, is_whole
+        some_bytes *= 4
 
 
 def windows_batch(windows: TextWindows, device_config: DeviceConfig) -> Batch:

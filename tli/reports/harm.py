@@ -20,7 +20,9 @@ def harm_table(harm: dict, adapter: int = 0, of: str = "") -> Table:
     """
     text, after = harm["text"], harm["after"][adapter]
     part = f"{text['tokens']:,}"
-    if text["tokens"] < text["tokens_in_file"]:
+    if text["tokens_in_file"] is None:
+        part = f"the first {text['tokens']:,}"
+    elif text["tokens"] < text["tokens_in_file"]:
         part = f"the first {text['tokens']:,} of {text['tokens_in_file']:,}"
     windows = f"{text['windows']} window{'s' * (text['windows'] > 1)} of {text['width']}"
     shown = (
