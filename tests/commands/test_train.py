@@ -562,6 +562,37 @@ def test_a_model_of_nan_stops_with_an_error(settings, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_of_a_gradient_that_is_not_finite_the_last_good_state_is_kept(settings, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        was_fit = train_module.fit
+
+        def fit(step, *arguments, **named):
+            done = 0
+
+            def spoil(parameter):
+                nonlocal done
+                done += 1
+                if done == 5:
+                    parameter.grad[0] = float("inf")
+
+            step.parameters[-1].register_post_accumulate_grad_hook(spoil)
+            return was_fit(step, *arguments, **named)
+
+        patched.setattr(train_module, "fit", fit)
+        code, shown = command([*as_flags(settings), "--no-report"], capsys)
+    assert code == 2
+    assert "the last good state, after step 4, is kept: " in " ".join(shown.split())
+    assert "error: step 5: the gradient norm must be finite, got inf" in shown
+    kept = load_file(tmp_path / "out" / STATE_FILE)
+    assert len(kept["losses"]) == 4
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    # whatever it was, without it the run goes on to the bytes of one that never met it
+    run(settings, no_report=True, resume=True)
+    run(settings, no_report=True, output=str(tmp_path / "whole"))
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_absent_shards_leave_a_report_of_layer_l_that_says_why(settings, make_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(make_model("llama", shards=True), folder)
