@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -19,6 +20,10 @@ if not torch.cuda.is_available():
 
 from tests.support import interpreter, small_models
 from tli.data import word_pairs
+
+# under nohup the tests' own processes would not hear it
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # a busy machine is no failure
 hypothesis.settings.register_profile("tli", deadline=None)

@@ -275,6 +275,17 @@ def test_given_values_win_over_the_recipe():
     assert (mixed.loss, mixed.pool_bos, mixed.dropout, mixed.batch) == ("infonce", False, 0.0, 8)
 
 
+_started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on():
+    """A run of a test that failed halfway would take a core from all that follow."""
+    yield
+    while _started:
+        _started.pop().kill()
+
+
 def start(settings: dict, save_every_s: float, report: bool = False) -> subprocess.Popen:
     """The command in a process of its own, saving its state as often as this."""
     flags = as_flags(settings) + ([] if report else ["--no-report"])
@@ -284,7 +295,8 @@ def start(settings: dict, save_every_s: float, report: bool = False) -> subproce
         f"from tli.runtime.errors import run_command; "
         f"run_command(lambda: t.train(parse(TrainConfig, 'tli.train', {flags!r})))"
     )
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    _started.append(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    return _started[-1]
 
 
 def wait_for(path: pathlib.Path, process: subprocess.Popen) -> None:

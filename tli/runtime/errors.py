@@ -66,6 +66,7 @@ def disk_errors(where: object):
 
 # what asks a run to save what there is and end: Ctrl-C, a batch queue or a shutdown, a terminal that closes, a queue's warning
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+_HANGUP = getattr(signal, "SIGHUP", None)
 _received: int = signal.SIGINT
 
 
@@ -73,7 +74,7 @@ _received: int = signal.SIGINT
 def handle_stops(handle: Callable[[int, types.FrameType | None], None]) -> Iterator[None]:
     """Have ``handle`` called, as a signal's handler, for what asks a run to end, and remember which it was for the exit code.
 
-    A signal that is ignored stays so, as nohup wants it. Only the main thread may change handlers; elsewhere signals act as always.
+    SIGHUP stays ignored where it is, as nohup wants it. Only the main thread may change handlers; elsewhere signals act as always.
     """
 
     def remember(number: int, frame: types.FrameType | None) -> None:
@@ -84,7 +85,7 @@ def handle_stops(handle: Callable[[int, types.FrameType | None], None]) -> Itera
     former = {}
     if threading.current_thread() is threading.main_thread():
         former = {number: signal.getsignal(number) for number in STOPPING}
-        former = {number: handler for number, handler in former.items() if handler != signal.SIG_IGN}
+        former = {number: handler for number, handler in former.items() if (number, handler) != (_HANGUP, signal.SIG_IGN)}
         for number in former:
             signal.signal(number, remember)
     try:
