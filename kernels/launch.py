@@ -181,7 +181,9 @@ def product(capability: int, rows: int, nf4: bool, bytes_per_element: int) -> Pr
     if nf4 or rows <= 64:
         # with more warps each needs fewer registers; but the Hopper and Blackwell forms are issued by four warps together
         warps = 4 if nf4 or few < 64 or capability in (90, 100) else 8
-        return Product(few, block_p=64, block_q=64, group=8, num_warps=warps, num_stages=3, max_registers=_enough(capability))
+        # 10.0's compiler, left alone, spills 16 bytes of the resident weight's form for more blocks at a time
+        limit = 232 if capability == 100 else _enough(capability)
+        return Product(few, block_p=64, block_q=64, group=8, num_warps=warps, num_stages=3, max_registers=limit)
     if capability in (90, 100):
         return Product(block_m=256 if rows > 1024 else 128, block_p=128, block_q=64, group=8, num_warps=8, num_stages=3)
     # these may have 99 KB of shared memory

@@ -337,7 +337,8 @@ def test_a_scan_of_one_side_of_the_split_is_of_these_pairs(settings, tmp_path, w
     trained, held_out = word_pairs.split_pairs(word_pairs.read_pairs(word_list, "swahili", "english"), 0.2, 5)
     for split, expected_pairs in (("trained", trained), ("held_out", held_out)):
         config = ScanConfig(**{**settings, "output": str(tmp_path / split)}, split=split, held_out=0.2, seed=5)
-        pairs, listed = _pairs(config, open_console())
+        pairs, listed, file = _pairs(config, open_console())
+        assert file == word_pairs.list_facts(word_list)
         assert list(pairs) == list(expected_pairs)
         assert listed == scan_command(config)["pairs"]["scanned"] == len(expected_pairs)
 

@@ -37,7 +37,7 @@ class Replayed(TrainStep):
         self.use_cuda_graphs = True
 
     def _capture(self, micro_batches, false_negatives):
-        recording = CapturedStep(self, [micro_batch.clone() for micro_batch in micro_batches], false_negatives.clone(), torch.zeros(3))
+        recording = CapturedStep(self, [micro_batch.clone() for micro_batch in micro_batches], false_negatives.clone(), torch.zeros(5))
         recording.graph = type("Graph", (), {"replay": lambda _: self._again(recording)})()
         return recording
 
