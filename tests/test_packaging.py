@@ -81,7 +81,7 @@ def test_the_library_imports_no_bench_and_no_peft():
 
 def test_one_function_opens_the_console():
     # any other would take [v2] in a path for markup
-    opened = [path.relative_to(ROOT).as_posix() for path in modules("tli") if re.search(r"\bConsole\(", path.read_text(encoding="utf-8"))]
+    opened = [path.relative_to(ROOT).as_posix() for path in modules("tli") if re.search(r"Console\(", path.read_text(encoding="utf-8"))]
     assert opened == ["tli/runtime/console.py"]
 
 
