@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parent.parent
 _MOST_S, _MOST_BYTES = 5.0, 512 << 20
@@ -309,7 +310,7 @@ def fuzz(seconds: float, seed: int, keep: pathlib.Path, only: str) -> dict[str, 
             _first(made, reader)
         originals = {reader.file: (made / reader.file).read_bytes() for reader in readable}
         ends = time.monotonic() + seconds
-        for number in _count():
+        for number in itertools.count():
             reader = readable[number % len(readable)]
             if time.monotonic() > ends and number >= len(readable):
                 break
@@ -317,7 +318,9 @@ def fuzz(seconds: float, seed: int, keep: pathlib.Path, only: str) -> dict[str, 
             (made / reader.file).write_bytes(content)
             result, said, taken_s = try_one(reader, made)
             outcome = outcomes[reader.name]
-            setattr(outcome, {"fault": "faults"}.get(result, result), getattr(outcome, {"fault": "faults"}.get(result, result)) + 1)
+            outcome.taken += result == "taken"
+            outcome.refused += result == "refused"
+            outcome.faults += result == "fault"
             outcome.slowest_s = max(outcome.slowest_s, taken_s)
             if result == "fault":
                 kind = said.strip().splitlines()[-1][:60]
@@ -330,13 +333,6 @@ def fuzz(seconds: float, seed: int, keep: pathlib.Path, only: str) -> dict[str, 
                     print(f"fault: {reader.name}: {kind} (kept in {folder})", flush=True)
             (made / reader.file).write_bytes(originals[reader.file])
     return outcomes
-
-
-def _count() -> Iterator[int]:
-    number = 0
-    while True:
-        yield number
-        number += 1
 
 
 def _first(made: pathlib.Path, reader: Reader) -> None:

@@ -58,7 +58,11 @@ class TokenisedWords:
 
     def sha256(self) -> str:
         """The hash of the words' tokens: of other words, or of another tokenizer's, it is another."""
-        return hashlib.sha256(np.ascontiguousarray(self.ids).tobytes() + np.ascontiguousarray(self.indptr).tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        for numbers in (self.ids, self.indptr):
+            # where it lies, often in a mapped file: of a million words none is held
+            digest.update(np.ascontiguousarray(numbers).data)
+        return digest.hexdigest()
 
     def with_all_rows(self, vocabulary: int) -> "TokenisedWords":
         """The same words over the whole embedding table: tokens are token ids."""
